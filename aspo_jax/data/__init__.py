@@ -1,0 +1,54 @@
+"""Data: problems, tokenizers, the stream of prompts, packing.
+
+    spec   = CountdownSpec(numbers=4, operations="+-")
+    stream = prompts(CountdownSource(spec, seed=0, split="train"), tokenizer=tokenizer, seed=0,
+                     shuffle=False, prompts_per_step=32, max_prompt_tokens=12)
+    batch  = next(stream)      # 32 Prompts;  stream.state() is one integer
+
+Importing this loads neither jax nor transformers nor grain; the functions that need them do.
+"""
+
+from aspo_jax.data.countdown import (
+    CHARACTERS,
+    CountdownSource,
+    CountdownSpec,
+    Problem,
+    demonstration,
+    max_prompt_tokens,
+    max_response_tokens,
+    problem,
+    split_of,
+)
+from aspo_jax.data.jsonl import DataError, read_jsonl
+from aspo_jax.data.packing import pack
+from aspo_jax.data.prompts import PromptStream, Row, prompts
+from aspo_jax.data.tokenizer import (
+    allowed_ids,
+    build_character_tokenizer,
+    encode,
+    load_tokenizer,
+    render,
+)
+
+__all__ = [
+    "CHARACTERS",
+    "CountdownSource",
+    "CountdownSpec",
+    "DataError",
+    "Problem",
+    "PromptStream",
+    "Row",
+    "allowed_ids",
+    "build_character_tokenizer",
+    "demonstration",
+    "encode",
+    "load_tokenizer",
+    "max_prompt_tokens",
+    "max_response_tokens",
+    "pack",
+    "problem",
+    "prompts",
+    "read_jsonl",
+    "render",
+    "split_of",
+]

@@ -1,0 +1,110 @@
+"""The stream of prompts: the same from the same seed, and its place in it is one integer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from aspo_jax.data.countdown import CountdownSource
+from aspo_jax.data.jsonl import DataError
+from aspo_jax.data.tokenizer import encode, render
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from aspo_jax.structs import Prompt
+
+# id, prompt (a string) or messages (a chat), answer, kind, and where (file:line) if it has one
+Row = Mapping[str, Any]
+
+
+def _render(row: Row, tokenizer: PreTrainedTokenizerFast) -> str:
+    messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
+    return render(tokenizer, messages)
+
+
+def _check_lengths(
+    rows: Iterable[Row], tokenizer: PreTrainedTokenizerFast, max_prompt_tokens: int
+) -> None:
+    """Every prompt can be spelled and fits, said at the start rather than in hour five."""
+    for row in rows:
+        where = row.get("where", f"row {row['id']}")
+        try:
+            length = len(encode(tokenizer, _render(row, tokenizer)))
+        except ValueError as error:
+            raise DataError(f"{where} (id {row['id']}): {error}") from error
+        if length > max_prompt_tokens:
+            raise DataError(
+                f"{where} (id {row['id']}): found a prompt of {length} tokens, expected at most "
+                f"{max_prompt_tokens}; set Sampler.max_prompt_tokens={length} or drop the row"
+            )
+
+
+class PromptStream(Iterator["list[Prompt]"]):
+    """An endless iterator of steps' prompts. Make one with `prompts`."""
+
+    def __init__(self, batches: Any, tokenizer: PreTrainedTokenizerFast, prompts_per_step: int):
+        self._batches = batches  # index -> rows, all indices from 0
+        self._tokenizer = tokenizer
+        self._prompts_per_step = prompts_per_step
+        self._drawn = 0
+
+    def __next__(self) -> list[Prompt]:
+        from aspo_jax.structs import Prompt  # here, for it loads jax
+
+        rows = self._batches[self._drawn]
+        first = self._drawn * self._prompts_per_step
+        self._drawn += 1
+        return [
+            Prompt(
+                id=row["id"],
+                draw=first + i,
+                text=_render(row, self._tokenizer),
+                answer=row["answer"],
+                kind=row["kind"],
+            )
+            for i, row in enumerate(rows)
+        ]
+
+    def state(self) -> int:
+        """The number of batches drawn: all that a checkpoint needs."""
+        return self._drawn
+
+    def restore(self, state: int) -> None:
+        """Go on as a stream does that has drawn ``state`` batches."""
+        if state < 0:
+            raise ValueError(f"a stream cannot have drawn {state} batches, expected 0 or more")
+        self._drawn = state
+
+
+def prompts(
+    source: Sequence[Row] | CountdownSource,
+    *,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    shuffle: bool,
+    prompts_per_step: int,
+    max_prompt_tokens: int,
+) -> PromptStream:
+    """An endless stream over ``source``, ``prompts_per_step`` at a time.
+
+    Every epoch holds each row once, with ``shuffle`` in an order of its own drawn from ``seed``;
+    a step may span two epochs. `Prompt.draw` counts the prompts of the stream from 0.
+
+    Raises:
+        DataError: no rows; a prompt longer than ``max_prompt_tokens``, or one that the
+            vocabulary cannot spell.
+    """
+    import grain
+
+    if len(source) == 0:
+        raise DataError("found no prompts, expected at least one; check Data.train_path")
+    worst = source.longest if isinstance(source, CountdownSource) else source
+    _check_lengths(worst, tokenizer, max_prompt_tokens)
+    rows = grain.MapDataset.source(source).seed(seed)
+    if shuffle:
+        rows = rows.shuffle()
+    # Indexed directly: grain's iterator adds threads and a state object, of which the only
+    # content is this index.
+    batches = rows.repeat().batch(prompts_per_step, batch_fn=list)
+    return PromptStream(batches, tokenizer, prompts_per_step)

@@ -1,0 +1,150 @@
+"""Tokenizers and chat templates, in the Hugging Face folder format.
+
+Any tokenizer is loaded with `PreTrainedTokenizerFast`: for Qwen2 folders `AutoTokenizer` puts
+another pre-tokenizer in place of the one in tokenizer.json, which changes ids. The chat template
+is always rendered to text first (it contains the <bos>), and text is encoded without adding
+special tokens, so there is one place where they come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedTokenizerFast
+
+_PAD, _BOS, _EOS = "<pad>", "<bos>", "<eos>"
+_MARK = ">"  # ends the question
+
+# <bos>question>answer<eos>
+_CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'assistant' -%}"
+    "{{ '" + _MARK + "' + message['content'] + eos_token }}"
+    "{%- else -%}"
+    "{{ message['content'] }}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '" + _MARK + "' }}{%- endif -%}"
+)
+
+
+def build_character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
+    """One token per character: ids 0 <pad>, 1 <bos>, 2 <eos>, then ``characters`` in their order.
+
+    The chat template writes ``<bos>question>``; ``>`` is added where ``characters`` lack it.
+
+    Raises:
+        ValueError: a character given twice.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    if len(set(characters)) != len(characters):
+        twice = sorted({c for c in characters if characters.count(c) > 1})
+        raise ValueError(f"characters {twice} are given more than once, expected each once")
+    mark = "" if _MARK in characters else _MARK
+    tokens = [_PAD, _BOS, _EOS, *characters, *mark]
+    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    core.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token=_PAD,
+        bos_token=_BOS,
+        eos_token=_EOS,
+        chat_template=_CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a Hugging Face folder.
+
+    Raises:
+        FileNotFoundError: no such folder, or one of its files is missing.
+        ValueError: unreadable files, no end-of-sequence token, no chat template.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder}: no such folder; expected a model folder with tokenizer.json "
+            "(set Model.path, or leave it out to build a model)"
+        )
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder}: {name} is missing; expected a tokenizer written by save_pretrained "
+                "(copy the file from where the model came from)"
+            )
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise ValueError(
+            f"{folder}: its tokenizer files cannot be read ({error}); expected a tokenizer "
+            "written by save_pretrained (copy the files again from where the model came from)"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"{folder}/tokenizer_config.json: no eos_token, expected one: without it no response "
+            'can end itself (add for example "eos_token": "<|im_end|>")'
+        )
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"{folder}: no chat template, expected a file chat_template.jinja or the field "
+            "chat_template of tokenizer_config.json (copy it from the model's instruct version)"
+        )
+    return tokenizer
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """The ids of ``text`` as it stands, nothing added.
+
+    Raises:
+        ValueError: a character that the vocabulary cannot spell.
+    """
+    try:
+        return tokenizer.encode(text, add_special_tokens=False)
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise ValueError(
+            f"text {text[:80]!r} cannot be written in this tokenizer's vocabulary of "
+            f"{len(tokenizer)} tokens ({error}); use characters it has"
+        ) from error
+
+
+def render(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Mapping[str, str]]) -> str:
+    """What the model reads before it answers: the chat template with the generation prompt."""
+    text = tokenizer.apply_chat_template(
+        [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+    )
+    return str(text)
+
+
+def allowed_ids(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> np.ndarray:
+    """allowed_V, bool: True for the ids that a response may hold.
+
+    Not the padding rows of the embedding (ids from ``len(tokenizer)``), not <pad>, not <bos>; but
+    always <eos>, which some tokenizers use for <pad> or <bos> as well.
+
+    Raises:
+        ValueError: the tokenizer has more tokens than the model.
+    """
+    import numpy as np
+
+    if len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model only {vocab_size}; "
+            "expected at most as many: tokenizer and weights are from different models"
+        )
+    allowed_V = np.arange(vocab_size) < len(tokenizer)
+    for name, is_allowed in (("pad", False), ("bos", False), ("eos", True)):  # <eos> last
+        special = getattr(tokenizer, f"{name}_token_id")
+        if special is not None:
+            allowed_V[special] = is_allowed
+    return allowed_V

@@ -1,0 +1,91 @@
+"""Grader ``countdown``: reach the target from the given numbers, every step written out.
+
+    numbers 3 3 6 7, target 7:    7-3=4,6-3=3,4+3=7
+
+Rules. A step ``a-b=c`` takes two of the values at hand, away from them, and adds its result; the
+steps use up all given numbers, so that one value is left: it must be the target. Numbers are
+written without sign, blanks or leading zeros, so no step may fall below 0 and a right answer has
+exactly one spelling: two right answers are the same answer if and only if their texts are equal.
+(TinyZero's rule, every number used exactly once, with written steps in place of one expression.)
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from typing import Any, NamedTuple
+
+from aspo_jax.rewards.verdict import Verdict
+
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+
+_DIGITS = 18  # longer numbers are refused unread
+_NUMBER = rf"(0|[1-9][0-9]{{0,{_DIGITS - 1}}})"
+_STEP = re.compile(rf"{_NUMBER}([+*-]){_NUMBER}={_NUMBER}")
+_STEP_CHARACTERS = 3 * _DIGITS + 3  # three numbers, an operation, '=' and ','
+
+
+class _Gold(NamedTuple):
+    numbers: list[int]
+    target: int
+    operations: str
+
+
+def _is_natural(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _read_gold(answer: Any) -> _Gold | None:
+    """``{"numbers": [3, 3, 6, 7], "target": 7, "operations": "+-"}``; None for anything else."""
+    if not isinstance(answer, dict) or not answer.keys() >= set(_Gold._fields):
+        return None
+    gold = _Gold(**{name: answer[name] for name in _Gold._fields})
+    is_usable = (
+        isinstance(gold.numbers, list)
+        and len(gold.numbers) >= 2
+        and all(map(_is_natural, gold.numbers))
+        and _is_natural(gold.target)
+        and isinstance(gold.operations, str)
+        and len(gold.operations) > 0
+        and set(gold.operations) <= OPERATIONS.keys()
+    )
+    return gold if is_usable else None
+
+
+def _last_value(text: str, gold: _Gold) -> int | None:
+    """The one value left after all steps; None if the text breaks a rule."""
+    count = len(gold.numbers) - 1
+    if len(text) > count * _STEP_CHARACTERS:  # before anything is done whose cost grows with it
+        return None
+    steps = text.split(",")
+    if len(steps) != count:
+        return None
+    values = list(gold.numbers)
+    for step in steps:
+        found = _STEP.fullmatch(step)
+        if found is None or found[2] not in gold.operations:
+            return None
+        a, b, result = int(found[1]), int(found[3]), int(found[4])
+        for used in (a, b):
+            if used not in values:
+                return None
+            values.remove(used)
+        if OPERATIONS[found[2]](a, b) != result:
+            return None
+        values.append(result)
+    return values[0]
+
+
+def grade(text: str, answer: Any, is_finished: bool) -> Verdict:
+    """1 for a right answer, 0 for any other; see the module's rules and `verdict.Reason`."""
+    gold = _read_gold(answer)
+    if gold is None:
+        return Verdict(0.0, "bad_gold", is_valid=False)
+    if not is_finished:
+        return Verdict(0.0, "truncated")
+    if not text.strip():
+        return Verdict(0.0, "no_answer")
+    value = _last_value(text, gold)
+    if value is None:
+        return Verdict(0.0, "invalid")
+    return Verdict(1.0, "match") if value == gold.target else Verdict(0.0, "mismatch")

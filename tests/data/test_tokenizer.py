@@ -1,0 +1,129 @@
+"""Tokenizers: exact round trips, ids that stay, errors that help."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from aspo_jax.data import (
+    CHARACTERS,
+    allowed_ids,
+    build_character_tokenizer,
+    encode,
+    load_tokenizer,
+    render,
+)
+
+QUESTION = [{"role": "user", "content": "3 3 6 7:7"}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_character_tokenizer(CHARACTERS)
+
+
+@pytest.fixture
+def folder(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_golden_ids(tokenizer):
+    """Saved models depend on these."""
+    text = render(tokenizer, QUESTION)
+    assert text == "<bos>3 3 6 7:7>"
+    assert encode(tokenizer, text) == [1, 6, 18, 6, 18, 9, 18, 10, 19, 10, 20]
+    assert encode(tokenizer, "7-3=4,4*1+0<eos>") == [10, 14, 6, 16, 7, 17, 7, 15, 4, 13, 3, 2]
+
+
+def test_specials(tokenizer):
+    assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
+    assert len(tokenizer) == 3 + len(CHARACTERS)
+
+
+def test_every_character_round_trips(tokenizer):
+    ids = encode(tokenizer, CHARACTERS + "  " + CHARACTERS[::-1])
+    assert len(ids) == 2 * len(CHARACTERS) + 2
+    assert tokenizer.decode(ids) == CHARACTERS + "  " + CHARACTERS[::-1]
+    assert encode(tokenizer, "") == []
+
+
+def test_decode_can_leave_specials_out(tokenizer):
+    ids = encode(tokenizer, "<bos>1+1=2<eos><pad>")
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "1+1=2"
+    assert tokenizer.decode(ids) == "<bos>1+1=2<eos><pad>"
+
+
+def test_any_characters_can_be_chosen():
+    characters = "aé \n\t😀'.,!"
+    tokenizer = build_character_tokenizer(characters)
+    assert len(tokenizer) == 3 + len(characters) + 1  # the '>' of the chat template
+    text = "a .'!\n\n😀é , ."
+    assert tokenizer.decode(encode(tokenizer, text)) == text
+
+
+def test_whole_chat(tokenizer):
+    chat = [*QUESTION, {"role": "assistant", "content": "7-3=4"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    assert text == render(tokenizer, QUESTION) + "7-3=4<eos>"
+
+
+def test_saved_and_loaded_is_the_same(tokenizer, folder):
+    loaded = load_tokenizer(folder)
+    assert {"tokenizer.json", "tokenizer_config.json"} <= {p.name for p in folder.iterdir()}
+    text = render(loaded, QUESTION)
+    assert text == render(tokenizer, QUESTION)
+    assert encode(loaded, text) == encode(tokenizer, text)
+    assert loaded.decode(encode(loaded, text)) == text
+    assert loaded.get_vocab() == tokenizer.get_vocab()
+
+
+def test_unknown_characters_are_named(tokenizer):
+    with pytest.raises(ValueError, match=r"text '1\+x' cannot be written .* of 21 tokens"):
+        encode(tokenizer, "1+x")
+
+
+def test_doubled_characters_are_refused():
+    with pytest.raises(ValueError, match=r"characters \['a'\] are given more than once"):
+        build_character_tokenizer("aba")
+
+
+def test_allowed_ids(tokenizer):
+    allowed_V = allowed_ids(tokenizer, 32)
+    assert allowed_V.dtype == np.bool_
+    assert allowed_V.tolist() == [False, False, True] + [True] * 18 + [False] * 11
+
+
+def test_eos_is_allowed_even_where_it_is_pad_and_bos():
+    tokenizer = build_character_tokenizer("ab")
+    tokenizer.pad_token = tokenizer.bos_token = tokenizer.eos_token
+    assert allowed_ids(tokenizer, 6).tolist() == [True] * 6
+
+
+def test_too_small_a_model_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="tokenizer has 21 tokens and the model only 20"):
+        allowed_ids(tokenizer, 20)
+
+
+def edit_config(folder, **changes):
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def test_friendly_errors(folder, tmp_path):
+    def broken(message, error, breaking):
+        copy = tmp_path / "broken"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(folder, copy)
+        breaking(copy)
+        with pytest.raises(error, match=message):
+            load_tokenizer(copy)
+
+    broken("broken: no such folder", FileNotFoundError, shutil.rmtree)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        broken(f"{name} is missing", FileNotFoundError, lambda f, n=name: (f / n).unlink())
+    broken("cannot be read", ValueError, lambda f: (f / "tokenizer.json").write_text("{"))
+    broken("no eos_token", ValueError, lambda f: edit_config(f, eos_token=None))
+    broken("no chat template", ValueError, lambda f: (f / "chat_template.jinja").unlink())
