@@ -1,0 +1,33 @@
+"""Settings: gin syntax on disk and on the command line, strict typed sections in Python.
+
+A config file holds lines such as
+
+    include 'countdown_cpu.gin'      # first, relative to this file
+    size = 64                        # a macro
+    Model.hidden_size = %size
+    Optim.learning_rate = 5e-4
+    aspo.cap = 3.0                   # a keyword argument of the factory `aspo`
+
+and ``--set Optim.learning_rate=1e-3`` overrides one of them. A binding is a valid Python
+assignment, so it is read with `ast`; only literals are accepted and nothing is executed. Every
+mistake raises `ConfigError` with its place, what was found and what was expected.
+
+Rooms: `gin` (syntax), `sections` (the settings), `schema` (their types in words, the help page),
+`checks` (what they say of each other), `reading` (from files and flags to a `Config`).
+This is the only package that reads flags or config files; every function below takes values.
+"""
+
+from aspo_jax.config.gin import ConfigError, diff_text
+from aspo_jax.config.reading import packaged, parse_config, read_config
+from aspo_jax.config.schema import help_text
+from aspo_jax.config.sections import Config
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "diff_text",
+    "help_text",
+    "packaged",
+    "parse_config",
+    "read_config",
+]

@@ -1,0 +1,124 @@
+"""What is wrong with a config whose fields are fine one by one: both numbers and the remedy."""
+
+from collections.abc import Iterator, Mapping
+
+from aspo_jax.config.gin import nearest
+from aspo_jax.config.schema import Factories, arguments, describe
+from aspo_jax.config.sections import Config
+
+
+def factory_problems(
+    config: Config, factories: Factories, places: Mapping[str, str]
+) -> Iterator[str]:
+    """Names of factories that do not exist, and their arguments that are missing."""
+    objective = config.objective
+    used = [
+        ("Objective.name", "objective", objective.name),
+        *(("Objective.penalties", "objective", name) for name in objective.penalties),
+        ("Objective.advantage", "advantage", objective.advantage),
+        ("Objective.aggregate", "aggregate", objective.aggregate),
+    ]
+    for key, kind, name in used:
+        known = factories[kind]
+        if name not in known:
+            yield (
+                f"{at(key, places)}unknown {kind} {name!r}{nearest(name, known)};"
+                f" expected one of {', '.join(sorted(known))}"
+            )
+            continue
+        for argument, parameter in arguments(known[name]).items():
+            is_given = argument in config.factories.get(name, {})
+            if parameter.default is parameter.empty and not is_given:
+                yield (
+                    f"{at(key, places)}{name} needs {name}.{argument}:"
+                    f" {describe(parameter.annotation)}"
+                )
+
+
+def cross_checks(config: Config, places: Mapping[str, str]) -> Iterator[str]:
+    """Settings that contradict each other, with both numbers and the remedy."""
+    yield from _check_sizes(config, places)
+    yield from _check_model(config, places)
+    yield from _check_data(config, places)
+    runtime = config.runtime
+    sizes = {"data": runtime.data, "fsdp": runtime.fsdp, "tensor": runtime.tensor}
+    for axis, size in sizes.items():
+        if size == 0:
+            key = f"Runtime.{axis}"
+            yield f"{at(key, places)}a mesh axis has no size 0; set 1, or -1 for the rest"
+    if sum(size == -1 for size in sizes.values()) > 1:
+        axes = ", ".join(f"Runtime.{axis} = {size}" for axis, size in sizes.items())
+        yield f"only one mesh axis may be -1 (the rest), found {axes}; set the others to 1"
+
+
+def _check_sizes(config: Config, places: Mapping[str, str]) -> Iterator[str]:
+    train, sampler = config.train, config.sampler
+    step, mini = train.prompts_per_step, train.prompts_per_minibatch
+    if step % mini:
+        nearest = sorted({max(step // mini, 1) * mini, (step // mini + 1) * mini})
+        yield (
+            f"{at('Train.prompts_per_step', places)}Train.prompts_per_step = {step} must be a"
+            f" multiple of Train.prompts_per_minibatch = {mini};"
+            f" set Train.prompts_per_step to {' or '.join(map(str, nearest))}"
+        )
+    needed = sampler.max_prompt_tokens + sampler.max_response_tokens - 1
+    if train.row_tokens < needed:
+        yield (
+            f"{at('Train.row_tokens', places)}Train.row_tokens = {train.row_tokens} cannot hold a"
+            f" prompt of {sampler.max_prompt_tokens} and a response of"
+            f" {sampler.max_response_tokens} tokens; set it to at least"
+            f" {sampler.max_prompt_tokens} + {sampler.max_response_tokens} - 1 = {needed}"
+        )
+    if config.reward.overlong_buffer > sampler.max_response_tokens:
+        yield (
+            f"{at('Reward.overlong_buffer', places)}Reward.overlong_buffer ="
+            f" {config.reward.overlong_buffer} is longer than Sampler.max_response_tokens ="
+            f" {sampler.max_response_tokens}; set it to at most {sampler.max_response_tokens}"
+        )
+
+
+def _check_model(config: Config, places: Mapping[str, str]) -> Iterator[str]:
+    model = config.model
+    if model.path is not None:
+        return
+    shape = ("hidden_size", "layers", "heads", "kv_heads", "intermediate_size")
+    unset = [f"Model.{name}" for name in shape if getattr(model, name) is None]
+    if unset:
+        yield f"a new model needs its shape: set {', '.join(unset)}, or Model.path to a folder"
+        return
+    width, heads, kv_heads = model.hidden_size or 0, model.heads or 1, model.kv_heads or 1
+    if heads % kv_heads:
+        yield (
+            f"{at('Model.heads', places)}Model.heads = {heads} must be a multiple of"
+            f" Model.kv_heads = {kv_heads}; set Model.kv_heads to a divisor of {heads}"
+        )
+    if width % (2 * heads):
+        yield (
+            f"{at('Model.hidden_size', places)}Model.hidden_size = {width} must give each of"
+            f" Model.heads = {heads} an even width; set Model.hidden_size to a multiple of"
+            f" {2 * heads}"
+        )
+
+
+def _check_data(config: Config, places: Mapping[str, str]) -> Iterator[str]:
+    if config.data.kind == "jsonl":
+        unset = [f"Data.{n}" for n in ("train_path", "eval_path") if not getattr(config.data, n)]
+        if unset:
+            yield f"{at('Data.kind', places)}Data.kind = 'jsonl' needs {' and '.join(unset)}"
+        return
+    puzzle = config.countdown
+    if puzzle.low > puzzle.high:
+        yield (
+            f"{at('Countdown.low', places)}Countdown.low = {puzzle.low} is above Countdown.high ="
+            f" {puzzle.high}; set Countdown.low to at most {puzzle.high}"
+        )
+    operations = puzzle.operations
+    if not operations or set(operations) - set("+-*") or len(set(operations)) < len(operations):
+        yield (
+            f"{at('Countdown.operations', places)}Countdown.operations = {operations!r};"
+            " expected some of + - *, each once, such as '+-'"
+        )
+
+
+def at(key: str, places: Mapping[str, str]) -> str:
+    return f"{places[key]}: " if key in places else ""

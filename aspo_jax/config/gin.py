@@ -1,0 +1,195 @@
+"""gin syntax, read as Python with `ast`: text -> bindings -> literals. Nothing is executed."""
+
+import ast
+import difflib
+import re
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# A run may be moved, and the permission to change it is no change.
+NOT_COMPARED = ("Run.folder", "Run.accept_changes")
+
+
+class ConfigError(ValueError):
+    """A mistake in a config file or on the command line; the message is for the user."""
+
+
+class Binding(NamedTuple):
+    place: str  # file:line, or the number of the --set
+    value: ast.expr
+
+    @property
+    def found(self) -> str:
+        return ast.unparse(self.value).replace("_macro_.", "%")
+
+
+# Strings and comments are matched first so that a % inside them is left alone.
+_MACRO = re.compile(
+    r"""('''(?:.|\n)*?'''|\"""(?:.|\n)*?\"""|'(?:\\.|[^'\\\n])*'|"(?:\\.|[^"\\\n])*"|\#[^\n]*)"""
+    r"""|%([A-Za-z_]\w*)"""
+)
+_INCLUDE = re.compile(r"""^include[ \t]+(['"][^'"\n]*['"])""", re.MULTILINE)
+
+
+def read_file(path: Path, parents: tuple[Path, ...]) -> dict[str, Binding]:
+    """The bindings of a file and of those it includes, later ones winning."""
+    path = path.resolve()
+    if path in parents:
+        chain = " -> ".join(p.name for p in (*parents[parents.index(path) :], path))
+        raise ConfigError(f"{parents[-1]}: files include each other in a circle: {chain}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    return read_text(text, _shown(path), path.parent, (*parents, path))
+
+
+def read_text(
+    text: str, source: str, folder: Path | None, parents: tuple[Path, ...]
+) -> dict[str, Binding]:
+    """The bindings (``Section.field``) and macros (no dot) of one text."""
+    python = _INCLUDE.sub(r"include(\1)", text)
+    python = _MACRO.sub(lambda m: m[1] or f"_macro_.{m[2]}", python)
+    try:
+        statements = ast.parse(python).body
+    except (SyntaxError, ValueError) as error:
+        line = getattr(error, "lineno", None) or 1
+        shown = (text.splitlines() or [""])[min(line, len(text.splitlines()) or 1) - 1].strip()
+        raise ConfigError(
+            f"{source}:{line}: cannot read {shown!r}; expected Section.field = literal"
+        ) from error
+    included: dict[str, Binding] = {}
+    own: dict[str, Binding] = {}
+    for statement in statements:
+        place = f"{source}:{statement.lineno}"
+        target = _include_target(statement)
+        if target is None:
+            key, value = _assignment(statement, place)
+            if key in own:
+                raise ConfigError(f"{place}: {key} is set twice, first at {own[key].place}")
+            own[key] = Binding(place, value)
+        elif own:
+            raise ConfigError(f"{place}: include must come before the first setting of the file")
+        elif folder is None:
+            raise ConfigError(f"{place}: include is only possible in a file")
+        elif not (folder / target).is_file():
+            raise ConfigError(f"{place}: the included file {str(folder / target)!r} does not exist")
+        else:
+            included |= read_file(folder / target, parents)
+    return included | own
+
+
+def _include_target(statement: ast.stmt) -> str | None:
+    match statement:
+        case ast.Expr(ast.Call(ast.Name("include"), [ast.Constant(str(target))], [])):
+            return target
+    return None
+
+
+def _assignment(statement: ast.stmt, place: str) -> tuple[str, ast.expr]:
+    match statement:
+        case ast.Assign([ast.Attribute(ast.Name(name), field)], value):
+            return f"{name}.{field}", value
+        case ast.Assign([ast.Name(macro)], value):
+            return macro, value
+    shown = ast.unparse(statement).splitlines()[0]
+    raise ConfigError(f"{place}: found {shown!r}; expected Section.field = literal")
+
+
+def read_flag(text: str, place: str) -> dict[str, Binding]:
+    """One ``--set``; a shell strips quotes, so a plain word or path there stands for text."""
+    key, equals, value = (part.strip() for part in text.partition("="))
+    if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)?", key):
+        raise ConfigError(f"{place}: found {text!r}; expected Section.field=value")
+    if not value.startswith("%") and not re.search(r"""['"()\[\]{}\s]""", value):
+        try:
+            ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            value = repr(value)
+    found = read_text(f"{key} = {value}", place, None, ())
+    return {key: binding._replace(place=place) for key, binding in found.items()}
+
+
+def evaluate(binding: Binding, macros: Mapping[str, Binding], seen: tuple[str, ...]) -> Any:
+    """The literal that a binding stands for, its macros filled in; lists become tuples."""
+
+    def fill(node: ast.AST) -> Any:
+        match node:
+            case ast.Attribute(ast.Name("_macro_"), name):
+                if name in seen:
+                    raise ConfigError(f"{binding.place}: the macro %{name} stands for itself")
+                if name not in macros:
+                    raise ConfigError(
+                        f"{binding.place}: unknown macro %{name}{nearest(name, macros, '%')}"
+                    )
+                return evaluate(macros[name], macros, (*seen, name))
+            case ast.Tuple(items) | ast.List(items):
+                return tuple(fill(item) for item in items)
+            case ast.Name(name):
+                hint = {"true": "True", "false": "False", "none": "None", "null": "None"}
+                raise ConfigError(
+                    f"{binding.place}: found the bare name {name}; expected a literal"
+                    f" (did you mean {hint.get(name.lower(), repr(name))}?)"
+                )
+        try:
+            return ast.literal_eval(typing.cast(ast.expr, node))
+        except ValueError as error:
+            raise ConfigError(
+                f"{binding.place}: found {ast.unparse(node)!r}; expected a literal:"
+                " a number, quoted text, True, False, None or a list of these"
+            ) from error
+
+    return fill(binding.value)
+
+
+def unused_macros(
+    macros: Mapping[str, Binding], found: Mapping[str, Binding], known: Iterable[str]
+) -> list[str]:
+    used = {
+        node.attr
+        for binding in found.values()
+        for node in ast.walk(binding.value)
+        if isinstance(node, ast.Attribute)
+    }
+    problems = []
+    for name, binding in macros.items():
+        if name not in used:
+            homes = [key for key in known if key.endswith(f".{name}")]
+            hint = f" (did you mean {' or '.join(homes)}?)" if homes else ""
+            problems.append(
+                f"{binding.place}: {name} = {binding.found}: the macro is never used;"
+                f" a setting is written Section.field{hint}"
+            )
+    return problems
+
+
+def diff_text(old: str, new: str) -> str:
+    """The settings that differ between two config texts, one readable line each.
+
+    `Run.folder` and `Run.accept_changes` are not compared.
+    """
+    before, after = (
+        {key: binding.found for key, binding in read_text(text, place, None, ()).items()}
+        for text, place in ((old, "old config"), (new, "new config"))
+    )
+    absent = "(default)"
+    return "\n".join(
+        f"{key}: {before.get(key, absent)} -> {after.get(key, absent)}"
+        for key in dict.fromkeys((*after, *before))
+        if before.get(key, absent) != after.get(key, absent) and key not in NOT_COMPARED
+    )
+
+
+def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """A suggestion for a mistyped name, or nothing."""
+    by_folded = {k.lower(): k for k in known}
+    close = difflib.get_close_matches(name.lower(), by_folded, n=1, cutoff=0.5)
+    return f" (did you mean {prefix}{by_folded[close[0]]}?)" if close else ""
+
+
+def _shown(path: Path) -> str:
+    """A path as short as the reader can still use it."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)

@@ -1,0 +1,330 @@
+"""The sections of a config and the Config they make: frozen, strictly typed, born valid."""
+
+import dataclasses
+import re
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import pydantic
+from pydantic import ConfigDict, Field
+
+from aspo_jax.config.gin import diff_text
+
+
+def setting(default: Any, unit: str, meaning: str, **bounds: Any) -> Any:
+    """A field with its unit, meaning and bounds (gt, ge, lt, le); ``...`` = no default."""
+    return Field(default, description=meaning, json_schema_extra={"unit": unit}, **bounds)
+
+
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+_Section = typing.TypeVar("_Section")
+
+
+@typing.dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(setting,))
+def section(cls: type[_Section]) -> type[_Section]:
+    """Make a class a frozen, strictly typed group of settings."""
+    make = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=_STRICT)
+    return typing.cast(type[_Section], make(cls))
+
+
+@section
+class Run:
+    """The run as a whole."""
+
+    seed: int = setting(0, "", "seed of the weights, the warm start, the data and sampling", ge=0)
+    folder: str | None = setting(
+        None, "path", "where the run is kept; None: runs/<config>-<objective>-seed<seed>"
+    )
+    accept_changes: bool = setting(False, "", "resume although the config differs from the run's")
+
+
+@section
+class Data:
+    """Where the prompts come from."""
+
+    kind: Literal["countdown", "jsonl"] = setting(
+        ..., "", "puzzles made from the seed, or prompts of one's own"
+    )
+    train_path: str | None = setting(None, "path", "training prompts (kind 'jsonl')")
+    eval_path: str | None = setting(None, "path", "held-out prompts (kind 'jsonl')")
+
+
+@section
+class Countdown:
+    """The embedded puzzle: reach the target with every number used once."""
+
+    numbers: int = setting(4, "numbers", "numbers in a puzzle", ge=2)
+    low: int = setting(1, "", "smallest number drawn", ge=1)
+    high: int = setting(9, "", "largest number drawn", ge=1)
+    operations: str = setting("+-", "", "operations allowed, out of + - *")
+    max_intermediate: int = setting(99, "", "largest intermediate result", ge=1)
+
+
+@section
+class Model:
+    """The policy: a Hugging Face folder, or a new Qwen2 model of the sizes given."""
+
+    path: str | None = setting(None, "path", "Hugging Face folder; None: new model + warm start")
+    hidden_size: int | None = setting(None, "features", "width of the residual stream", ge=1)
+    layers: int | None = setting(None, "blocks", "transformer blocks", ge=1)
+    heads: int | None = setting(None, "heads", "query heads", ge=1)
+    kv_heads: int | None = setting(None, "heads", "key/value heads, a divisor of heads", ge=1)
+    intermediate_size: int | None = setting(None, "features", "width of the SwiGLU layer", ge=1)
+    rope_theta: float = setting(10000.0, "", "base of the rotary position embedding", gt=0)
+    tie_embeddings: bool = setting(True, "", "one matrix for embedding and output")
+    dtype: Literal["float32", "bfloat16"] = setting("float32", "", "type of the computation")
+    remat: Literal["dots", "full"] = setting(
+        "dots", "", "what the backward pass computes again: all but matrix products, or all"
+    )
+
+
+@section
+class WarmStart:
+    """Supervised training on worked examples before a new model meets the reward."""
+
+    batch_size: int = setting(64, "examples", "worked examples per step", ge=1)
+    learning_rate: float = setting(4e-3, "", "peak learning rate of AdamW", gt=0)
+    warmup_steps: int = setting(20, "steps", "linear learning-rate warm-up", ge=0)
+    b2: float = setting(0.98, "", "decay of the squared-gradient average", ge=0, lt=1)
+    weight_decay: float = setting(0.01, "", "decoupled weight decay", ge=0)
+    clip_norm: float = setting(1.0, "", "largest global gradient norm", gt=0)
+    target: float = setting(0.30, "share", "stop at this held-out avg@k", gt=0, le=1)
+    eval_every: int = setting(100, "steps", "steps between looks at the target", ge=1)
+    max_steps: int = setting(1200, "steps", "give up after this many steps", ge=1)
+    cache: str = setting("~/.cache/aspo_jax/warm_start", "path", "finished warm starts")
+
+
+@section
+class Sampler:
+    """How completions are drawn."""
+
+    temperature: float = setting(1.0, "", "sampling temperature in training", gt=0)
+    top_k: int = setting(0, "tokens", "draw from the k likeliest; 0 = off", ge=0)
+    top_p: float = setting(1.0, "share", "draw from the likeliest mass p; 1 = off", gt=0, le=1)
+    max_prompt_tokens: int = setting(..., "tokens", "longest prompt", ge=1)
+    max_response_tokens: int = setting(..., "tokens", "longest response", ge=1)
+    slots: int = setting(..., "sequences", "sequences decoded at once", ge=1)
+
+
+@section
+class Reward:
+    """How completions are judged."""
+
+    workers: int = setting(1, "processes", "grading processes", ge=1)
+    timeout_s: float = setting(5.0, "seconds", "time allowed per answer", gt=0)
+    overlong_buffer: int = setting(0, "tokens", "length of the overlong ramp; 0 = off", ge=0)
+    overlong_factor: float = setting(1.0, "reward", "penalty at the end of the ramp", ge=0)
+
+
+@section
+class Objective:
+    """What is maximised. A factory's own arguments are a section of its name."""
+
+    name: str = setting(..., "", "loss rule, one of the objective factories")
+    penalties: tuple[str, ...] = setting((), "", "objective factories chained behind the rule")
+    advantage: str = setting("group_zscore", "", "one of the advantage factories")
+    aggregate: str = setting("sequence_mean", "", "one of the aggregate factories")
+    entropy_bonus: float = setting(0.0, "per nat", "weight of the entropy bonus", ge=0)
+
+
+@section
+class Optim:
+    """AdamW."""
+
+    learning_rate: float = setting(..., "", "learning rate after the warm-up", gt=0)
+    warmup_updates: int = setting(0, "updates", "linear learning-rate warm-up", ge=0)
+    b1: float = setting(0.9, "", "decay of the gradient average", ge=0, lt=1)
+    b2: float = setting(0.999, "", "decay of the squared-gradient average", ge=0, lt=1)
+    eps: float = setting(1e-8, "", "added to the root of the squared-gradient average", gt=0)
+    weight_decay: float = setting(0.0, "", "decoupled weight decay", ge=0)
+    clip_norm: float = setting(1.0, "", "largest global gradient norm", gt=0)
+
+
+@section
+class Train:
+    """The sizes of an iteration, always global."""
+
+    iterations: int = setting(..., "iterations", "length of the run", ge=1)
+    prompts_per_step: int = setting(..., "prompts", "prompts sampled per iteration", ge=1)
+    samples_per_prompt: int = setting(..., "samples", "completions per prompt, a group", ge=1)
+    prompts_per_minibatch: int = setting(..., "prompts", "prompts per optimizer update", ge=1)
+    epochs: int = setting(1, "epochs", "passes over an iteration's samples", ge=1)
+    row_tokens: int = setting(..., "tokens", "length of a training row", ge=1)
+    rows_per_microbatch: int = setting(..., "rows", "rows in one forward and backward pass", ge=1)
+    head_chunk: int = setting(1024, "tokens", "tokens per chunk of the output layer", ge=1)
+
+
+@section
+class Evaluate:
+    """Held-out evaluation, always before and after the run."""
+
+    every: int = setting(0, "iterations", "evaluate this often; 0: before and after only", ge=0)
+    prompts: int = setting(128, "prompts", "held-out prompts", ge=1)
+    samples: int = setting(16, "samples", "completions per prompt: the k of avg@k", ge=1)
+    seed: int = setting(1, "", "seed of the paired sampling keys", ge=0)
+    temperature: float = setting(1.0, "", "sampling temperature in evaluation", gt=0)
+
+
+@section
+class Checkpoint:
+    """Saving the run."""
+
+    every: int = setting(10, "iterations", "save this often", ge=1)
+    keep: int = setting(2, "checkpoints", "newest checkpoints kept", ge=1)
+
+
+@section
+class Metrics:
+    """What is recorded."""
+
+    tensorboard: bool = setting(True, "", "write TensorBoard event files too")
+    profile_iterations: tuple[int, ...] = setting((), "iterations", "iterations to profile")
+    transcripts: int = setting(8, "samples", "completions written out per iteration", ge=0)
+
+
+@section
+class Runtime:
+    """The device mesh, one size per axis; -1 = all devices left over."""
+
+    data: int = setting(-1, "devices", "replicas of the batch axis", ge=-1)
+    fsdp: int = setting(1, "devices", "shards of parameters and batch", ge=-1)
+    tensor: int = setting(1, "devices", "shards of heads and features", ge=-1)
+    compilation_cache: str | None = setting(
+        "~/.cache/aspo_jax/xla", "path", "compiled programs; None = off"
+    )
+
+
+SECTIONS: dict[str, type[Any]] = {
+    cls.__name__: cls
+    for cls in (
+        *(Run, Data, Countdown, Model, WarmStart, Sampler, Reward, Objective),
+        *(Optim, Train, Evaluate, Checkpoint, Metrics, Runtime),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All settings of a run. ``name`` is the config file's stem, not part of its identity."""
+
+    run: Run
+    data: Data
+    countdown: Countdown
+    model: Model
+    warm_start: WarmStart
+    sampler: Sampler
+    reward: Reward
+    objective: Objective
+    optim: Optim
+    train: Train
+    evaluate: Evaluate
+    checkpoint: Checkpoint
+    metrics: Metrics
+    runtime: Runtime
+    factories: Mapping[str, Mapping[str, Any]]  # factory -> the keyword arguments that were set
+    name: str = dataclasses.field(compare=False)
+
+    @property
+    def run_folder(self) -> str:
+        """Where the run is kept."""
+        default = f"runs/{self.name}-{self.objective.name}-seed{self.run.seed}"
+        return self.run.folder or default
+
+    def bindings(self) -> dict[str, Any]:
+        """Every setting by its gin name, in a fixed order."""
+        values = {}
+        for name in SECTIONS:
+            values |= {
+                f"{name}.{field}": value
+                for field, value in vars(getattr(self, attribute(name))).items()
+                if not field.startswith("__")
+            }
+        for name in sorted(self.factories):
+            values |= {f"{name}.{key}": v for key, v in sorted(self.factories[name].items())}
+        return values
+
+    def text(self) -> str:
+        """The resolved config as gin text; `parse_config` reads it back to an equal Config."""
+        lines, previous = [], ""
+        for key, value in self.bindings().items():
+            current = key.partition(".")[0]
+            if previous and current != previous:
+                lines.append("")
+            lines.append(f"{key} = {value!r}")
+            previous = current
+        return "\n".join(lines) + "\n"
+
+    def diff(self, old: str) -> str:
+        """What changed since the config text ``old``; empty if nothing."""
+        return diff_text(old, self.text())
+
+    def derived(self) -> list[tuple[str, str]]:
+        """The start-up table: what the sizes amount to."""
+        train, sampler, evaluate = self.train, self.sampler, self.evaluate
+        group = train.samples_per_prompt
+        minibatches = train.prompts_per_step // train.prompts_per_minibatch
+        updates = minibatches * train.epochs
+        every = f"every {evaluate.every} iterations" if evaluate.every else "before and after"
+        rule = " + ".join((self.objective.name, *self.objective.penalties))
+        return [
+            ("prompts", self._prompts()),
+            ("policy", self._policy()),
+            ("objective", f"{rule}, {self.objective.advantage}, {self.objective.aggregate}"),
+            ("iterations", f"{train.iterations:,} ({train.iterations * updates:,} updates)"),
+            (
+                "sequences per step",
+                f"{train.prompts_per_step:,} prompts x {group} samples"
+                f" = {train.prompts_per_step * group:,}",
+            ),
+            ("updates per step", f"{minibatches} minibatches x {train.epochs} epochs = {updates}"),
+            (
+                "sequences per update",
+                f"{train.prompts_per_minibatch:,} prompts x {group} samples"
+                f" = {train.prompts_per_minibatch * group:,}",
+            ),
+            (
+                "sampling",
+                f"{sampler.slots:,} at once, prompt <= {sampler.max_prompt_tokens:,}"
+                f" + response <= {sampler.max_response_tokens:,} tokens",
+            ),
+            (
+                "micro-batch",
+                f"{train.rows_per_microbatch:,} rows x {train.row_tokens:,} tokens"
+                f" = {train.rows_per_microbatch * train.row_tokens:,}",
+            ),
+            (
+                "evaluation",
+                f"{evaluate.prompts:,} prompts x {evaluate.samples} samples"
+                f" = {evaluate.prompts * evaluate.samples:,}, {every}",
+            ),
+            (
+                "checkpoints",
+                f"every {self.checkpoint.every} iterations, newest {self.checkpoint.keep} kept",
+            ),
+        ]
+
+    def _prompts(self) -> str:
+        if self.data.kind == "jsonl":
+            return str(self.data.train_path)
+        puzzle = self.countdown
+        operations = " ".join(puzzle.operations)
+        return f"Countdown, {puzzle.numbers} numbers {puzzle.low}-{puzzle.high}, {operations}"
+
+    def _policy(self) -> str:
+        if self.model.path:
+            return self.model.path
+        m = self.model
+        return (
+            f"new Qwen2: width {m.hidden_size}, {m.layers} layers, {m.heads}/{m.kv_heads} heads,"
+            f" SwiGLU {m.intermediate_size}, warm-started to avg@k {self.warm_start.target}"
+        )
+
+
+def attribute(name: str) -> str:
+    """WarmStart -> warm_start."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+
+
+def fields(name: str) -> dict[str, Any]:
+    return typing.cast(Any, SECTIONS[name]).__pydantic_fields__

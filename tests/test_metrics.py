@@ -1,0 +1,100 @@
+"""The log: late, strict about names, and whole after a crash."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from aspo_jax.metrics import METRICS, Log, metrics_page, profile, read_metrics
+
+A, B = "rollout/reward_mean", "update/clip_share"
+DOCS = Path(__file__).parents[1] / "docs" / "metrics.md"
+
+
+def test_page_is_the_one_in_docs():
+    assert DOCS.read_text() == metrics_page(), "run: python -m aspo_jax.metrics > docs/metrics.md"
+
+
+def test_every_metric_is_defined_and_on_the_page():
+    page = metrics_page()
+    for name, info in METRICS.items():
+        assert info.definition and f"| `{name}` |" in page
+
+
+def test_values_are_fetched_one_iteration_late(tmp_path):
+    log = Log(tmp_path, tensorboard=False)
+    path = tmp_path / "metrics.jsonl"
+    log.write(0, {A: jnp.float32(0.5)})
+    assert read_metrics(path) == [] and log.latest == {}
+    log.write(0, {B: 0.25})
+    assert read_metrics(path) == []
+    log.write(1, {A: 0.75})
+    assert read_metrics(path) == [{"iteration": 0, A: 0.5, B: 0.25}]
+    assert log.latest == {A: 0.5, B: 0.25}
+    log.flush()
+    assert log.latest == {A: 0.75}
+    log.close()
+    log.close()
+    assert [row["iteration"] for row in read_metrics(path)] == [0, 1]
+
+
+def test_unknown_names_and_steps_back_are_refused(tmp_path):
+    log = Log(tmp_path, tensorboard=False)
+    with pytest.raises(
+        ValueError, match=r"unknown metric 'update/clip_shar' .*update/clip_share\?"
+    ):
+        log.write(0, {"update/clip_shar": 1.0})
+    log.write(3, {A: 1.0})
+    with pytest.raises(ValueError, match="iteration 2 after iteration 3"):
+        log.write(2, {A: 1.0})
+    log.flush()
+    with pytest.raises(ValueError, match="iteration 3 after iteration 4"):
+        log.write(3, {A: 1.0})
+    log.close()
+
+
+def test_not_finite_is_null(tmp_path):
+    log = Log(tmp_path)
+    log.write(0, {A: jnp.float32(jnp.nan), B: math.inf})
+    log.close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"iteration": 0, A: None, B: None}]
+    assert math.isnan(log.latest[A])
+
+
+def test_resume_drops_what_will_be_written_again(tmp_path):
+    log = Log(tmp_path)
+    for i in range(4):
+        log.write(i, {A: i / 10})
+    log.close()
+    path = tmp_path / "metrics.jsonl"
+    with path.open("a") as file:
+        file.write('{"iteration": 4, "rollout/rew')  # torn by a crash
+    assert len(read_metrics(path)) == 4
+    log = Log(tmp_path, start_iteration=2)
+    assert [row["iteration"] for row in read_metrics(path)] == [0, 1]
+    log.write(2, {A: 0.9})
+    log.close()
+    assert read_metrics(path)[-1] == {"iteration": 2, A: 0.9}
+    assert [row["iteration"] for row in read_metrics(path)] == [0, 1, 2]
+    assert list((tmp_path / "tensorboard").glob("events*"))
+    assert [p.name for p in tmp_path.iterdir() if p.suffix == ".tmp"] == []
+
+
+def test_damage_is_named_by_file_and_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"iteration": 0}) + "\nnot json\n")
+    with pytest.raises(ValueError, match=r"metrics.jsonl:2: not JSON"):
+        read_metrics(path)
+    path.write_text('{"step": 0}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl:1: expected an object with a whole"):
+        Log(tmp_path, tensorboard=False)
+
+
+def test_profile_only_the_chosen_iterations(tmp_path):
+    with profile(1, (2,), tmp_path / "profile"):
+        pass
+    assert not (tmp_path / "profile").exists()
