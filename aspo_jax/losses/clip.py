@@ -1,0 +1,76 @@
+"""The two devices that ratio-control rules are built from: a gate, and a cap."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from aspo_jax.losses.objective import LOG_RATIO_LIMIT
+
+# A hair inside the clamp: exp is not the same to the last bit on every backend.
+_CLAMPED_RATIO = math.exp(LOG_RATIO_LIMIT - 1e-3)
+
+CapName = Literal["soft", "hard", "none"]
+
+
+def is_inside(ratio_BT: Array, advantage_BT: Array, low: float, high: float) -> Array:
+    """The PPO gate, ``[B, T]``: False where the ratio has already left the clip range in the
+    direction in which the advantage pushes it.
+
+        A > 0:  r <= high          A < 0:  r >= low
+
+    A token on a bound keeps its gradient. PPO, arXiv 1707.06347 Eq. 7; ASPO, arXiv 2510.06062
+    Prop. 4.1.
+    """
+    return jnp.where(advantage_BT > 0, ratio_BT <= high, ratio_BT >= low)
+
+
+def ratio_weight(ratio_BT: Array) -> Array:
+    """The ratio as a weight, ``[B, T]``: 0 where the +-20 nats clamp has made it a constant.
+
+    A clamped ratio has no gradient; its value as a weight would be 5e8 on a negative token.
+    """
+    is_free_BT = (ratio_BT > 1 / _CLAMPED_RATIO) & (ratio_BT < _CLAMPED_RATIO)
+    return jnp.where(is_free_BT, ratio_BT, 0)
+
+
+class Capped(NamedTuple):
+    """A capped ratio-like factor x: the weight it gives, and its value in the published loss."""
+
+    weight_BT: Array
+    value_BT: Array
+
+
+def soft_cap(x_BT: Array, logp_BT: Array, cap: float) -> Capped:
+    """Beyond the cap the gradient stays, with the cap as its weight (value: ``cap log pi``)."""
+    return Capped(jnp.minimum(x_BT, cap), jnp.where(x_BT > cap, cap * logp_BT, x_BT))
+
+
+def hard_cap(x_BT: Array, logp_BT: Array, cap: float) -> Capped:
+    """Beyond the cap the gradient is zero. Dual-clip PPO, arXiv 1912.09729."""
+    return Capped(jnp.where(x_BT > cap, 0, x_BT), jnp.minimum(x_BT, cap))
+
+
+def no_cap(x_BT: Array, logp_BT: Array, cap: float) -> Capped:
+    """x as it is."""
+    return Capped(ratio_weight(x_BT), x_BT)
+
+
+CAPS: Mapping[str, Callable[[Array, Array, float], Capped]] = {
+    "soft": soft_cap,
+    "hard": hard_cap,
+    "none": no_cap,
+}
+
+
+def pick_by_sign(advantage_BT: Array, positive: Capped, negative: Capped) -> Capped:
+    """``positive`` where A > 0, ``negative`` elsewhere."""
+    is_positive_BT = advantage_BT > 0
+    return Capped(
+        jnp.where(is_positive_BT, positive.weight_BT, negative.weight_BT),
+        jnp.where(is_positive_BT, positive.value_BT, negative.value_BT),
+    )

@@ -1,0 +1,36 @@
+"""GSPO: one importance ratio per sequence."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from aspo_jax.losses.clip import is_inside
+from aspo_jax.losses.objective import Objective, log_ratio, require_non_negative, weight_only
+from aspo_jax.losses.segment import segment_mean
+
+
+def gspo(clip_low: float = 3e-4, clip_high: float = 4e-4) -> Objective:
+    """Group sequence policy optimization, in its token form; goes with ``sequence_mean``.
+
+        s = exp(mean_t log r_t) over the response
+        A > 0:  w = s  if s <= 1 + clip_high  else 0
+        A < 0:  w = s  if s >= 1 - clip_low   else 0
+
+    Published surrogate: ``max(-A s, -A clip(s, 1 - clip_low, 1 + clip_high))``. With one advantage
+    per sequence this is the gradient of the true sequence ratio; with per-token advantages it is
+    GSPO-token.
+    Source: arXiv 2507.18071 Eqs. 5 and 7.
+    """
+    require_non_negative("gspo", clip_low=clip_low, clip_high=clip_high)
+    low, high = 1 - clip_low, 1 + clip_high
+
+    def coefficient(tokens, state, sums):
+        advantage_BT = tokens.advantage_BT
+        ratio_BT = jnp.exp(segment_mean(log_ratio(tokens), tokens))
+        is_kept_BT = is_inside(ratio_BT, advantage_BT, low, high)
+        clipped_BT = jnp.where(
+            advantage_BT > 0, jnp.minimum(ratio_BT, high), jnp.maximum(ratio_BT, low)
+        )
+        return weight_only(jnp.where(is_kept_BT, ratio_BT, 0), -advantage_BT * clipped_BT)
+
+    return Objective(coefficient)

@@ -1,0 +1,140 @@
+"""KL to the frozen reference policy, as a bias to chain behind a rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from aspo_jax.losses.aspo import is_low_entropy
+from aspo_jax.losses.objective import (
+    LOG_RATIO_LIMIT,
+    Coefficient,
+    Objective,
+    Predicate,
+    accurate,
+    choose,
+    require,
+    require_non_negative,
+)
+from aspo_jax.losses.report import mean_over
+from aspo_jax.structs import Tokens
+
+EstimatorName = Literal["k1", "abs", "k2", "k3"]
+
+
+class Estimate(NamedTuple):
+    """A per-token KL estimate in nats, and its derivative with respect to log pi."""
+
+    kl_BT: Array
+    slope_BT: Array
+
+
+def k1(gap_BT: Array, clamp: float) -> Estimate:
+    """``-d``, unbiased, of either sign. Here and below d = log pi_ref - log pi."""
+    return Estimate(-gap_BT, jnp.ones_like(gap_BT))
+
+
+def absolute(gap_BT: Array, clamp: float) -> Estimate:
+    """``|d|``."""
+    return Estimate(jnp.abs(gap_BT), -jnp.sign(gap_BT))
+
+
+def k2(gap_BT: Array, clamp: float) -> Estimate:
+    """``d^2 / 2``."""
+    return Estimate(jnp.square(gap_BT) / 2, -gap_BT)
+
+
+def k3(gap_BT: Array, clamp: float) -> Estimate:
+    """``exp(d) - d - 1``, with d clamped to +-20 and the value to +-clamp.
+
+    Beyond a clamp the slope is exactly 0: at clamp 10 a token that lost more than 2.61 nats
+    against the reference is not pulled back. DeepSeekMath, arXiv 2402.03300 Eq. 4.
+    """
+    d_BT = jnp.clip(gap_BT, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    kl_BT = jnp.expm1(d_BT) - d_BT
+    is_free_BT = (jnp.abs(gap_BT) <= LOG_RATIO_LIMIT) & (jnp.abs(kl_BT) <= clamp)
+    return Estimate(jnp.clip(kl_BT, -clamp, clamp), jnp.where(is_free_BT, -jnp.expm1(d_BT), 0))
+
+
+ESTIMATORS: Mapping[str, Callable[[Array, float], Estimate]] = {
+    "k1": k1,
+    "abs": absolute,
+    "k2": k2,
+    "k3": k3,
+}
+
+
+class SplitCounts(NamedTuple):
+    """Response tokens of the mini-batch, and those of them that the penalty is restricted to."""
+
+    tokens: Array
+    selected: Array
+
+
+def kl_penalty(
+    beta: float = 1e-3,
+    estimator: EstimatorName = "k3",
+    clamp: float = 10.0,
+    where: Predicate | None = None,
+    metric: str = "ref_kl",
+) -> Objective:
+    """``beta KL(pi || pi_ref)`` added to the loss.
+
+        w = 1        b = -d(beta kl)/d log pi        surrogate: beta kl
+
+    estimator: "k1", "abs", "k2" or "k3" (Schulman, "Approximating KL divergence", 2020).
+    clamp: largest k3 value, zero gradient beyond; ``float("inf")`` for none.
+    where: restrict the penalty to the tokens of a predicate, averaged over *those* tokens: the
+        factor ``tokens / selected tokens`` of the mini-batch is put into b. Exact under
+        ``token_mean``; under other aggregates the factor is the same and the mean is theirs.
+    metric: name under which the mean KL (nats, over the penalised tokens) is reported; two
+        penalties in one chain need two names.
+    Needs ``ref_logp_BT``. Source: arXiv 2510.06062 Eq. 1 and App. B (k3, 1e-3).
+    """
+    require_non_negative("kl_penalty", beta=beta, clamp=clamp)
+    estimate = choose(ESTIMATORS, estimator, "kl_penalty.estimator")
+
+    def is_penalised(tokens: Tokens) -> Array:
+        if where is None:
+            return tokens.is_response_BT
+        return tokens.is_response_BT & where(tokens)
+
+    def prepare(tokens, state):
+        return SplitCounts(
+            tokens.is_response_BT.sum().astype(jnp.float32),
+            is_penalised(tokens).sum().astype(jnp.float32),
+        )
+
+    def coefficient(tokens, state, sums):
+        ref_logp_BT = accurate(require(tokens, "ref_logp_BT", "kl_penalty"))
+        kl_BT, slope_BT = estimate(ref_logp_BT - accurate(tokens.logp_BT), clamp)
+        is_penalised_BT = is_penalised(tokens)
+        scale = jnp.asarray(beta, kl_BT.dtype)
+        if sums is not None:
+            scale = scale * sums.tokens.astype(scale.dtype)
+            scale = scale / jnp.maximum(sums.selected, 1).astype(scale.dtype)
+        scale_BT = jnp.where(is_penalised_BT, scale, 0)
+        return Coefficient(
+            weight_BT=jnp.ones_like(kl_BT),
+            bias_BT=-scale_BT * slope_BT,
+            metrics={metric: mean_over(kl_BT, is_penalised_BT)},
+            surrogate_BT=scale_BT * kl_BT,
+        )
+
+    return Objective(coefficient, prepare=None if where is None else prepare)
+
+
+def low_entropy_kl(
+    beta: float = 1e-3,
+    quantile: float = 0.8,
+    estimator: EstimatorName = "k3",
+    clamp: float = 10.0,
+) -> Objective:
+    """`kl_penalty` on low-entropy tokens only, over their own count; needs ``entropy_BT`` too.
+
+    The split KL that the authors' released scripts imply (their scale for the other tokens is 0).
+    """
+    return kl_penalty(beta, estimator, clamp, where=is_low_entropy(quantile))

@@ -1,0 +1,313 @@
+"""The one noun: a token coefficient. Every policy objective here has the gradient
+
+    grad L = - sum_t a_t c_t grad log pi(y_t)        c_t = w_t A_t + b_t
+
+    w  weight     multiplies the advantage: importance ratio, gate, flip, cap
+    b  bias       does not see the advantage: KL to a reference, a trust-region pull
+    a  aggregate  how tokens are averaged, from counts of the whole optimizer mini-batch
+
+with a, b, w constants of the differentiation. An `Objective` is to policy gradients what
+``optax.GradientTransformation`` is to gradients: a named tuple of pure functions, made by a
+factory that closes over its hyper-parameters, composed with `chain` and `select`.
+
+    objective = chain(aspo(clip_low=0.2, clip_high=0.2, cap=3.0), kl_penalty(beta=1e-3))
+    loss, aux = policy_loss(objective, tokens, aggregate=sequence_mean)
+
+A rule needs no ``stop_gradient`` and no care for padding: `policy_loss` hands it constants, with
+zeros at masked tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from aspo_jax.losses.aggregate import Aggregate, Totals, count_totals, token_mean
+from aspo_jax.losses.report import surrogate_metric, weight_metrics
+from aspo_jax.structs import Metric, Metrics, Tokens, merge_metrics
+
+LOG_RATIO_LIMIT = 20.0  # exp(20) is finite in every dtype used, and far outside every clip range
+
+INTEGER_FIELDS = ("sequence_id_BT", "position_BT", "group_id_BT")
+
+Value = TypeVar("Value")
+Predicate = Callable[[Tokens], Array]  # tokens -> boolean [B, T]
+
+
+class Coefficient(NamedTuple):
+    """What a rule says about each token, ``[B, T]``.
+
+    weight_BT: w, multiplies the advantage.
+    bias_BT: b, added to w A.
+    metrics: the rule's own metrics.
+    surrogate_BT: value of the published per-token loss, for reports only; None: not reported.
+    """
+
+    weight_BT: Array
+    bias_BT: Array
+    metrics: Metrics
+    surrogate_BT: Array | None = None
+
+
+class Objective(NamedTuple):
+    """A policy objective.
+
+    coefficient: ``(tokens, state, sums) -> Coefficient``.
+    prepare: ``(tokens, state) -> sums``, additive statistics over the whole mini-batch; None when
+        the rule has no use for any, and then no pass over the data is made.
+    init: ``() -> state``, for rules with a state.
+    update: ``(state, sums) -> state``, once per optimizer update, never on a skipped one.
+    """
+
+    coefficient: Callable[[Tokens, Any, Any], Coefficient]
+    prepare: Callable[[Tokens, Any], Any] | None = None
+    init: Callable[[], Any] | None = None
+    update: Callable[[Any, Any], Any] | None = None
+
+
+# --- what rules share -------------------------------------------------------------------------
+
+
+class MissingField(ValueError):
+    """A rule needs a field of the tokens that is None."""
+
+    def __init__(self, rule: str, field: str):
+        super().__init__(f"{rule} needs Tokens.{field}, which is None; compute it and pass it in")
+        self.field = field
+
+
+def require(tokens: Tokens, field: str, rule: str) -> Array:
+    """A field that a rule cannot do without; a ValueError names both when it is None."""
+    value = getattr(tokens, field)
+    if value is None:
+        raise MissingField(rule, field)
+    return value
+
+
+def choose(table: Mapping[str, Value], name: str, field: str) -> Value:
+    """Look a named variant up; ValueError names the field, what was found and what is known."""
+    if name not in table:
+        raise ValueError(f"{field} = {name!r}; expected one of {sorted(table)}")
+    return table[name]
+
+
+def require_non_negative(rule: str, **values: float) -> None:
+    """Raise a ValueError naming the first hyper-parameter that is negative or NaN."""
+    for name, value in values.items():
+        if not value >= 0:
+            raise ValueError(f"{rule}.{name} = {value}; expected a number >= 0")
+
+
+def accurate(x: Array) -> Array:
+    """x in the precision of all coefficients: at least float32."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def log_ratio(tokens: Tokens) -> Array:
+    """``log pi_theta - log pi_old``, clamped to +-20 nats; ``[B, T]``."""
+    difference_BT = accurate(tokens.logp_BT) - accurate(tokens.old_logp_BT)
+    return jnp.clip(difference_BT, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+
+
+def weight_only(weight_BT: Array, surrogate_BT: Array, **metrics: Metric) -> Coefficient:
+    """The coefficient of a rule without a bias."""
+    return Coefficient(weight_BT, jnp.zeros_like(weight_BT), metrics, surrogate_BT)
+
+
+def response_only(tokens: Tokens) -> Tokens:
+    """Zeros wherever the policy did not choose the token; floating fields at least float32.
+
+    Masked slots may hold anything, NaN included, and ``0 * NaN`` is NaN: blanking the inputs,
+    not the outputs, is what makes their influence and their gradient exactly zero.
+    """
+
+    def blank(x_BT: Array) -> Array:
+        if not jnp.issubdtype(x_BT.dtype, jnp.floating):
+            return x_BT
+        return jnp.where(tokens.is_response_BT, accurate(x_BT), 0)
+
+    return jax.tree.map(blank, tokens)
+
+
+def reads(objective: Objective, field: str) -> bool:
+    """Whether the objective cannot do without a field of `Tokens`, e.g. ``"ref_logp_BT"``."""
+    one = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    fields = {f.name: one for f in dataclasses.fields(Tokens)} | {
+        "is_response_BT": jax.ShapeDtypeStruct((1, 1), jnp.bool_),
+        **{name: jax.ShapeDtypeStruct((1, 1), jnp.int32) for name in INTEGER_FIELDS},
+    }
+
+    def value(tokens: Tokens) -> Array:
+        return policy_loss(objective, tokens, aggregate=token_mean)[0]
+
+    try:
+        jax.eval_shape(value, Tokens(**{**fields, field: None}))
+    except MissingField as missing:
+        return missing.field == field
+    return False
+
+
+# --- combinators ------------------------------------------------------------------------------
+
+
+def _part(values: Any, index: int) -> Any:
+    """One part's share of a combined state or sums; nothing when no part has any."""
+    return values[index] if values else values
+
+
+def _combine(
+    parts: tuple[Objective, ...], coefficient: Callable[[Tokens, Any, Any], Coefficient]
+) -> Objective:
+    """Objective over several parts whose states and sums are tuples, one entry per part."""
+
+    def prepare(tokens, state):
+        return tuple(
+            part.prepare(tokens, _part(state, i)) if part.prepare else None
+            for i, part in enumerate(parts)
+        )
+
+    def init():
+        return tuple(part.init() if part.init else () for part in parts)
+
+    def update(state, sums):
+        return tuple(
+            part.update(_part(state, i), _part(sums, i)) if part.update else _part(state, i)
+            for i, part in enumerate(parts)
+        )
+
+    return Objective(
+        coefficient,
+        prepare if any(part.prepare for part in parts) else None,
+        init if any(part.init for part in parts) else None,
+        update if any(part.update for part in parts) else None,
+    )
+
+
+def _join_metrics(metrics: list[Metrics]) -> dict[str, Metric]:
+    """Union of the metrics; a name used twice is a ValueError that names it."""
+    joined: dict[str, Metric] = {}
+    for part in metrics:
+        for name, metric in part.items():
+            if name in joined:
+                raise ValueError(f"metric {name!r} is emitted twice; rename it in one of the rules")
+            joined[name] = metric
+    return joined
+
+
+def chain(*objectives: Objective) -> Objective:
+    """Several rules at once: weights multiply, biases and surrogates add.
+
+        w = prod_k w_k        b = sum_k b_k
+
+    States and sums are tuples, one entry per rule. The surrogate is None if a rule's is.
+    Raises ValueError for an empty chain, and when two rules emit a metric of one name.
+    """
+    if not objectives:
+        raise ValueError("chain() needs at least one objective")
+
+    def coefficient(tokens, state, sums):
+        parts = [
+            rule.coefficient(tokens, _part(state, i), _part(sums, i))
+            for i, rule in enumerate(objectives)
+        ]
+        weight_BT, bias_BT, _, surrogate_BT = parts[0]
+        for part in parts[1:]:
+            weight_BT = weight_BT * part.weight_BT
+            bias_BT = bias_BT + part.bias_BT
+            surrogate_BT = _both(jnp.add, surrogate_BT, part.surrogate_BT)
+        metrics = _join_metrics([part.metrics for part in parts])
+        return Coefficient(weight_BT, bias_BT, metrics, surrogate_BT)
+
+    return _combine(objectives, coefficient)
+
+
+def select(predicate: Predicate, a: Objective, b: Objective) -> Objective:
+    """Choose per token: rule a where the predicate of the tokens is True, rule b elsewhere.
+
+    Each rule sees the whole sequences (a sequence-level ratio is not cut in two), but its metrics
+    speak of its own tokens; a metric that both emit is merged. State and sums are pairs.
+    """
+
+    def coefficient(tokens, state, sums):
+        is_a_BT = predicate(tokens)
+
+        def own_metrics(i: int, rule: Objective, is_own_BT: Array) -> Metrics:
+            own = dataclasses.replace(tokens, is_response_BT=tokens.is_response_BT & is_own_BT)
+            return rule.coefficient(own, _part(state, i), _part(sums, i)).metrics
+
+        of_a = a.coefficient(tokens, _part(state, 0), _part(sums, 0))
+        of_b = b.coefficient(tokens, _part(state, 1), _part(sums, 1))
+        metrics_a, metrics_b = own_metrics(0, a, is_a_BT), own_metrics(1, b, ~is_a_BT)
+        common = {name: metric for name, metric in metrics_a.items() if name in metrics_b}
+
+        def pick(a_BT: Array, b_BT: Array) -> Array:
+            return jnp.where(is_a_BT, a_BT, b_BT)
+
+        return Coefficient(
+            pick(of_a.weight_BT, of_b.weight_BT),
+            pick(of_a.bias_BT, of_b.bias_BT),
+            {**metrics_a, **metrics_b, **merge_metrics(common, metrics_b)},
+            _both(pick, of_a.surrogate_BT, of_b.surrogate_BT),
+        )
+
+    return _combine((a, b), coefficient)
+
+
+def _both(
+    function: Callable[[Array, Array], Array], x: Array | None, y: Array | None
+) -> Array | None:
+    return None if x is None or y is None else function(x, y)
+
+
+# --- the loss ---------------------------------------------------------------------------------
+
+
+def policy_loss(
+    objective: Objective,
+    tokens: Tokens,
+    *,
+    aggregate: Aggregate,
+    totals: Totals | None = None,
+    state: Any = (),
+    sums: Any = None,
+) -> tuple[Array, dict[str, Metric]]:
+    """The policy loss and its metrics.
+
+        L = - sum_t a_t sg(w_t A_t + b_t) log pi(y_t)
+
+    Only the gradient of L means something; the value of the published loss is the metric
+    ``surrogate``. `report` lists the metrics that every rule gets.
+
+    tokens: fields ``[B, T]``; masked tokens may hold anything and change nothing.
+    totals: counts of the whole mini-batch (`count_totals`); parts of it then return summands
+        that add up to its loss. None: these tokens are the whole mini-batch.
+    state: the objective's state; ``()`` means a fresh one.
+    sums: what ``objective.prepare`` gathered over the whole mini-batch (parts add up). None: it is
+        gathered from these tokens, which is right only if they are the whole mini-batch.
+
+    Returns ``(loss, aux)``: a scalar, at least float32, and ``{name: Mean | Max | Histogram}``.
+    Raises ValueError when a rule needs a field that is None.
+    """
+    tokens = response_only(tokens)
+    constants = jax.tree.map(jax.lax.stop_gradient, tokens)
+    totals = count_totals(constants) if totals is None else totals
+    if objective.init is not None and isinstance(state, tuple) and not state:
+        state = objective.init()
+    if objective.prepare is not None and sums is None:
+        sums = objective.prepare(constants, state)
+
+    rule = objective.coefficient(constants, state, sums)
+    a_BT = aggregate(constants, totals)
+    c_BT = rule.weight_BT * constants.advantage_BT + rule.bias_BT
+    c_BT = jnp.where(constants.is_response_BT, c_BT, 0)
+    loss = -jnp.sum(jax.lax.stop_gradient(a_BT * c_BT) * tokens.logp_BT)
+
+    common = weight_metrics(rule.weight_BT, constants, log_ratio(constants))
+    if rule.surrogate_BT is not None:
+        common["surrogate"] = surrogate_metric(rule.surrogate_BT, a_BT, constants, totals.tokens)
+    return loss, _join_metrics([common, rule.metrics])

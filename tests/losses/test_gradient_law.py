@@ -1,0 +1,366 @@
+"""grad L = - sum a c grad log pi equals autodiff of the published surrogate, for every rule.
+
+The surrogates below are written as their papers write them, with min, max, clip and
+stop_gradient, and share no line with the library.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from loss_cases import at_ratio, loss_and_grad, random_tokens, token_sum, weight
+
+from aspo_jax.losses import (
+    OBJECTIVES,
+    archer2,
+    aspo,
+    chain,
+    cispo,
+    dapo,
+    entropy_bonus,
+    grpo,
+    grpo_without_is,
+    gspo,
+    is_low_entropy,
+    kl_penalty,
+    low_entropy_kl,
+    policy_loss,
+    positive_response_mean,
+    ppo_clip,
+    reinforce,
+    select,
+    sequence_mean,
+    token_mean,
+)
+
+sg = jax.lax.stop_gradient
+
+
+def ratio_of(logp, t):
+    return jnp.exp(jnp.clip(logp - t.old_logp_BT, -20, 20))
+
+
+def row_mean(x, t):
+    n = t.is_response_BT.sum(-1, keepdims=True)
+    return jnp.where(t.is_response_BT, x, 0).sum(-1, keepdims=True) / n
+
+
+def ppo(low=0.2, high=0.2, cap=None):
+    def surrogate(logp, t):
+        r, adv = ratio_of(logp, t), t.advantage_BT
+        value = jnp.maximum(-adv * r, -adv * jnp.clip(r, 1 - low, 1 + high))
+        if cap is None:
+            return value
+        return jnp.where(adv < 0, jnp.minimum(-adv * cap, value), value)
+
+    return surrogate
+
+
+def ppo_soft(logp, t):
+    r, adv = ratio_of(logp, t), t.advantage_BT
+    return jnp.where((adv < 0) & (r > 3), -adv * 3 * logp, ppo()(logp, t))
+
+
+def aspo_surrogate(low=0.2, high=0.2, positive="soft", negative="soft", cap=3.0):
+    def surrogate(logp, t):
+        r, adv = ratio_of(logp, t), t.advantage_BT
+        p = jnp.minimum(r, 1 + high)
+        flipped = p / sg(p) / sg(p)
+        up = -adv * flipped
+        down = -adv * jnp.maximum(r, 1 - low)
+        beyond = {"soft": -adv * cap * logp, "hard": -adv * cap}
+        if positive != "none":
+            up = jnp.where(1 / p > cap, beyond[positive], up)
+        if negative != "none":
+            down = jnp.where(jnp.maximum(r, 1 - low) > cap, beyond[negative], down)
+        return jnp.where(adv > 0, up, down)
+
+    return surrogate
+
+
+def archer2_surrogate(logp, t):
+    is_low = np.zeros(logp.shape, bool)
+    for b, mask in enumerate(np.asarray(t.is_response_BT)):
+        entropy = np.asarray(t.entropy_BT[b], np.float64)
+        is_low[b] = entropy <= np.quantile(entropy[mask], 0.8)
+    wide, narrow = aspo_surrogate(0.4, 0.4)(logp, t), aspo_surrogate()(logp, t)
+    return jnp.where(is_low, narrow, wide)
+
+
+def gated_log(logp, t):
+    r, adv = ratio_of(logp, t), t.advantage_BT
+    is_open = jnp.where(adv > 0, r <= 1.2, r >= 0.8)
+    return -adv * is_open * logp
+
+
+def response_mean(gate):
+    def surrogate(logp, t):
+        r, adv = ratio_of(logp, t), t.advantage_BT
+        mean = sg(jnp.broadcast_to(row_mean(r, t), r.shape))
+        seen = mean if gate == "response" else r
+        shared = jnp.where(seen <= 1.2, mean * jnp.exp(logp - sg(logp)), 1.2)
+        return jnp.where(adv > 0, -adv * shared, -adv * jnp.maximum(r, 0.8))
+
+    return surrogate
+
+
+def cispo_surrogate(low, high):
+    def surrogate(logp, t):
+        return -sg(jnp.clip(ratio_of(logp, t), low, high)) * t.advantage_BT * logp
+
+    return surrogate
+
+
+def gspo_surrogate(logp, t):
+    """The true sequence ratio, differentiated through the mean."""
+    s = jnp.exp(row_mean(jnp.clip(logp - t.old_logp_BT, -20, 20), t))
+    s = jnp.broadcast_to(s, logp.shape)
+    adv = t.advantage_BT
+    return jnp.maximum(-adv * s, -adv * jnp.clip(s, 1 - 3e-2, 1 + 4e-2))
+
+
+def with_kl(logp, t):
+    d = jnp.clip(t.ref_logp_BT - logp, -20, 20)
+    return aspo_surrogate()(logp, t) + 0.1 * jnp.clip(jnp.exp(d) - d - 1, -10, 10)
+
+
+LAWS = {
+    "ppo_clip": (ppo_clip(), ppo()),
+    "ppo_clip_hard": (ppo_clip(dual_clip="hard"), ppo(cap=3.0)),
+    "ppo_clip_soft": (ppo_clip(dual_clip="soft"), ppo_soft),
+    "grpo": (grpo(0.1, 0.3), ppo(0.1, 0.3)),
+    "dapo": (dapo(), ppo(0.2, 0.28, 10.0)),
+    "grpo_without_is": (grpo_without_is(), gated_log),
+    "reinforce": (reinforce(), lambda logp, t: -t.advantage_BT * logp),
+    "positive_response_mean": (positive_response_mean(), response_mean("token")),
+    "positive_response_mean_gate": (
+        positive_response_mean(gate="response"),
+        response_mean("response"),
+    ),
+    "aspo": (aspo(), aspo_surrogate()),
+    "aspo_hard": (
+        aspo(positive_cap="hard", negative_cap="hard"),
+        aspo_surrogate(positive="hard", negative="hard"),
+    ),
+    "aspo_none": (
+        aspo(positive_cap="none", negative_cap="none"),
+        aspo_surrogate(positive="none", negative="none"),
+    ),
+    "archer2": (archer2(), archer2_surrogate),
+    "cispo": (cispo(0.5, 2.0), cispo_surrogate(0.5, 2.0)),
+    "gspo": (gspo(3e-2, 4e-2), gspo_surrogate),
+    "kl_penalty": (chain(aspo(), kl_penalty(0.1)), with_kl),
+}
+
+
+def test_every_objective_has_a_law():
+    # low_entropy_kl has a denominator of its own: its law is the golden split-KL total.
+    assert set(OBJECTIVES) - set(LAWS) == {"low_entropy_kl"}
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_gradient_law(name):
+    objective, surrogate = LAWS[name]
+    is_sequence_rule = name == "gspo"
+    # Up to log-ratios beyond the clamp; GSPO's weight is the sequence's, whatever the tokens' are.
+    spreads = [0.05, 0.5, 3.0] if is_sequence_rule else [0.05, 0.5, 3.0, 15.0]
+    with jax.enable_x64(True):
+        for seed, spread in enumerate(spreads):
+            tokens = random_tokens(
+                seed, spread=spread, per_token=not is_sequence_rule, dtype=np.float64
+            )
+
+            def published(logp, tokens=tokens):
+                values = surrogate(logp, tokens)
+                return jnp.where(tokens.is_response_BT, values, 0).sum()
+
+            value, expected = jax.value_and_grad(published)(tokens.logp_BT)
+            (_, aux), grad = loss_and_grad(objective, tokens, token_sum)
+            np.testing.assert_allclose(grad, expected, rtol=1e-9, atol=1e-12)
+            np.testing.assert_allclose(aux["surrogate"].total, value, rtol=1e-9)
+
+
+def test_a_positive_token_below_ratio_one_is_pushed_up():
+    tokens = at_ratio(np.log([0.5, 0.9, 0.1]), 1.0)
+    _, grad = loss_and_grad(aspo(), tokens, token_mean)
+    assert (np.asarray(grad) < 0).all()
+    plain = jax.grad(lambda logp: (-1 / ratio_of(logp, tokens)).sum())(tokens.logp_BT)
+    assert (np.asarray(plain) > 0).all()  # without the stop-gradient the update changes its sign
+
+
+def test_the_weight_of_aspo_falls_with_r_for_right_tokens_and_rises_for_wrong_ones():
+    log_ratio = np.linspace(np.log(0.81), np.log(1.19), 50)
+    assert (np.diff(weight(aspo(), at_ratio(log_ratio, 1.0))[:, 0]) < 0).all()
+    assert (np.diff(weight(aspo(), at_ratio(log_ratio, -1.0))[:, 0]) > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("rule", "ratio", "advantage", "expected"),
+    [
+        (aspo(), 1 / 9, 1, 3.0),  # the paper's example: pi_old 0.9 -> pi 0.1
+        (grpo(), 1 / 9, 1, 1 / 9),
+        (aspo(), 1.1, 1, 1 / 1.1),
+        (aspo(), 1.19, 1, 1 / 1.19),
+        (aspo(), 1.21, 1, 0.0),
+        (aspo(), 0.34, 1, 1 / 0.34),
+        (aspo(), 0.33, 1, 3.0),
+        (aspo(), 0.79, -1, 0.0),
+        (aspo(), 0.81, -1, 0.81),
+        (aspo(), 1.3, -1, 1.3),
+        (aspo(), 2.9, -1, 2.9),
+        (aspo(), 3.1, -1, 3.0),
+        (aspo(negative_cap="hard"), 3.1, -1, 0.0),
+        (aspo(positive_cap="hard"), 0.33, 1, 0.0),
+        (aspo(positive_cap="none"), 0.01, 1, 100.0),
+        (ppo_clip(), 1.21, 1, 0.0),
+        (ppo_clip(), 1.19, 1, 1.19),
+        (ppo_clip(), 0.5, 1, 0.5),
+        (ppo_clip(), 5.0, -1, 5.0),
+        (ppo_clip(dual_clip="hard"), 2.9, -1, 2.9),
+        (ppo_clip(dual_clip="hard"), 3.1, -1, 0.0),
+        (ppo_clip(dual_clip="soft"), 3.1, -1, 3.0),
+        (dapo(), 1.27, 1, 1.27),
+        (dapo(), 1.29, 1, 0.0),
+        (dapo(), 9.9, -1, 9.9),
+        (dapo(), 10.1, -1, 0.0),
+        (cispo(0.5, 2.0), 0.4, 1, 0.5),
+        (cispo(0.5, 2.0), 2.1, -1, 2.0),
+        (cispo(0.5, 2.0), 1.9, 1, 1.9),
+        (gspo(), np.exp(3e-4), 1, np.exp(3e-4)),
+        (gspo(), np.exp(5e-4), 1, 0.0),
+        (gspo(), np.exp(-2e-4), -1, np.exp(-2e-4)),
+        (gspo(), np.exp(-4e-4), -1, 0.0),
+        (grpo_without_is(), 1.19, 1, 1.0),
+        (grpo_without_is(), 1.21, 1, 0.0),
+        (reinforce(), 50.0, 1, 1.0),
+    ],
+)
+def test_weight_on_both_sides_of_every_bound(rule, ratio, advantage, expected):
+    found = weight(rule, at_ratio(np.log([ratio]), float(advantage)))
+    np.testing.assert_allclose(found, [[expected]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+@pytest.mark.parametrize("factory", [aspo, ppo_clip, grpo_without_is])
+def test_a_token_on_the_bound_keeps_its_gradient(factory, advantage):
+    tokens = at_ratio(np.array([0.25 if advantage > 0 else -0.25]), advantage)
+    ratio = float(jnp.exp(tokens.logp_BT)[0, 0])
+    bound = {"clip_high" if advantage > 0 else "clip_low": abs(ratio - 1)}
+    assert weight(factory(**bound), tokens)[0, 0] > 0
+
+
+def test_a_ratio_equal_to_the_dual_cap_keeps_its_gradient():
+    tokens = at_ratio(np.array([1.0]), -1.0)
+    cap = float(jnp.exp(tokens.logp_BT)[0, 0])
+    assert weight(ppo_clip(dual_cap=cap, dual_clip="hard"), tokens)[0, 0] > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", LAWS)
+def test_extreme_log_ratios_are_finite(name, dtype):
+    log_ratio = np.repeat([25.0, -25.0, 1e3, -1e3], 2)
+    tokens = at_ratio(log_ratio, np.tile([1.0, -1.0], 4), getattr(jnp, dtype))
+    result = loss_and_grad(LAWS[name][0], tokens, token_mean)
+    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(result))
+    assert result[0][0].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_soft_caps_keep_their_gradient_beyond_the_clamp(advantage):
+    tokens = at_ratio(np.array([-1e3 * advantage]), advantage)
+    _, grad = loss_and_grad(aspo(), tokens, token_mean)
+    np.testing.assert_allclose(grad, [[-3.0 * advantage]])
+
+
+def test_at_ratio_one_all_rules_have_one_gradient():
+    tokens = random_tokens(5)
+    tokens = dataclasses.replace(tokens, old_logp_BT=tokens.logp_BT)
+    _, expected = loss_and_grad(reinforce(), tokens, sequence_mean)
+    rules = [aspo(), archer2(), grpo(), dapo(), cispo(), gspo(), positive_response_mean()]
+    for rule in rules:
+        np.testing.assert_array_equal(loss_and_grad(rule, tokens, sequence_mean)[1], expected)
+
+
+def test_tokens_without_a_signal_have_no_gradient_and_no_share_in_clipping():
+    tokens = at_ratio(np.array([5.0, -5.0, 0.0]), 0.0)
+    (loss, aux), grad = loss_and_grad(aspo(), tokens, token_mean)
+    assert loss == 0 and not np.any(grad)
+    assert aux["clip_share"].count == 0
+
+
+def test_a_differentiated_response_mean_would_change_nothing():
+    """The trap that positive_response_mean documents: r itself comes back."""
+    tokens = random_tokens(3)
+
+    def sum_of_means(logp):
+        r = ratio_of(logp, tokens)
+        return jnp.where(tokens.is_response_BT, row_mean(r, tokens), 0).sum()
+
+    grad = jax.grad(sum_of_means)(tokens.logp_BT)
+    r = jnp.where(tokens.is_response_BT, ratio_of(tokens.logp_BT, tokens), 0)
+    np.testing.assert_allclose(grad, r, rtol=1e-5)
+
+
+def test_clamped_kl_pulls_nothing_back():
+    tokens = at_ratio(np.array([-2.6, -2.62, 10.9, 11.1]), 0.0)
+    bias = np.asarray(kl_penalty(1.0).coefficient(tokens, (), None).bias_BT)[:, 0]
+    assert bias[0] > 0 and bias[2] < 0  # towards the reference, from both sides
+    assert bias[1] == 0 and bias[3] == 0
+    unclamped = kl_penalty(1.0, clamp=float("inf")).coefficient(tokens, (), None).bias_BT
+    assert (np.asarray(unclamped) != 0).all()
+
+
+def test_entropy_bonus_is_the_aggregate_of_the_entropy():
+    tokens = random_tokens(1)
+    spoilt_BT = jnp.where(tokens.is_response_BT, 1.0, jnp.nan)
+
+    def loss(entropy_BT):
+        own = dataclasses.replace(tokens, entropy_BT=entropy_BT)
+        return entropy_bonus(own, scale=0.5, aggregate=token_mean)[0]
+
+    grad = jax.grad(loss)(spoilt_BT)
+    np.testing.assert_allclose(
+        grad, np.where(tokens.is_response_BT, -0.5 / tokens.is_response_BT.sum(), 0), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("objective", "field", "rule"),
+    [
+        (kl_penalty(), "ref_logp_BT", "kl_penalty"),
+        (low_entropy_kl(), "entropy_BT", "is_low_entropy"),
+        (archer2(), "entropy_BT", "is_low_entropy"),
+        (select(is_low_entropy(), aspo(), grpo()), "entropy_BT", "is_low_entropy"),
+    ],
+)
+def test_a_missing_field_is_named(objective, field, rule):
+    tokens = dataclasses.replace(random_tokens(0), **{field: None})
+    with pytest.raises(ValueError, match=rf"{rule} needs Tokens\.{field}"):
+        policy_loss(objective, tokens, aggregate=token_mean)
+    with pytest.raises(ValueError, match="entropy_bonus needs Tokens.entropy_BT"):
+        own = dataclasses.replace(tokens, entropy_BT=None)
+        entropy_bonus(own, scale=1.0, aggregate=token_mean)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            lambda: OBJECTIVES["aspo"](positive_cap="stiff"),
+            r"aspo.positive_cap = 'stiff'",
+        ),
+        (lambda: aspo(clip_low=-0.1), r"aspo.clip_low = -0.1; expected a number >= 0"),
+        (lambda: OBJECTIVES["kl_penalty"](estimator="k4"), r"kl_penalty.estimator = 'k4'"),
+        (lambda: cispo(2.0, 1.0), r"cispo.ratio_min = 2.0, cispo.ratio_max = 1.0"),
+        (lambda: is_low_entropy(80), r"is_low_entropy.quantile = 80"),
+        (
+            lambda: OBJECTIVES["positive_response_mean"](gate="row"),
+            "gate = 'row'; expected one of",
+        ),
+    ],
+)
+def test_wrong_hyper_parameters_are_named(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
