@@ -1,0 +1,279 @@
+"""The update: a pure, jitted `train_step(state, minibatch) -> (state, report)`.
+
+The gradient of a mini-batch is accumulated over its micro-batches with denominators counted over
+the whole mini-batch, so it does not depend on how the rows were split, packed or placed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from aspo_jax.head import Head, logp_and_entropy
+from aspo_jax.losses import Aggregate, Objective, Totals, count_totals, entropy_bonus, policy_loss
+from aspo_jax.model import Model, batch_sharding, shardings
+from aspo_jax.structs import (
+    Max,
+    Mean,
+    Metrics,
+    Minibatch,
+    OldPolicy,
+    Rows,
+    Tokens,
+    TrainState,
+    empty_metrics,
+    merge_metrics,
+)
+
+
+class Goal(NamedTuple):
+    """What an update maximises: the policy objective, its aggregation, and the entropy term."""
+
+    objective: Objective
+    aggregate: Aggregate
+    entropy_bonus: float = 0.0
+
+
+class Learner(NamedTuple):
+    """The jitted functions of the update.
+
+    init: params -> TrainState. Takes ownership of the arrays.
+    old_policy: (params, ref_params or None, minibatch) -> OldPolicy of the minibatch's rows.
+    step: (state, minibatch) -> (state, report). Donates the state.
+    place: minibatch on the host -> on the devices, rows over the data axes.
+    """
+
+    init: Callable[[Any], TrainState]
+    old_policy: Callable[[Any, Any, Minibatch], OldPolicy]
+    step: Callable[[TrainState, Minibatch], tuple[TrainState, Metrics]]
+    place: Callable[[Minibatch], Minibatch]
+
+
+def warmup_schedule(learning_rate: float, warmup_updates: int) -> optax.Schedule:
+    """A rate that climbs linearly over ``warmup_updates``, the first update included, and stays."""
+
+    def rate(step):
+        return learning_rate * jnp.minimum(1.0, (step + 1) / max(warmup_updates, 1))
+
+    return rate
+
+
+def clipped_adamw(
+    rate: optax.Schedule,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    clip_norm: float,
+) -> optax.GradientTransformation:
+    """AdamW behind a clip of the global gradient norm."""
+    adamw = optax.adamw(rate, b1=betas[0], b2=betas[1], eps=eps, weight_decay=weight_decay)
+    return optax.chain(optax.clip_by_global_norm(clip_norm), adamw)
+
+
+def build_learner(
+    model: Model,
+    head: Head,
+    goal: Goal,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+) -> Learner:
+    """Jit the update for a mesh; shardings are the model's and the batch's, none is guessed."""
+    weights = shardings(mesh, model.partition_specs())
+    replicated = NamedSharding(mesh, PartitionSpec())
+    rows = batch_sharding(mesh, leading=1)
+
+    def place(minibatch: Minibatch) -> Minibatch:
+        def put(x):
+            return jax.device_put(x, rows if jnp.ndim(x) == 3 else replicated)
+
+        return jax.tree.map(put, minibatch)
+
+    def init(params) -> TrainState:
+        objective_state = goal.objective.init() if goal.objective.init else ()
+        return TrainState(params, optimizer.init(params), objective_state, jnp.zeros((), jnp.int32))
+
+    abstract = jax.eval_shape(init, jax.eval_shape(model.init, jax.random.key(0)))
+    state_shardings = _state_shardings(abstract, weights, replicated)
+    step = make_train_step(model, head, goal, optimizer)
+    return Learner(
+        init=jax.jit(init, out_shardings=state_shardings),
+        old_policy=jax.jit(make_old_policy(model, head), out_shardings=rows),
+        step=jax.jit(
+            step,
+            donate_argnums=0,
+            in_shardings=(state_shardings, None),
+            out_shardings=(state_shardings, replicated),
+        ),
+        place=place,
+    )
+
+
+def _state_shardings(abstract: TrainState, weights: Any, replicated: NamedSharding) -> TrainState:
+    """Optimizer moments lie as their parameters do; everything else is on every device."""
+    structure = jax.tree.structure(weights)
+
+    def is_params_like(node) -> bool:
+        return jax.tree.structure(node) == structure
+
+    def of(node):
+        return weights if is_params_like(node) else jax.tree.map(lambda _: replicated, node)
+
+    return jax.tree.map(of, abstract, is_leaf=is_params_like)
+
+
+def _microbatch(tree: Any, m: Array) -> Any:
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, m, keepdims=False), tree)
+
+
+def make_old_policy(model: Model, head: Head):
+    """(params, ref_params, minibatch) -> OldPolicy, by micro-batches as the update does."""
+
+    def old_policy(params, ref_params, minibatch: Minibatch) -> OldPolicy:
+        def of_microbatch(m, old: OldPolicy) -> OldPolicy:
+            rows = _microbatch(minibatch.rows, m)
+            logp_BT, entropy_BT = forward(model, head, params, rows)
+            ref_BT = None if ref_params is None else forward(model, head, ref_params, rows)[0]
+            part = OldPolicy(logp_BT, entropy_BT, ref_BT)
+            return jax.tree.map(
+                lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, m, 0), old, part
+            )
+
+        zeros_MBT = jnp.zeros(minibatch.rows.target_BT.shape, jnp.float32)
+        empty = OldPolicy(zeros_MBT, zeros_MBT, None if ref_params is None else zeros_MBT)
+        return jax.lax.fori_loop(0, minibatch.count, of_microbatch, empty)
+
+    return old_policy
+
+
+def forward(model: Model, head: Head, params: Any, rows: Rows) -> tuple[Array, Array]:
+    """Log-probability and entropy of every predicted token of the rows, [B, T] each."""
+    hidden_BTD, _ = model.apply(params, rows.input_BT, rows.position_BT, rows.sequence_id_BT)
+    return logp_and_entropy(head, model.unembedding(params), hidden_BTD, rows.target_BT)
+
+
+def _tokens(rows: Rows, old: OldPolicy, logp_BT: Array, entropy_BT: Array) -> Tokens:
+    return Tokens(
+        logp_BT=logp_BT,
+        old_logp_BT=old.old_logp_BT,
+        advantage_BT=rows.advantage_BT,
+        is_response_BT=rows.is_response_BT,
+        sequence_id_BT=rows.sequence_id_BT,
+        position_BT=rows.response_position_BT,
+        group_id_BT=rows.group_id_BT,
+        entropy_BT=entropy_BT,
+        old_entropy_BT=old.old_entropy_BT,
+        sampler_logp_BT=rows.sampler_logp_BT,
+        ref_logp_BT=old.ref_logp_BT,
+    )
+
+
+def make_train_step(
+    model: Model, head: Head, goal: Goal, optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, Minibatch], tuple[TrainState, dict]]:
+    """The pure update. A non-finite gradient or an empty mini-batch leaves the state unchanged."""
+    objective, prepare = goal.objective, goal.objective.prepare
+
+    def loss(params, rows: Rows, old: OldPolicy, totals: Totals, objective_state, sums):
+        logp_BT, entropy_BT = forward(model, head, params, rows)
+        tokens = _tokens(rows, old, logp_BT, entropy_BT)
+        value, metrics = policy_loss(
+            objective,
+            dataclasses.replace(tokens, entropy_BT=jax.lax.stop_gradient(entropy_BT)),
+            aggregate=goal.aggregate,
+            totals=totals,
+            state=objective_state,
+            sums=sums,
+        )
+        if goal.entropy_bonus:
+            value += entropy_bonus(
+                tokens, scale=goal.entropy_bonus, aggregate=goal.aggregate, totals=totals
+            )[0]
+        return value, {**metrics, **_token_metrics(tokens)}
+
+    def gather(state: TrainState, minibatch: Minibatch):
+        """Additive statistics of the whole mini-batch, for the rules that couple its tokens."""
+
+        def of_microbatch(m):
+            rows, old = _microbatch((minibatch.rows, minibatch.old), m)
+            tokens = _tokens(rows, old, *forward(model, head, state.params, rows))
+            return prepare(tokens, state.objective_state) if prepare else None
+
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_microbatch, 0)
+        )
+        return jax.lax.fori_loop(
+            0,
+            minibatch.count,
+            lambda m, sums: jax.tree.map(jnp.add, sums, of_microbatch(m)),
+            zeros,
+        )
+
+    def train_step(state: TrainState, minibatch: Minibatch):
+        totals = count_totals(minibatch.rows)
+        sums = gather(state, minibatch) if prepare else None
+
+        def of_microbatch(m):
+            rows, old = _microbatch((minibatch.rows, minibatch.old), m)
+            return jax.grad(loss, has_aux=True)(
+                state.params, rows, old, totals, state.objective_state, sums
+            )
+
+        def add(m, carry):
+            grads, metrics = of_microbatch(m)
+            return jax.tree.map(jnp.add, carry[0], grads), merge_metrics(carry[1], metrics)
+
+        grad_shapes, metric_shapes = jax.eval_shape(of_microbatch, 0)
+        nothing = (
+            jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), grad_shapes),
+            empty_metrics(metric_shapes),
+        )
+        grads, metrics = jax.lax.fori_loop(0, minibatch.count, add, nothing)
+        norm = optax.tree.norm(grads)
+        is_empty, is_finite = totals.tokens == 0, jnp.isfinite(norm)
+        new_state = jax.lax.cond(
+            is_finite & ~is_empty,
+            lambda: _apply(state, grads, sums),
+            lambda: state,
+        )
+        one = jnp.ones(())
+        report = metrics | {
+            "grad_norm": Mean(jnp.where(is_finite, norm, 0.0), one * is_finite),
+            "skipped_nonfinite": Mean(one * ~is_finite, one),
+            "skipped_empty": Mean(one * is_empty, one),
+        }
+        return new_state, report
+
+    def _apply(state: TrainState, grads, sums) -> TrainState:
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        objective_state = state.objective_state
+        if objective.update:
+            objective_state = objective.update(objective_state, sums)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(params, opt_state, objective_state, state.step + 1)
+
+    return train_step
+
+
+def _token_metrics(tokens: Tokens) -> Metrics:
+    is_response = tokens.is_response_BT
+    count = jnp.sum(is_response, dtype=jnp.float32)
+    gap_BT = jnp.abs(tokens.old_logp_BT - jnp.asarray(tokens.sampler_logp_BT))
+    gap_BT = jnp.where(is_response, gap_BT, 0.0)
+
+    def mean(x_BT):
+        return Mean(jnp.sum(jnp.where(is_response, x_BT, 0.0)), count)
+
+    return {
+        "entropy": mean(tokens.entropy_BT),
+        "old_entropy": mean(tokens.old_entropy_BT),
+        "sampler_gap_mean": mean(gap_BT),
+        "sampler_gap_max": Max(jnp.max(gap_BT)),
+    }
