@@ -72,13 +72,13 @@ class Console:
             force_terminal=is_terminal, file=file, highlight=False, soft_wrap=True
         )
         self.is_terminal = self._console.is_terminal
-        self._samples = "k"
+        self._samples, self._total = "k", 0
         self._evaluated: dict[str, float] = {}
         self._lines = 0
 
     def title(self, config: Config) -> None:
         """What will run, where, and what its sizes amount to."""
-        self._samples = str(config.evaluate.samples)
+        self._samples, self._total = str(config.evaluate.samples), config.train.iterations
         if self.is_terminal:
             self._console.print()
             self._console.print(
@@ -123,11 +123,11 @@ class Console:
         with progress:
             yield Bar(progress, progress.add_task(name, total=total, figures=""))
 
-    def iteration(self, iteration: int, total: int, metrics: Mapping[str, float]) -> None:
+    def iteration(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """One line; the held-out scores are those of the latest evaluation."""
         if not self.is_terminal:
             self._plain(
-                iteration=iteration, of=total, **{k: f"{v:.6g}" for k, v in metrics.items()}
+                iteration=iteration, of=self._total, **{k: f"{v:.6g}" for k, v in metrics.items()}
             )
             return
         self._evaluated |= {k: v for k, v in metrics.items() if k.startswith("evaluate/")}
@@ -135,7 +135,7 @@ class Console:
         if self._lines % 20 == 0:
             labels = "".join(f"{column:>{width}}" for column, width in self._header())
             self._console.print(Text(f"{'':>8}{labels}", "dim"))
-        line = Text.assemble((f"{iteration:>4}/{total:<3}", "bold"))
+        line = Text.assemble((f"{iteration:>4}/{self._total:<3}", "bold"))
         for column, (_, width) in zip(_COLUMNS, self._header(), strict=True):
             value = column.form.format(shown[column.metric]) if column.metric in shown else "-"
             is_old = column.metric not in metrics

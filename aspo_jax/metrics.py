@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from aspo_jax.config.gin import nearest
 from aspo_jax.losses import WEIGHT_BIN_EDGES, histogram_quantile
 from aspo_jax.structs import Histogram, Max, Mean, Metric
-
 
 WEIGHT_QUANTILES = (10, 50, 90)  # percent
 
@@ -282,7 +282,7 @@ def _scalars(values: Mapping[str, Any]) -> dict[str, float]:
             scalars[name] = float(value.value)
         elif isinstance(value, Histogram):
             for q in WEIGHT_QUANTILES:
-                quantile = histogram_quantile(value.counts, WEIGHT_BIN_EDGES, q / 100)
+                quantile = histogram_quantile(np.asarray(value.counts), WEIGHT_BIN_EDGES, q / 100)
                 scalars[f"{name}_q{q}"] = quantile
         else:
             scalars[name] = float(value)

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, dataclass_transform
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 
@@ -66,7 +67,7 @@ def merge_metrics(a: Metrics, b: Metrics) -> dict[str, Metric]:
     """Combine the metrics of two disjoint parts of a batch (same names on both sides)."""
 
     def merge(x: Metric, y: Metric) -> Metric:
-        if isinstance(x, Max):
+        if isinstance(x, Max) and isinstance(y, Max):
             return Max(jnp.maximum(x.value, y.value))
         return jax.tree.map(jnp.add, x, y)
 
@@ -138,7 +139,10 @@ class Tokens:
 
 @struct
 class Rows:
-    """Token rows of fixed shape, ready for the model; leading axes may be added (micro-batches)."""
+    """Token rows of fixed shape, ready for the model; leading axes may be added (micro-batches).
+
+    Made on the host as NumPy arrays, placed on the devices as they are.
+    """
 
     input_BT: Array
     target_BT: Array
@@ -162,13 +166,13 @@ class OldPolicy:
 
 @struct
 class Minibatch:
-    """One optimizer update's data: M micro-batches of B rows, of which the first ``count`` are real.
+    """One update's data: M micro-batches of B rows, of which the first ``count`` are real.
 
     ``count`` is traced: dropped groups cost no compute, yet every update has one compiled shape.
     """
 
     rows: Rows  # leaves [M, B, T]
-    count: Array  # int32 []
+    count: Array | np.integer  # int32 []
     old: OldPolicy | None = None  # leaves [M, B, T]
 
 

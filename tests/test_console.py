@@ -35,8 +35,8 @@ def _everything(is_terminal: bool) -> str:
     with console.phase("sample", 4, "sequences") as bar:
         bar.advance(2, reward=0.5)
         bar.advance(2)
-    console.iteration(1, 80, METRICS)
-    console.iteration(2, 80, {"rollout/reward_mean": 0.4})
+    console.iteration(1, METRICS)
+    console.iteration(2, {"rollout/reward_mean": 0.4})
     console.note("it's [bold]plain[/bold]\nand long " + "word " * 60)
     console.final(
         {"evaluate/avg": 0.3}, {"evaluate/avg": 0.7}, {"metrics": "a b/c"}, "run --set X.y='z'"

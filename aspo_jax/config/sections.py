@@ -84,14 +84,16 @@ class WarmStart:
     """Supervised training on worked examples before a new model meets the reward."""
 
     batch_size: int = setting(64, "examples", "worked examples per step", ge=1)
-    learning_rate: float = setting(4e-3, "", "peak learning rate of AdamW", gt=0)
+    learning_rate: float = setting(
+        5e-3, "", "peak learning rate of AdamW, falling linearly to 0 at max_steps", gt=0
+    )
     warmup_steps: int = setting(20, "steps", "linear learning-rate warm-up", ge=0)
     b2: float = setting(0.98, "", "decay of the squared-gradient average", ge=0, lt=1)
     weight_decay: float = setting(0.01, "", "decoupled weight decay", ge=0)
     clip_norm: float = setting(1.0, "", "largest global gradient norm", gt=0)
     target: float = setting(0.30, "share", "stop at this held-out avg@k", gt=0, le=1)
     eval_every: int = setting(100, "steps", "steps between looks at the target", ge=1)
-    max_steps: int = setting(1200, "steps", "give up after this many steps", ge=1)
+    max_steps: int = setting(1000, "steps", "give up after this many steps", ge=1)
     cache: str = setting("~/.cache/aspo_jax/warm_start", "path", "finished warm starts")
 
 

@@ -18,6 +18,8 @@ import random
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
+from aspo_jax.data.jsonl import DataError
+
 Split = Literal["train", "held_out"]
 
 CHARACTERS = "0123456789+-*=, :>"  # of prompts, answers and the chat template
@@ -46,7 +48,7 @@ class CountdownSpec:
     operations: a subset of ``+-*``.    max_intermediate: the largest result of any step.
 
     Raises:
-        ValueError: an impossible value or combination, by the name of its field.
+        DataError: an impossible value or combination, by the name of its field.
     """
 
     numbers: int = 4
@@ -69,7 +71,7 @@ class CountdownSpec:
 
 def _expect(field: str, found: Any, is_right: bool, expected: str) -> None:
     if not is_right:
-        raise ValueError(f"Countdown.{field} is {found!r}, expected {expected}")
+        raise DataError(f"Countdown.{field} is {found!r}, expected {expected}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +121,7 @@ def _draw_until(
         drawn = _draw(spec, rng)
         if drawn is not None and is_wanted(drawn):
             return drawn
-    raise ValueError(
+    raise DataError(
         f"Countdown: {_MAX_DRAWS} draws gave no problem {which} for {spec}; expected at least one "
         "in that many: widen low..high, raise max_intermediate or allow more operations"
     )
@@ -129,7 +131,7 @@ def problem(spec: CountdownSpec, seed: int, index: int, split: Split) -> Problem
     """Problem ``index`` of a split; the same at every call, on every machine.
 
     Raises:
-        ValueError: the spec is so narrow that the split has no problems.
+        DataError: the spec is so narrow that the split has no problems.
     """
     rng = random.Random(f"countdown {split} {seed} {index}")
     return _draw_until(spec, rng, lambda drawn: split_of(drawn.text) == split, f"in {split!r}")

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from aspo_jax.data.jsonl import DataError
+
 if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerFast
@@ -66,37 +68,37 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a Hugging Face folder.
 
     Raises:
-        FileNotFoundError: no such folder, or one of its files is missing.
-        ValueError: unreadable files, no end-of-sequence token, no chat template.
+        DataError: no such folder, a file of it is missing or unreadable, no end-of-sequence
+            token, no chat template.
     """
     from transformers import PreTrainedTokenizerFast
 
     folder = Path(folder).expanduser()
     if not folder.is_dir():
-        raise FileNotFoundError(
+        raise DataError(
             f"{folder}: no such folder; expected a model folder with tokenizer.json "
             "(set Model.path, or leave it out to build a model)"
         )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(
+            raise DataError(
                 f"{folder}: {name} is missing; expected a tokenizer written by save_pretrained "
                 "(copy the file from where the model came from)"
             )
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exceptions
-        raise ValueError(
+        raise DataError(
             f"{folder}: its tokenizer files cannot be read ({error}); expected a tokenizer "
             "written by save_pretrained (copy the files again from where the model came from)"
         ) from error
     if tokenizer.eos_token_id is None:
-        raise ValueError(
+        raise DataError(
             f"{folder}/tokenizer_config.json: no eos_token, expected one: without it no response "
             'can end itself (add for example "eos_token": "<|im_end|>")'
         )
     if tokenizer.chat_template is None:
-        raise ValueError(
+        raise DataError(
             f"{folder}: no chat template, expected a file chat_template.jinja or the field "
             "chat_template of tokenizer_config.json (copy it from the model's instruct version)"
         )

@@ -8,6 +8,7 @@ import pytest
 
 from aspo_jax.data import (
     CHARACTERS,
+    DataError,
     allowed_ids,
     build_character_tokenizer,
     encode,
@@ -121,9 +122,9 @@ def test_friendly_errors(folder, tmp_path):
         with pytest.raises(error, match=message):
             load_tokenizer(copy)
 
-    broken("broken: no such folder", FileNotFoundError, shutil.rmtree)
+    broken("broken: no such folder", DataError, shutil.rmtree)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        broken(f"{name} is missing", FileNotFoundError, lambda f, n=name: (f / n).unlink())
+        broken(f"{name} is missing", DataError, lambda f, n=name: (f / n).unlink())
     broken("cannot be read", ValueError, lambda f: (f / "tokenizer.json").write_text("{"))
     broken("no eos_token", ValueError, lambda f: edit_config(f, eos_token=None))
     broken("no chat template", ValueError, lambda f: (f / "chat_template.jinja").unlink())

@@ -1,0 +1,60 @@
+"""What a run leaves in its folder beside metrics and checkpoints.
+
+config.gin          the resolved config; a later start with another one is refused
+metrics.jsonl       one line per iteration            tensorboard/  the same as events
+checkpoints/        everything a bitwise resume needs
+initial_model/      the warm-started model            model/        the trained one
+transcripts/        held-out prompts, answers and verdicts at each evaluation
+dynamics.png        the pictures
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from aspo_jax.checkpoint import write_text_atomic
+from aspo_jax.config import Config, ConfigError
+from aspo_jax.metrics import read_metrics
+
+CONFIG = "config.gin"
+
+
+def claim_folder(config: Config) -> Path:
+    """The run folder with its config written into it.
+
+    Raises:
+        ConfigError: the folder holds a run of another config; the message is the difference.
+    """
+    folder = Path(config.run_folder)
+    path = folder / CONFIG
+    if path.exists() and not config.run.accept_changes:
+        changes = config.diff(path.read_text())
+        if changes:
+            raise ConfigError(
+                f"{folder} holds a run with another config:\n{changes}\n"
+                "choose another Run.folder, or continue it under the new config with "
+                "--set Run.accept_changes=True"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(path, config.text())
+    return folder
+
+
+def write_transcripts(folder: Path, iteration: int, samples: Sequence[Mapping[str, Any]]) -> None:
+    """Some answers of an evaluation as JSON lines."""
+    path = folder / "transcripts" / f"iteration_{iteration:06d}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    write_text_atomic(path, "".join(json.dumps(sample) + "\n" for sample in samples))
+
+
+def before_and_after(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
+    """The held-out figures of the first and of the last evaluation."""
+    rows = [
+        {name: value for name, value in row.items() if name.startswith("evaluate/")}
+        for row in read_metrics(folder / "metrics.jsonl")
+        if "evaluate/avg" in row
+    ]
+    return rows[0], rows[-1]
