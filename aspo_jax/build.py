@@ -33,7 +33,7 @@ from aspo_jax.data import (
 )
 from aspo_jax.evaluation import Scores, scores
 from aspo_jax.head import Head
-from aspo_jax.learner import Goal, Learner, build_learner, clipped_adamw, warmup_schedule
+from aspo_jax.learner import Goal, Learner, build_learner, clipped_adamw, learning_rate_schedule
 from aspo_jax.model import (
     Model,
     ModelConfig,
@@ -288,7 +288,11 @@ def build_goal(config: Config) -> Goal:
 def build_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """AdamW of the RL phase and its learning rate."""
     o = config.optim
-    rate = warmup_schedule(o.learning_rate, o.warmup_updates)
+    t = config.train
+    updates = t.iterations * t.epochs * (t.prompts_per_step // t.prompts_per_minibatch)
+    rate = learning_rate_schedule(
+        o.learning_rate, o.warmup_updates, updates if o.schedule == "linear" else None
+    )
     optimizer = clipped_adamw(
         rate,
         betas=(o.b1, o.b2),

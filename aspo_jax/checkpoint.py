@@ -69,6 +69,10 @@ class RunLocked(RuntimeError):
     """Another process is writing this run folder."""
 
 
+class RunFolderError(RuntimeError):
+    """The run folder cannot be made or written."""
+
+
 class Interrupted(BaseException):
     """A stop was requested inside `StopRequest.interruptible`.
 
@@ -500,14 +504,21 @@ def lock_run(folder: epath.PathLike) -> RunLock:
 
     Raises:
       RunLocked: names the host, process and start of the run that holds the folder.
+      RunFolderError: the folder cannot be made or written.
     """
     folder = _absolute(folder)
     if not _is_local(folder):
         _logger.warning("%s is not a local folder: a second writer is not detected", folder)
         return RunLock(None)
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise RunFolderError(
+            f"run folder {folder} cannot be used ({error.strerror}); expected a folder that can be "
+            "made and written, set Run.folder to another one"
+        ) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -56,11 +56,19 @@ class Learner(NamedTuple):
     place: Callable[[Minibatch], Minibatch]
 
 
-def warmup_schedule(learning_rate: float, warmup_updates: int) -> optax.Schedule:
-    """A rate that climbs linearly over ``warmup_updates``, the first update included, and stays."""
+def learning_rate_schedule(
+    peak: float, warmup_updates: int, decay_updates: int | None = None
+) -> optax.Schedule:
+    """Number of updates applied -> rate of the next one.
+
+    The rate climbs linearly over ``warmup_updates``, the first update included, and stays; with
+    ``decay_updates`` it also falls linearly from the first update on, to 0 after that many.
+    """
 
     def rate(step):
-        return learning_rate * jnp.minimum(1.0, (step + 1) / max(warmup_updates, 1))
+        warmup = jnp.minimum(1.0, (step + 1) / max(warmup_updates, 1))
+        left = 1.0 if decay_updates is None else jnp.maximum(0.0, 1.0 - step / decay_updates)
+        return peak * warmup * left
 
     return rate
 
@@ -238,14 +246,14 @@ def make_train_step(
         grads, metrics = jax.lax.fori_loop(0, minibatch.count, add, nothing)
         norm = optax.tree.norm(grads)
         is_empty, is_finite = totals.tokens == 0, jnp.isfinite(norm)
+        one, is_applied = jnp.ones(()), is_finite & ~is_empty
         new_state = jax.lax.cond(
-            is_finite & ~is_empty,
+            is_applied,
             lambda: _apply(state, grads, sums),
             lambda: state,
         )
-        one = jnp.ones(())
         report = metrics | {
-            "grad_norm": Mean(jnp.where(is_finite, norm, 0.0), one * is_finite),
+            "grad_norm": Mean(jnp.where(is_applied, norm, 0.0), one * is_applied),
             "skipped_nonfinite": Mean(one * ~is_finite, one),
             "skipped_empty": Mean(one * is_empty, one),
         }

@@ -68,6 +68,7 @@ _ROLLOUT = {
     ),
     "distinct_answers": Info("texts", "mean number of different response texts in a group"),
     "grader_failures": Info("samples", "samples masked because their grader failed or timed out"),
+    "train_tokens": Info("tokens", "prompt and response tokens in one pass of the updates"),
     "packing_waste": Info("share of tokens", "slots of the training rows that hold no token"),
 }
 

@@ -238,6 +238,7 @@ def _figures(rollout: Rollout, advantage_PG, minibatches, shape: BatchShape) -> 
         "repetition": np.mean([repetition(sample.text) for sample in rollout.samples]),
         "distinct_answers": np.mean([len(set(texts)) for texts in rollout.texts_PG]),
         "grader_failures": (~is_valid_PG).sum(),
+        "train_tokens": used,
         "packing_waste": 1.0 - used / room if room else 0.0,
     }
     return {f"rollout/{name}": float(value) for name, value in figures.items()}

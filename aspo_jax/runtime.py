@@ -47,16 +47,17 @@ def start(*, data: int, fsdp: int, tensor: int, compilation_cache: str | None) -
 def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     """All devices as a (data, fsdp, tensor) mesh; see `start`."""
     sizes, devices = [data, fsdp, tensor], jax.device_count()
+    named = ", ".join(f"{name}={size}" for name, size in zip(MESH_AXES, sizes, strict=True))
     known = int(np.prod([size for size in sizes if size != -1]))
-    sizes = [devices // known if size == -1 else size for size in sizes]
-    if sizes.count(-1) > 1 or int(np.prod(sizes)) != devices:
-        named = ", ".join(f"{name}={size}" for name, size in zip(MESH_AXES, sizes, strict=True))
+    rest = devices // known if known > 0 else 0
+    filled = [rest if size == -1 else size for size in sizes]
+    if sizes.count(-1) > 1 or min(filled) < 1 or int(np.prod(filled)) != devices:
         raise MeshError(
-            f"mesh {named} needs {np.prod(sizes)} devices, found {devices}; set Runtime.data, "
-            "Runtime.fsdp and Runtime.tensor so that they multiply to the number of devices"
+            f"mesh {named} does not fit {devices} device(s); set Runtime.data, Runtime.fsdp and "
+            "Runtime.tensor so that they multiply to that number, at most one of them -1"
         )
     # Auto axes: the compiler places the collectives; make_mesh's default is Explicit.
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
+    return jax.make_mesh(tuple(filled), MESH_AXES, axis_types=(AxisType.Auto,) * len(filled))
 
 
 def _is_cpu_only() -> bool:

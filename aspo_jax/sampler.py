@@ -163,10 +163,8 @@ class BatchSampler:
             yield from self._sample_batch(batch)
 
     def _sample_batch(self, batch: Sequence[tuple[int, Request]]) -> Iterator[Completion]:
-        prompts = self._pad_left(batch)
-        decoding = self._prefill(self._params, *prompts)
-        is_waiting_N = np.zeros(self.limits.slots, bool)
-        is_waiting_N[: len(batch)] = True
+        decoding = self._prefill(self._params, *self._pad_left(batch))
+        is_waiting_N = np.arange(self.limits.slots) < len(batch)
         while is_waiting_N.any():
             decoding = self._decode(self._params, decoding)
             time = int(decoding.time)
@@ -188,7 +186,7 @@ class BatchSampler:
     def _pad_left(self, batch: Sequence[tuple[int, Request]]):
         N, P = self.limits.slots, self.limits.max_prompt_tokens
         token_NP = np.zeros((N, P), np.int32)
-        length_N = np.ones(N, np.int32)  # rows without a request decode a one-token prompt
+        length_N = np.zeros(N, np.int32)  # a row without a request starts out as done
         identity_N4 = np.zeros((N, 4), np.uint32)
         for row, (number, request) in enumerate(batch):
             length = len(request.tokens)
@@ -224,7 +222,7 @@ class _Program:
             key_N=key_N,
             prompt_length_N=length_N,
             token_N=jnp.zeros(N, jnp.int32),
-            is_done_N=jnp.zeros(N, bool),
+            is_done_N=length_N == 0,
             token_NT=jnp.zeros((N, R), jnp.int32),
             logp_NT=jnp.zeros((N, R), jnp.float32),
             time=jnp.zeros((), jnp.int32),

@@ -25,6 +25,7 @@ from aspo_jax.checkpoint import (
     CheckpointError,
     Checkpoints,
     Interrupted,
+    RunFolderError,
     RunLocked,
     StopRequest,
     lock_run,
@@ -41,8 +42,8 @@ from aspo_jax.structs import Minibatch, TrainState, merge_metrics
 from aspo_jax.warmstart import WarmStartError, warm_start
 
 USER_ERRORS = (
-    *(CheckpointError, ConfigError, DataError, ModelFolderError, RunLocked, WarmStartError),
-    runtime.MeshError,
+    *(CheckpointError, ConfigError, DataError, ModelFolderError, RunFolderError, RunLocked),
+    *(WarmStartError, runtime.MeshError),
 )
 
 
@@ -98,7 +99,8 @@ def train(config: Config, console: Console, stop: StopRequest) -> int:
                         minibatches, figures = roll_out(run, state)
                     state, report = update(run, state, minibatches)
                 done, position = i + 1, m.prompts.state()
-                log.write(i, figures | report | run.clock.lap())
+                laps = run.clock.lap()
+                log.write(i, figures | report | laps | speeds(config, figures, laps))
                 bar.advance()
                 if done % config.checkpoint.every == 0 or done == config.train.iterations:
                     save(run, state, done, position)
@@ -165,6 +167,17 @@ def update(
     merged = reduce(_merge, reports)
     rate = m.learning_rate(state.step - 1)
     return state, {f"update/{k}": v for k, v in merged.items()} | {"update/learning_rate": rate}
+
+
+def speeds(config: Config, figures: dict[str, float], laps: dict[str, float]) -> dict[str, float]:
+    """Tokens per second of sampling and of training."""
+    samples = config.train.prompts_per_step * config.train.samples_per_prompt
+    sampled = figures["rollout/response_length"] * samples
+    trained = figures["rollout/train_tokens"] * config.train.epochs
+    return {
+        "speed/sample": sampled / laps["seconds/sample"],
+        "speed/train": trained / laps["seconds/update"],
+    }
 
 
 _merge = jax.jit(merge_metrics)

@@ -29,7 +29,7 @@ from aspo_jax.build import (
 from aspo_jax.config import Config
 from aspo_jax.console import Console
 from aspo_jax.data import CountdownSpec, demonstration, problem, render
-from aspo_jax.learner import Goal, build_learner, clipped_adamw, warmup_schedule
+from aspo_jax.learner import Goal, build_learner, clipped_adamw, learning_rate_schedule
 from aspo_jax.losses import reinforce, token_mean
 from aspo_jax.rollout import BatchShape, Example, fill
 from aspo_jax.structs import Minibatch, OldPolicy
@@ -81,9 +81,8 @@ def _train(config: Config, mesh: Mesh, target_folder: Path, console: Console) ->
     """Train until the held-out score is reached and write the folder."""
     w = config.warm_start
     policy, spec = new_policy(config), countdown_spec(config)
-    warmup = warmup_schedule(w.learning_rate, w.warmup_steps)
     optimizer = clipped_adamw(
-        lambda step: warmup(step) * (1 - step / w.max_steps),
+        learning_rate_schedule(w.learning_rate, w.warmup_steps, w.max_steps),
         betas=(0.9, w.b2),
         eps=1e-8,
         weight_decay=w.weight_decay,

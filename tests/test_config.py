@@ -219,15 +219,15 @@ BAD_FLAGS = [
      " a whole number"),
     (["Train.prompts_per_step=30"], "--set #1: Train.prompts_per_step = 30 must be a multiple of"
      " Train.prompts_per_minibatch = 8; set Train.prompts_per_step to 24 or 32"),
-    (["Train.row_tokens=36"], "--set #1: Train.row_tokens = 36 cannot hold a prompt of 14 and a"
-     " response of 24 tokens; set it to at least 14 + 24 - 1 = 37"),
+    (["Train.row_tokens=34"], "--set #1: Train.row_tokens = 34 cannot hold a prompt of 12 and a"
+     " response of 24 tokens; set it to at least 12 + 24 - 1 = 35"),
     (["Model.kv_heads=3"], "{base}: Model.heads = 4 must be a multiple of Model.kv_heads = 3;"
      " set Model.kv_heads to a divisor of 4"),
     (["Model.hidden_size=60"], "--set #1: Model.hidden_size = 60 must give each of Model.heads = 4"
      " an even width; set Model.hidden_size to a multiple of 8"),
     (["Model.layers=None"], "a new model needs its shape: set Model.layers, or Model.path to a"
      " folder"),
-    (["Run.seed=1", "Data.kind=jsonl"], "--set #2: Data.kind = 'jsonl' needs Data.train_path and"
+    (["Run.seed=1", "Data.kind=jsonl", "Model.path=model"], "--set #2: Data.kind = 'jsonl' needs Data.train_path and"
      " Data.eval_path"),
     (["Countdown.low=12"], "--set #1: Countdown.low = 12 is above Countdown.high = 9; set"
      " Countdown.low to at most 9"),

@@ -105,6 +105,11 @@ def _check_data(config: Config, places: Mapping[str, str]) -> Iterator[str]:
         unset = [f"Data.{n}" for n in ("train_path", "eval_path") if not getattr(config.data, n)]
         if unset:
             yield f"{at('Data.kind', places)}Data.kind = 'jsonl' needs {' and '.join(unset)}"
+        if not config.model.path:
+            yield (
+                f"{at('Data.kind', places)}Data.kind = 'jsonl' needs Model.path: only Countdown has"
+                " worked examples to warm-start a new model on; set it to a model folder"
+            )
         return
     puzzle = config.countdown
     if puzzle.low > puzzle.high:

@@ -136,6 +136,9 @@ class Optim:
 
     learning_rate: float = setting(..., "", "learning rate after the warm-up", gt=0)
     warmup_updates: int = setting(0, "updates", "linear learning-rate warm-up", ge=0)
+    schedule: Literal["constant", "linear"] = setting(
+        "constant", "", "after the warm-up: stay, or fall linearly to 0 at the end of the run"
+    )
     b1: float = setting(0.9, "", "decay of the gradient average", ge=0, lt=1)
     b2: float = setting(0.999, "", "decay of the squared-gradient average", ge=0, lt=1)
     eps: float = setting(1e-8, "", "added to the root of the squared-gradient average", gt=0)

@@ -79,7 +79,10 @@ def read_model_config(folder: str | Path) -> ModelConfig:
             f"{path}: not found; Model.path must be a Hugging Face model folder with config.json, "
             f"{WEIGHTS_FILE} and tokenizer.json"
         )
-    raw = json.loads(path.read_text())
+    try:
+        raw = json.loads(path.read_text())
+    except ValueError as error:
+        raise ModelFolderError(f"{path}: not JSON ({error}); copy the file again") from error
 
     def need(field: str, expected: Any, *, default: Any) -> None:
         found = raw.get(field, default)
@@ -125,7 +128,10 @@ def load_params(folder: str | Path, config: ModelConfig) -> Any:
     """
     path = Path(folder) / WEIGHTS_FILE
     if not path.is_file():
-        raise ModelFolderError(f"{path}: not found; expected the model's weights")
+        raise ModelFolderError(
+            f"{path}: not found; expected the weights in this one file (shards with an index "
+            "are not supported yet: save again with save_pretrained(max_shard_size='100GB'))"
+        )
     table = names_table(config)
     with safe_open(path, framework="numpy") as file:
         _check_names(path, file, table, config)

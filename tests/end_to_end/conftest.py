@@ -1,0 +1,95 @@
+"""One tiny task, one warm start and one finished run for all tests of this folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import pytest
+from toy import toy_mesh
+from trainer_runs import ITERATIONS, Runs
+
+from aspo_jax.build import FACTORIES, Machines, build_machines
+from aspo_jax.config import Config, read_config
+from aspo_jax.config.reading import find_config
+
+TINY = """
+include '{base}'
+
+Countdown.numbers = 2
+Model.hidden_size = 32
+Model.layers = 1
+Model.heads = 2
+Model.kv_heads = 1
+Model.intermediate_size = 64
+WarmStart.learning_rate = 1e-2
+WarmStart.target = 0.15
+WarmStart.eval_every = 20
+WarmStart.max_steps = 400
+WarmStart.cache = '{cache}/warm_start'
+Runtime.compilation_cache = '{programs}'
+Sampler.slots = 16
+Sampler.max_prompt_tokens = 8
+Sampler.max_response_tokens = 8
+Objective.penalties = ('kl_penalty',)
+kl_penalty.beta = 1e-2
+Train.iterations = {iterations}
+Train.prompts_per_step = 4
+Train.samples_per_prompt = 4
+Train.prompts_per_minibatch = 2
+Train.epochs = 2
+Train.row_tokens = 16
+Train.rows_per_microbatch = 4
+Evaluate.every = 2
+Evaluate.prompts = 16
+Evaluate.samples = 4
+Checkpoint.every = 2
+Metrics.tensorboard = False
+"""
+
+
+class Finished(NamedTuple):
+    """A run that nothing disturbed."""
+
+    folder: Path
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory) -> Runs:
+    cache = tmp_path_factory.mktemp("end_to_end")
+    settings: Any = jax.config  # processes share the programs of the test session
+    text = TINY.format(
+        base=find_config("countdown_quick"),
+        cache=cache,
+        programs=settings.jax_compilation_cache_dir,
+        iterations=ITERATIONS,
+    )
+    (cache / "tiny.gin").write_text(text)
+    return Runs(cache / "tiny.gin")
+
+
+@pytest.fixture(scope="session")
+def finished(runs: Runs, tmp_path_factory) -> Finished:
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    return Finished(folder, *runs.run(folder))
+
+
+@pytest.fixture(scope="session")
+def config(runs: Runs) -> Config:
+    return read_config(["--config", str(runs.config)], FACTORIES)
+
+
+@pytest.fixture(scope="session")
+def machines(config: Config, finished: Finished):
+    """The machines of a run that starts from the exported model."""
+    made: Machines = build_machines(config, finished.folder / "model", toy_mesh())
+    with made.scorer:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def abstract_state(machines: Machines):
+    return jax.eval_shape(machines.learner.init, machines.params)

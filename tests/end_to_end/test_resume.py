@@ -1,0 +1,106 @@
+"""A run that was killed, stopped or damaged ends as the one that nothing disturbed, bit for bit.
+
+With a KL penalty, so that the reference policy must be the initial one and not the resumed one.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+from toy import bits
+from trainer_runs import ITERATIONS, TRAP, last_checkpoint, metrics, scalars, transcripts
+
+from aspo_jax.checkpoint import EXIT_SAVED
+from aspo_jax.metrics import read_metrics
+
+
+@pytest.fixture
+def assert_same_run(finished, abstract_state):
+    expected = last_checkpoint(finished.folder, abstract_state)
+
+    def check(folder) -> None:
+        found = last_checkpoint(folder, abstract_state)
+        assert found.step == expected.step == ITERATIONS
+        assert bits(found.state) == bits(expected.state)
+        assert found.meta["data_position"] == expected.meta["data_position"]
+        assert metrics(folder) == metrics(finished.folder)
+        assert transcripts(folder) == transcripts(finished.folder)
+
+    return check
+
+
+def test_two_runs_are_equal_and_compile_nothing_after_the_second_iteration(
+    runs, assert_same_run, tmp_path, request
+):
+    program = (str(request.path.with_name("count_compiles.py")),)
+    out, _ = runs.run(tmp_path / "run", program=program)
+    assert_same_run(tmp_path / "run")
+    compiled = json.loads(out.splitlines()[-1])
+    assert len(compiled["after_updates"]) == ITERATIONS
+    assert compiled["after_updates"][0] > 10, "the listener heard nothing"
+    assert compiled["after_updates"][1] == compiled["at_the_end"]
+
+
+def test_killed_at_any_moment(runs, assert_same_run, tmp_path):
+    folder, log = tmp_path / "run", ("Metrics.tensorboard=True",)
+
+    def killed(trap: str) -> None:
+        runs.run(folder, *log, program=(*TRAP, f"{trap}:SIGKILL"), expect=-signal.SIGKILL)
+
+    killed("aspo_jax.checkpoint:Checkpoints._finish:1")  # while Orbax writes step 2
+    assert not list(folder.glob("checkpoints/*/manifest.json"))
+    killed("aspo_jax.checkpoint:_seal:2")  # step 4 is there, its manifest is not
+    assert [path.parent.name for path in folder.glob("checkpoints/*/manifest.json")] == ["2"]
+
+    process, drawn = runs.start(folder, *log), random.Random(0)
+    while process.poll() is None and len(read_metrics(folder / "metrics.jsonl")) < 4:
+        time.sleep(0.01)
+    time.sleep(drawn.uniform(0.0, 0.2))
+    process.kill()  # at any moment of iterations 4 and 5, or just after the end
+    process.communicate()
+
+    runs.run(folder, *log)
+    assert_same_run(folder)
+    rows = read_metrics(folder / "metrics.jsonl")
+    tags = {name for row in rows for name in row} - {"iteration"}
+    shown = scalars(folder)
+    for tag in tags:
+        points = [(row["iteration"], row[tag]) for row in rows if row.get(tag) is not None]
+        assert shown.get(tag, []) == [(i, float(np.float32(value))) for i, value in points], tag
+
+
+def test_stopped_by_signals(runs, assert_same_run, tmp_path):
+    folder = tmp_path / "run"
+
+    def stopped(trap: str, status: int) -> tuple[str, str]:
+        return runs.run(folder, program=(*TRAP, trap), expect=status)
+
+    out, err = stopped("aspo_jax.train:draw:2:SIGINT", EXIT_SAVED)  # sampling: dropped
+    assert "stopped after 1 iterations, saved; the same command goes on" in out
+    assert "SIGINT: saving, then stopping" in err and "Traceback" not in err
+    out, err = stopped("aspo_jax.train:update:2:SIGTERM", EXIT_SAVED)  # an update is finished
+    assert "stopped after 3 iterations, saved" in out
+    assert "SIGTERM: saving, then stopping" in err and "Traceback" not in err
+    stopped("aspo_jax.train:save:1:SIGTERM+SIGTERM", 128 + signal.SIGTERM)  # the second: at once
+
+    runs.run(folder)
+    assert_same_run(folder)
+
+
+def test_a_damaged_checkpoint_is_passed_over(runs, finished, assert_same_run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished.folder, folder)
+    newest = folder / "checkpoints" / str(ITERATIONS)
+    payload = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(payload.read_bytes())
+    data[len(data) // 2] ^= 1
+    payload.write_bytes(data)
+    _, err = runs.run(folder)
+    assert f"{newest} skipped: {payload.relative_to(newest)} is damaged" in err
+    assert_same_run(folder)

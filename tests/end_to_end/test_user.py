@@ -1,0 +1,121 @@
+"""What a user meets: refusals in plain words, models that go in and out, prompts of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from toy import bits
+from trainer_runs import ITERATIONS, TRAIN, finish, last_checkpoint, launch, metrics
+
+from aspo_jax.checkpoint import lock_run
+from aspo_jax.model import load_params
+
+
+def test_a_folder_has_one_writer(runs, tmp_path):
+    with lock_run(tmp_path):
+        _, err = runs.run(tmp_path, expect=2)
+    assert f"run folder {tmp_path} is being written by process {os.getpid()} on" in err
+
+
+def test_a_changed_config_is_refused_unless_accepted(runs, finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished.folder, folder)
+    changes = ("Optim.learning_rate=1e-3", f"Train.iterations={ITERATIONS + 1}")
+    _, err = runs.run(folder, *changes, expect=2)
+    for line in (
+        f"{folder} holds a run with another config:",
+        "Optim.learning_rate: 0.0005 -> 0.001",
+        f"Train.iterations: {ITERATIONS} -> {ITERATIONS + 1}",
+        "--set Run.accept_changes=True",
+    ):
+        assert line in err
+    assert metrics(folder) == metrics(finished.folder)
+    runs.run(folder, *changes, "Run.accept_changes=True")
+    rows = metrics(folder)
+    assert [row["iteration"] for row in rows] == list(range(ITERATIONS + 2))
+    assert rows[:ITERATIONS] == metrics(finished.folder)[:ITERATIONS]
+
+
+MISTAKES = {
+    ("--config", "nonsense"): "no config file 'nonsense'; expected a path or one of countdown_cpu",
+    ("--set", "Train.iteratons=3"): "Train has no field iteratons (did you mean iterations?)",
+    ("--set", "Run.folder=/dev/null/run"): "/dev/null/run",
+    ("--set", "Model.path=/nowhere", "--set", "Run.folder={tmp}"): "/nowhere",
+}
+
+
+@pytest.mark.parametrize("flags", MISTAKES, ids=" ".join)
+def test_a_mistake_is_a_message(flags, tmp_path):
+    filled = [flag.format(tmp=tmp_path) for flag in flags]
+    _, err = finish(launch(*TRAIN, *filled), expect=2)
+    assert err.startswith("error: ") and MISTAKES[flags] in err
+    assert len(err.splitlines()) == 1
+
+
+def test_finished_run_says_where_everything_is(finished):
+    assert not finished.err
+    for name in ("model", "checkpoints", "metrics.jsonl", "dynamics.png", "transcripts"):
+        assert (finished.folder / name).exists()
+        assert f"value={finished.folder / name}" in finished.out
+    assert "result=evaluate/avg before=" in finished.out
+    assert (finished.folder / "dynamics.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_export_is_the_live_policy(finished, machines, abstract_state):
+    state = last_checkpoint(finished.folder, abstract_state).state
+    exported = load_params(finished.folder / "model", machines.policy.model.config)
+    assert bits(exported) == bits(state.params)
+    scores, _ = machines.evaluate(machines.params)
+    last = metrics(finished.folder)[-1]
+    assert scores._asdict() == {
+        name.removeprefix("evaluate/"): value
+        for name, value in last.items()
+        if name.startswith("evaluate/")
+    }
+
+
+def test_transformers_loads_the_export(finished, machines):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(finished.folder / "model")
+    policy = machines.policy
+    token_BT = np.array([policy.codec.encode("34:7")], np.int32)
+    position_BT = np.arange(token_BT.shape[1], dtype=np.int32)[None]
+    hidden_BTD, _ = policy.model.apply(
+        machines.params, token_BT, position_BT, np.ones_like(token_BT)
+    )
+    ours_BTV = hidden_BTD @ policy.model.unembedding(machines.params).T
+    with torch.no_grad():
+        theirs_BTV = theirs(torch.tensor(token_BT, dtype=torch.long)).logits.numpy()
+    np.testing.assert_allclose(jax.device_get(ours_BTV), theirs_BTV, atol=1e-4)
+
+
+def test_own_model_and_own_prompts(runs, finished, tmp_path):
+    rows = [
+        {"prompt": f"{a} {b}:{a + b}", "answer": f"{a}+{b}={a + b}", "kind": "exact"}
+        for a, b in ((1, 2), (3, 4), (2, 6))
+    ]
+    data, folder = tmp_path / "rows.jsonl", tmp_path / "run"
+    flags = (
+        f"Model.path='{finished.folder / 'model'}'",
+        "Data.kind='jsonl'",
+        f"Data.train_path='{data}'",
+        f"Data.eval_path='{data}'",
+        "Train.iterations=2",
+    )
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out, _ = runs.run(folder, *flags)
+    assert "warm start" not in out and not (folder / "initial_model").exists()
+    assert [row["iteration"] for row in metrics(folder)] == [0, 1, 2]
+    shown = (folder / "transcripts" / "iteration_000000.jsonl").read_text()
+    assert [row["prompt"] in shown for row in rows] == [True] * 3
+
+    rows[1]["kind"] = "exakt"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, err = runs.run(folder, *flags, expect=2)
+    assert f"error: {data}:2: found kind 'exakt', expected one of" in err

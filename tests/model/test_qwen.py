@@ -1,0 +1,201 @@
+"""The network's laws: causality, segments, cache, positions, rematerialisation, dtypes."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toy import CONFIG, VOCAB, random_params, toy_model
+
+from aspo_jax.model import build_model
+from aspo_jax.model.hf import names_table
+from aspo_jax.model.qwen import rotary_BTC, rotate
+
+T = 10
+TOKEN_1T = np.random.RandomState(0).permutation(VOCAB)[None, :T]  # each id once
+
+
+@pytest.fixture(scope="module")
+def model():
+    return toy_model()
+
+
+@pytest.fixture(scope="module")
+def params(model):
+    return random_params(model)
+
+
+@pytest.fixture(scope="module")
+def full(model):
+    return jax.jit(lambda *args: model.apply(*args)[0])
+
+
+def segments_and_positions(text: str):
+    """``"11122."``: segment numbers and positions of one row; "." is padding."""
+    segment_T = np.array([0 if c == "." else int(c) for c in text])
+    starts = {s: int(np.flatnonzero(segment_T == s)[0]) for s in segment_T}
+    position_T = np.array([t - starts[s] for t, s in enumerate(segment_T)])
+    return segment_T[None].astype(np.int32), position_T[None].astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def influence(model, params):
+    """(position, segment) -> largest |d hidden_t / d embed_s| as an array [T, T]."""
+
+    @jax.jit
+    def jacobian(position_1T, segment_1T):
+        def hidden(embed_VD):
+            out = model.apply(params | {"embed": embed_VD}, TOKEN_1T, position_1T, segment_1T)[0]
+            return out[0] @ np.random.RandomState(1).standard_normal(CONFIG.hidden_size)
+
+        return jax.jacrev(hidden)(jnp.asarray(params["embed"]))
+
+    def of(position_1T, segment_1T):
+        d_TVD = np.asarray(jacobian(position_1T, segment_1T))
+        return np.abs(d_TVD[:, TOKEN_1T[0]]).max(axis=-1)
+
+    return of
+
+
+@pytest.mark.parametrize("text", ["1111111111", "1112222333", "..11112222", "11122222.."])
+def test_a_token_sees_its_own_segment_up_to_itself_and_nothing_else(influence, text):
+    segment_1T, position_1T = segments_and_positions(text)
+    seen_TT = influence(position_1T, segment_1T)
+    is_same = segment_1T[0][:, None] == segment_1T[0][None]
+    is_visible = is_same & np.tri(T, dtype=bool)
+    assert (seen_TT[~is_visible] == 0).all()
+    assert (seen_TT[is_visible] > 0).all()
+
+
+def test_other_segments_and_padding_change_no_bit(full, params):
+    segment_1T, position_1T = segments_and_positions("111222233.")
+    own = segment_1T[0] == 2
+    changed_1T = np.where(own, TOKEN_1T, (TOKEN_1T + 5) % VOCAB)
+    before = full(params, TOKEN_1T, position_1T, segment_1T)[0, own]
+    after = full(params, changed_1T, position_1T, segment_1T)[0, own]
+    np.testing.assert_array_equal(before, after)
+
+
+def test_padding_on_either_side_and_packing_change_nothing(full, params):
+    tokens = TOKEN_1T[0, :4]
+    hiddens = []
+    for text in ("1111......", "..1111....", "......1111", "2221111333"):
+        segment_1T, position_1T = segments_and_positions(text)
+        own = segment_1T[0] == 1
+        row = np.full((1, T), 7)
+        row[0, own] = tokens
+        hiddens.append(np.asarray(full(params, row, position_1T, segment_1T))[0, own])
+    for hidden in hiddens[1:]:
+        np.testing.assert_allclose(hidden, hiddens[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("layers", [2, 5], ids=["unrolled", "scanned"])
+def test_prefill_and_decode_are_the_full_forward(layers):
+    """Prompts of two lengths, padded on the left, then a block of tokens and single ones."""
+    model = toy_model(layers=layers)
+    params = random_params(model)
+    token_NT = np.random.RandomState(2).randint(VOCAB, size=(2, T))
+    position_NT = np.arange(T) - np.array([[0], [3]])
+    segment_NT = (position_NT >= 0).astype(np.int32)
+    position_NT = np.maximum(position_NT, 0)
+    apply = jax.jit(model.apply)
+    whole_NTD, _ = apply(params, token_NT, position_NT, segment_NT)
+
+    cache = model.empty_cache(2, T + 3)  # slots never filled must not matter
+    parts = []
+    for block in (slice(0, 5), slice(5, 8), slice(8, 9), slice(9, 10)):
+        arrays = (x[:, block] for x in (token_NT, position_NT, segment_NT))
+        hidden, cache = apply(params, *arrays, cache)
+        parts.append(hidden)
+    assert cache.filled == T
+    is_real = segment_NT == 1
+    np.testing.assert_allclose(
+        np.concatenate(parts, axis=1)[is_real], np.asarray(whole_NTD)[is_real], atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("theta", [1e4, 1e6])
+def test_rotary_angles_at_long_positions(theta):
+    position, width = 100_000, 8
+    exact_c = position / theta ** (np.arange(0, width, 2, dtype=np.float64) / width)
+    cosine, sine = rotary_BTC(jnp.full((1, 1), position), width, theta)
+    # A float32 angle is off by some units in its last place; one in bfloat16 would be off by 350.
+    allowed = 4 * np.spacing(exact_c.astype(np.float32)) + 1e-6
+    for got_BTC, expected_c in ((cosine, np.cos(exact_c)), (sine, np.sin(exact_c))):
+        error = np.abs(np.asarray(got_BTC, np.float64)[0, 0] - np.tile(expected_c, 2))
+        assert (error <= np.tile(allowed, 2)).all(), error
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_rotation_is_a_complex_product(dtype):
+    x = jnp.asarray(np.random.RandomState(0).standard_normal((1, 3, 2, 8)), dtype)
+    position = jnp.array([[0, 1, 257]])
+    got = np.asarray(rotate(x, *rotary_BTC(position, 8, 1e4)).astype(jnp.float32))
+    angle_Tc = np.array([0, 1, 257])[:, None] / 1e4 ** (np.arange(0, 8, 2) / 8)
+    wide = np.asarray(x, np.float64)
+    turned = (wide[..., :4] + 1j * wide[..., 4:]) * np.exp(1j * angle_Tc)[None, :, None]
+    expected = np.concatenate([turned.real, turned.imag], axis=-1)
+    np.testing.assert_allclose(got, expected, atol=1e-5 if dtype == jnp.float32 else 0.02)
+
+
+def loss_of(model, params):
+    segment_1T, position_1T = segments_and_positions("1111222222")
+    hidden = model.apply(params, TOKEN_1T, position_1T, segment_1T)[0]
+    return jnp.sum(jnp.sin(hidden.astype(jnp.float32)))
+
+
+def test_rematerialisation_changes_no_gradient(params):
+    models = [build_model(CONFIG, remat=remat) for remat in ("dots", "full")]
+    grads = [jax.jit(jax.grad(partial(loss_of, model)))(params) for model in models]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), *grads)
+
+
+def test_bfloat16_computes_what_float32_does_roughly_and_keeps_float32_gradients(full, params):
+    half = build_model(CONFIG, dtype=jnp.bfloat16)
+    segment_1T, position_1T = segments_and_positions("1111111111")
+    cache = half.empty_cache(1, T)
+    assert cache.key_YNSKC.dtype == jnp.bfloat16
+    hidden_1TD, cache = jax.jit(half.apply)(params, TOKEN_1T, position_1T, segment_1T, cache)
+    assert hidden_1TD.dtype == cache.key_YNSKC.dtype == jnp.bfloat16
+    exact_1TD = full(params, TOKEN_1T, position_1T, segment_1T)
+    error = np.abs(np.asarray(hidden_1TD, np.float32) - exact_1TD)
+    assert 0 < error.mean() < 0.05
+    grads = jax.jit(jax.grad(partial(loss_of, half)))(params)
+    assert all(g.dtype == jnp.float32 and np.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+def test_initial_parameters_have_the_declared_shapes_and_keep_the_scale_of_what_they_read():
+    model = toy_model(tie_embeddings=False, hidden_size=32)
+    c = model.config
+    fan_in = {"o": c.heads * c.head_dim, "down": c.intermediate_size}
+    params = jax.jit(model.init)(jax.random.key(0))
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
+    table = names_table(c)
+    assert len(table) == len(jax.tree.leaves(params))
+    for path, entry in table.items():
+        leaf = params
+        for part in path:
+            leaf = leaf[part]
+        assert (leaf.shape[1:] if "{y}" in entry.name else leaf.shape) == entry.ours
+        is_norm = any("norm" in part for part in path)
+        if is_norm or path[-1] == "bias":
+            assert (leaf == (1 if is_norm else 0)).all(), path
+        else:
+            width = fan_in.get(path[-2] if len(path) > 1 else "", c.hidden_size)
+            assert float(leaf.std()) == pytest.approx(width**-0.5, rel=0.15), path
+    kernel = params["layers"]["q"]["kernel"]
+    assert (kernel[0] != kernel[1]).all()
+    assert model.unembedding(params) is params["head"]
+    tied = jax.eval_shape(toy_model().init, jax.random.key(0))
+    assert set(tied) == {"embed", "layers", "norm"}
+    assert toy_model().unembedding(tied) is tied["embed"]
+
+
+def test_config_is_hashable_and_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        CONFIG.layers = 3  # pyright: ignore[reportAttributeAccessIssue]
+    assert hash(CONFIG) == hash(dataclasses.replace(CONFIG))

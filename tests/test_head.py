@@ -1,0 +1,160 @@
+"""The head against plain formulas; gradients; what must never exist in memory."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aspo_jax.head import Head, logits, logp_and_entropy
+
+B, T, D, V = 3, 7, 5, 11
+FORBIDDEN_IDS = [0, 9, 10]
+IS_ALLOWED_V = np.isin(np.arange(V), FORBIDDEN_IDS, invert=True)
+RNG = np.random.RandomState(0)
+WEIGHT_VD = jnp.asarray(RNG.standard_normal((V, D)), jnp.float32)
+HIDDEN_BTD = jnp.asarray(RNG.standard_normal((B, T, D)), jnp.float32)
+TARGET_BT = jnp.asarray(RNG.randint(1, 9, (B, T)))
+LOGP_PULL_BT, ENTROPY_PULL_BT = jnp.asarray(RNG.standard_normal((2, B, T)), jnp.float32)
+
+
+def reference(head: Head, weight_VD, hidden_BTD, target_BT):
+    """The definition, over the allowed ids alone."""
+    allowed = np.flatnonzero(head.is_allowed_V)
+    z = hidden_BTD @ weight_VD[allowed].T / head.temperature
+    p = jax.nn.softmax(z, axis=-1)
+    index_BT = jnp.searchsorted(allowed, target_BT)
+    logp = jnp.log(jnp.take_along_axis(p, index_BT[..., None], axis=-1)[..., 0])
+    return logp, -jnp.sum(p * jnp.log(p), axis=-1)
+
+
+def pulled(function, head):
+    """Scalar through which both outputs are differentiated at once."""
+
+    def scalar(weight_VD, hidden_BTD):
+        logp_BT, entropy_BT = function(head, weight_VD, hidden_BTD, TARGET_BT)
+        return jnp.sum(logp_BT * LOGP_PULL_BT) + jnp.sum(entropy_BT * ENTROPY_PULL_BT)
+
+    return jax.jit(jax.grad(scalar, argnums=(0, 1)))
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 7, 20, 21, 1024])
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_values_and_gradients_are_those_of_the_definition(chunk, temperature):
+    head = Head(temperature, IS_ALLOWED_V, chunk)
+    got = logp_and_entropy(head, WEIGHT_VD, HIDDEN_BTD, TARGET_BT)
+    expected = reference(head, WEIGHT_VD, HIDDEN_BTD, TARGET_BT)
+    for x, y in zip(got, expected, strict=True):
+        assert x.dtype == jnp.float32
+        np.testing.assert_allclose(x, y, atol=2e-6)
+    got = pulled(logp_and_entropy, head)(WEIGHT_VD, HIDDEN_BTD)
+    expected = pulled(reference, head)(WEIGHT_VD, HIDDEN_BTD)
+    for x, y in zip(got, expected, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+def test_forbidden_ids_have_no_probability_and_no_gradient():
+    head = Head(0.9, IS_ALLOWED_V, 4)
+    p_NV = jax.nn.softmax(logits(head, WEIGHT_VD, HIDDEN_BTD.reshape(-1, D)))
+    assert (p_NV[:, FORBIDDEN_IDS] == 0).all()
+    np.testing.assert_allclose(p_NV.sum(axis=-1), 1, rtol=1e-5)
+    forbidden = jnp.full((B, T), 9)
+    assert (logp_and_entropy(head, WEIGHT_VD, HIDDEN_BTD, forbidden)[0] < -1e29).all()
+    weight_grad_VD, _ = pulled(logp_and_entropy, head)(WEIGHT_VD, HIDDEN_BTD)
+    assert (weight_grad_VD[jnp.array(FORBIDDEN_IDS)] == 0).all()
+    assert (weight_grad_VD[IS_ALLOWED_V] != 0).all()
+
+
+def test_their_weights_do_not_matter():
+    head = Head(1.0, IS_ALLOWED_V, 4)
+    loud_VD = WEIGHT_VD.at[jnp.array(FORBIDDEN_IDS)].set(1e4)
+    got = logp_and_entropy(head, loud_VD, HIDDEN_BTD, TARGET_BT)
+    for x, y in zip(got, logp_and_entropy(head, WEIGHT_VD, HIDDEN_BTD, TARGET_BT), strict=True):
+        np.testing.assert_array_equal(x, y)
+    hidden_grad = pulled(logp_and_entropy, head)(loud_VD, HIDDEN_BTD)[1]
+    expected = pulled(logp_and_entropy, head)(WEIGHT_VD, HIDDEN_BTD)[1]
+    np.testing.assert_array_equal(hidden_grad, expected)
+
+
+def test_the_sampler_sees_the_same_distribution():
+    head = Head(0.6, IS_ALLOWED_V, 4)
+    logp_NV = jax.nn.log_softmax(logits(head, WEIGHT_VD, HIDDEN_BTD.reshape(-1, D)))
+    p_NV = jnp.exp(logp_NV)
+    logp_BT, entropy_BT = logp_and_entropy(head, WEIGHT_VD, HIDDEN_BTD, TARGET_BT)
+    picked = logp_NV[jnp.arange(B * T), TARGET_BT.reshape(-1)]
+    np.testing.assert_allclose(logp_BT.reshape(-1), picked, atol=1e-6)
+    np.testing.assert_allclose(
+        entropy_BT.reshape(-1), -jnp.sum(p_NV * jnp.where(p_NV > 0, logp_NV, 0), -1), atol=1e-5
+    )
+
+
+def test_one_allowed_id_is_certain():
+    head = Head(1.0, np.arange(V) == 3, 4)
+    logp_BT, entropy_BT = logp_and_entropy(head, WEIGHT_VD, HIDDEN_BTD, jnp.full((B, T), 3))
+    assert (logp_BT == 0).all() and (entropy_BT == 0).all()
+
+
+def test_temperature_flattens():
+    entropies = [
+        logp_and_entropy(Head(x, IS_ALLOWED_V, 8), WEIGHT_VD, HIDDEN_BTD, TARGET_BT)[1]
+        for x in (0.5, 1.0, 2.0, 1e4)
+    ]
+    for colder, warmer in itertools.pairwise(entropies):
+        assert (colder < warmer).all()
+    np.testing.assert_allclose(entropies[-1], np.log(IS_ALLOWED_V.sum()), atol=1e-5)
+
+
+def test_bfloat16_hidden_states_give_float32_values_and_bfloat16_gradients():
+    head = Head(1.0, IS_ALLOWED_V, 4)
+    half_BTD = HIDDEN_BTD.astype(jnp.bfloat16)
+    got = logp_and_entropy(head, WEIGHT_VD, half_BTD, TARGET_BT)
+    exact = reference(head, WEIGHT_VD, half_BTD.astype(jnp.float32), TARGET_BT)
+    for x, y in zip(got, exact, strict=True):
+        assert x.dtype == jnp.float32
+        np.testing.assert_allclose(x, y, atol=2e-6)
+    weight_grad, hidden_grad = pulled(logp_and_entropy, head)(WEIGHT_VD, half_BTD)
+    assert weight_grad.dtype == jnp.float32 and hidden_grad.dtype == jnp.bfloat16
+
+
+# --- memory -----------------------------------------------------------------------------------
+
+
+def jaxprs_in(value):
+    if hasattr(value, "jaxpr"):
+        yield value.jaxpr
+    elif hasattr(value, "eqns"):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from jaxprs_in(item)
+
+
+def largest_array(jaxpr) -> int:
+    """Most elements of any intermediate, sub-programs included."""
+    sizes = [0]
+    for eqn in jaxpr.eqns:
+        sizes += [var.aval.size for var in eqn.outvars if hasattr(var.aval, "size")]
+        for value in eqn.params.values():
+            sizes += [largest_array(inner) for inner in jaxprs_in(value)]
+    return max(sizes)
+
+
+def test_no_array_of_tokens_by_vocabulary_exists_forward_or_backward():
+    chunk, tokens, V, D = 8, 32, 64, 4
+    head = Head(1.0, np.arange(V) > 0, chunk)
+    shapes = jnp.ones((V, D)), jnp.ones((1, tokens, D)), jnp.ones((1, tokens), jnp.int32)
+
+    def largest(function):
+        def scalar(weight_VD, hidden_BTD, target_BT):
+            logp_BT, entropy_BT = function(head, weight_VD, hidden_BTD, target_BT)
+            return jnp.sum(logp_BT + entropy_BT)
+
+        program = jax.value_and_grad(scalar, argnums=(0, 1))
+        both = jax.make_jaxpr(scalar)(*shapes), jax.make_jaxpr(program)(*shapes)
+        return max(largest_array(closed.jaxpr) for closed in both)
+
+    assert largest(reference) >= tokens * (V - 1)  # the search does find one
+    assert largest(logp_and_entropy) <= chunk * V

@@ -1,0 +1,264 @@
+"""From prompts to rows, by hand and by law; no model involved."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from aspo_jax.losses import count_totals, group_mean, group_zscore
+from aspo_jax.rewards import Submission, Verdict
+from aspo_jax.rollout import (
+    BatchShape,
+    Codec,
+    Example,
+    Rollout,
+    assemble,
+    batch_shape,
+    draw,
+    fill,
+    judge,
+    transcripts,
+)
+from aspo_jax.sampler import TRAIN, Completion
+from aspo_jax.structs import Prompt, Rows
+
+CODEC = Codec(
+    encode=lambda text: [ord(c) for c in text],
+    decode=lambda ids: "".join(chr(i) for i in ids),
+)
+RIGHT, WRONG = Verdict(1.0, "match"), Verdict(0.0, "mismatch")
+FAILED = Verdict(0.0, "timeout", is_valid=False)
+
+
+def prompt(number: int) -> Prompt:
+    return Prompt(f"p{number}", 100 + number, "q" * (number + 1), {"n": number}, "countdown")
+
+
+def completion(request: int, text: str, is_finished: bool = True) -> Completion:
+    logp = -0.25 * np.arange(1, len(text) + 1, dtype=np.float32)
+    return Completion(request, np.array(CODEC.encode(text)), logp, is_finished)
+
+
+class FakeSampler:
+    """Answers each request with its own number, the last first."""
+
+    def start(self, params):
+        raise AssertionError("starting the sampler is the caller's")
+
+    def sample(self, requests):
+        self.requests = list(requests)
+        for number in reversed(range(len(self.requests))):
+            yield completion(number, f"answer {number}", number % 2 == 0)
+
+
+class FakeScorer:
+    def __init__(self, verdicts):
+        self.verdicts = verdicts
+
+    def score(self, submissions):
+        self.submissions = list(submissions)
+        return self.verdicts
+
+
+def rollout_of(verdicts: list[list[Verdict]]) -> Rollout:
+    """One row of verdicts per prompt; every answer has a text and a length of its own."""
+    P, G = len(verdicts), len(verdicts[0])
+    answers = [completion(i, "abcdefgh"[: 1 + i % 8], i != 0) for i in range(P * G)]
+    scorer = FakeScorer([v for row in verdicts for v in row])
+    return judge(scorer, CODEC, [prompt(p) for p in range(P)], answers)  # pyright: ignore
+
+
+def shape_of(rollout: Rollout, minibatches: int, **changes) -> BatchShape:
+    sizes = {"row_tokens": 24, "rows": 2, "longest": 16} | changes
+    prompts = len(rollout.samples) // rollout.samples_per_prompt
+    return batch_shape(
+        prompts_per_step=minibatches * math.ceil(prompts / minibatches),
+        prompts_per_minibatch=math.ceil(prompts / minibatches),
+        samples_per_prompt=rollout.samples_per_prompt,
+        **sizes,
+    )
+
+
+# --- drawing and judging ------------------------------------------------------------------------
+
+
+def test_every_prompt_is_drawn_by_its_identity_and_answers_come_back_in_order():
+    sampler = FakeSampler()
+    prompts = [prompt(2), prompt(0)]
+    got = draw(sampler, CODEC, prompts, 3, domain=TRAIN, retry=7)
+    assert [c.request for c in got] == list(range(6))
+    assert [r.identity for r in sampler.requests] == [
+        (TRAIN, p.draw, 7, g) for p in prompts for g in range(3)
+    ]
+    assert [len(r.tokens) for r in sampler.requests] == [3, 3, 3, 1, 1, 1]
+
+
+def test_graders_see_the_text_the_answer_and_how_it_ended():
+    answers = [completion(0, "one"), completion(1, "two!", False)]
+    scorer = FakeScorer([RIGHT, WRONG])
+    rollout = judge(scorer, CODEC, [prompt(1)], answers)  # pyright: ignore[reportArgumentType]
+    assert scorer.submissions == [
+        Submission("countdown", "one", {"n": 1}, True, 3),
+        Submission("countdown", "two!", {"n": 1}, False, 4),
+    ]
+    assert rollout.samples_per_prompt == 2
+    assert rollout.reward_PG.tolist() == [[1, 0]] and rollout.is_right_PG.tolist() == [
+        [True, False]
+    ]
+    assert rollout.length_PG.tolist() == [[3, 4]] and rollout.texts_PG == [["one", "two!"]]
+    assert rollout.is_finished_PG.tolist() == [[True, False]]
+
+
+# --- rows ---------------------------------------------------------------------------------------
+
+
+def test_fill_by_hand():
+    """Two sequences share the first row, the longer one first; index t is the token predicted."""
+    short = Example([10, 11], [12, 13], -0.5, np.array([-0.1, -0.2], np.float32), 4)
+    long = Example([20], [21, 22, 23], 2.0, np.array([-1.0, -2.0, -3.0], np.float32), 5)
+    alone = Example([30, 31, 32], [33, 34], 1.0, np.array([-7.0, -8.0], np.float32), 6)
+    got = fill([short, long, alone], BatchShape(1, microbatches=2, rows=2, row_tokens=7))
+    assert got.count == 1 and got.count.dtype == np.int32 and got.old is None
+    expected = {
+        "input_BT": [[30, 31, 32, 33, 10, 11, 12], [20, 21, 22, 0, 0, 0, 0]],
+        "target_BT": [[31, 32, 33, 34, 11, 12, 13], [21, 22, 23, 0, 0, 0, 0]],
+        "position_BT": [[0, 1, 2, 3, 0, 1, 2], [0, 1, 2, 0, 0, 0, 0]],
+        "sequence_id_BT": [[1, 1, 1, 1, 2, 2, 2], [1, 1, 1, 0, 0, 0, 0]],
+        "response_position_BT": [[0, 0, 0, 1, 0, 0, 1], [0, 1, 2, 0, 0, 0, 0]],
+        "is_response_BT": [[0, 0, 1, 1, 0, 1, 1], [1, 1, 1, 0, 0, 0, 0]],
+        "advantage_BT": [[0, 0, 1, 1, 0, -0.5, -0.5], [2, 2, 2, 0, 0, 0, 0]],
+        "sampler_logp_BT": [[0, 0, -7, -8, 0, -0.1, -0.2], [-1, -2, -3, 0, 0, 0, 0]],
+        "group_id_BT": [[6, 6, 6, 6, 4, 4, 4], [5, 5, 5, 0, 0, 0, 0]],
+    }
+    assert set(expected) == {field.name for field in dataclasses.fields(Rows)}
+    for name, values in expected.items():
+        array = getattr(got.rows, name)
+        assert array.shape == (2, 2, 7)
+        np.testing.assert_array_equal(array[0], np.array(values, array.dtype), err_msg=name)
+        assert not array[1].any()
+
+
+def test_no_examples_are_an_empty_minibatch_of_the_same_shape():
+    got = fill([], BatchShape(1, 2, 3, 8))
+    assert got.count == 0 and got.rows.input_BT.shape == (2, 3, 8)
+    assert not got.rows.is_response_BT.any()
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_worst_case_fits_whatever_the_lengths(seed):
+    rng = np.random.default_rng(seed)
+    longest = int(rng.integers(2, 30))
+    per_minibatch, samples = int(rng.integers(1, 6)), int(rng.integers(1, 9))
+    shape = batch_shape(
+        prompts_per_step=3 * per_minibatch,
+        prompts_per_minibatch=per_minibatch,
+        samples_per_prompt=samples,
+        longest=longest,
+        row_tokens=longest + int(rng.integers(0, 40)),
+        rows=int(rng.integers(1, 5)),
+    )
+    assert shape.minibatches == 3
+    sequences = per_minibatch * samples
+    for lengths in (np.full(sequences, longest), rng.integers(1, longest + 1, sequences)):
+        made = [Example([1], np.ones(n, int), 1.0, 0.0, i) for i, n in enumerate(lengths)]
+        got = fill(made, shape)
+        assert got.count <= shape.microbatches
+        assert got.rows.is_response_BT.sum() == lengths.sum()
+        if (lengths == longest).all():
+            assert got.count == shape.microbatches  # no room is reserved that nothing can fill
+        rows = got.rows.is_response_BT[int(got.count) :]
+        assert not rows.any()
+
+
+# --- which groups train -------------------------------------------------------------------------
+
+
+def groups_of(part) -> list[tuple[int, int]]:
+    """(group number, prompt) of all sequences; prompt p is told by its p + 1 letters "q"."""
+    T = part.rows.input_BT.shape[-1]
+    names = ("sequence_id_BT", "group_id_BT", "input_BT")
+    rows = zip(*(getattr(part.rows, name).reshape(-1, T) for name in names), strict=True)
+    found = set()
+    for id_T, group_T, input_T in rows:
+        for s in range(1, id_T.max() + 1):
+            letters = (input_T[id_T == s] == ord("q")).sum()
+            found.add((int(group_T[id_T == s][0]), int(letters) - 1))
+    return sorted(found)
+
+
+def test_groups_without_a_signal_are_dropped_and_the_others_dealt_evenly_in_order():
+    mixed, solved, failed = [RIGHT, WRONG], [RIGHT, RIGHT], [WRONG, WRONG]
+    rollout = rollout_of([mixed, solved, mixed, mixed, failed, mixed, mixed, solved])
+    parts, figures = assemble(rollout, group_mean(), shape_of(rollout, 2))
+    assert [groups_of(part) for part in parts] == [[(0, 0), (1, 2), (2, 3)], [(0, 5), (1, 6)]]
+    assert figures["rollout/valid_groups"] == 5 / 8
+    # denominators count what was kept
+    length_PG = rollout.length_PG
+    totals = [count_totals(part.rows) for part in parts]
+    assert [float(t.sequences) for t in totals] == [6, 4]
+    assert [float(t.tokens) for t in totals] == [length_PG[[0, 2, 3]].sum(), length_PG[5:7].sum()]
+
+
+def test_nothing_to_learn_from_is_empty_minibatches():
+    rollout = rollout_of([[RIGHT, RIGHT], [WRONG, WRONG]])
+    parts, figures = assemble(rollout, group_zscore(), shape_of(rollout, 2))
+    assert [int(part.count) for part in parts] == [0, 0]
+    assert figures["rollout/packing_waste"] == 0
+
+
+def test_samples_whose_grader_failed_are_masked():
+    rollout = rollout_of([[RIGHT, FAILED, WRONG], [FAILED, FAILED, FAILED], [WRONG, FAILED, WRONG]])
+    (part,), figures = assemble(rollout, group_mean(), shape_of(rollout, 1))
+    assert count_totals(part.rows).sequences == 2
+    assert part.rows.is_response_BT.sum() == rollout.length_PG[0, [0, 2]].sum()
+    advantages = part.rows.advantage_BT[part.rows.is_response_BT]
+    assert set(advantages.tolist()) == {0.5, -0.5}
+    assert figures["rollout/grader_failures"] == 5
+    assert figures["rollout/reward_mean"] == pytest.approx(1 / 4)
+
+
+def test_a_sample_at_its_groups_mean_still_counts():
+    rollout = rollout_of([[Verdict(2.0, "match"), Verdict(1.0, "mismatch"), WRONG]])
+    (part,), _ = assemble(rollout, group_mean(), shape_of(rollout, 1))
+    assert count_totals(part.rows).sequences == 3
+
+
+def test_advantages_that_are_not_finite_are_an_error():
+    rollout = rollout_of([[RIGHT, WRONG]])
+    with pytest.raises(ValueError, match="advantages are not finite"):
+        assemble(rollout, lambda r, v: np.full(r.shape, np.nan), shape_of(rollout, 1))
+
+
+def test_figures_by_hand():
+    rollout = rollout_of([[RIGHT, WRONG], [WRONG, WRONG], [RIGHT, RIGHT]])
+    parts, figures = assemble(rollout, group_mean(), shape_of(rollout, 1))
+    # kept: prompt "q" with answers of 1 and 2 tokens, 1 + 2 slots in one micro-batch of 2 x 24
+    assert {name.removeprefix("rollout/"): x for name, x in figures.items()} == pytest.approx(
+        {
+            "reward_mean": 0.5,
+            "solve_none": 1 / 3,
+            "solve_all": 1 / 3,
+            "valid_groups": 1 / 3,
+            "response_length": 21 / 6,
+            "truncated": 1 / 6,
+            "repetition": 0.0,
+            "distinct_answers": 2.0,
+            "grader_failures": 0,
+            "train_tokens": 3,
+            "packing_waste": 1 - 3 / 48,
+        }
+    )
+    assert all(type(x) is float for x in figures.values())
+
+
+def test_transcripts_show_one_answer_per_prompt():
+    rollout = rollout_of([[WRONG, RIGHT], [RIGHT, WRONG], [FAILED, RIGHT]])
+    shown = transcripts(rollout, 2)
+    assert shown == [
+        {"prompt": "q", "response": "a", "reward": 0.0, "reason": "mismatch"},
+        {"prompt": "qq", "response": "abc", "reward": 1.0, "reason": "match"},
+    ]
+    assert len(transcripts(rollout, 9)) == 3 and transcripts(rollout, 0) == []

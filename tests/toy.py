@@ -1,0 +1,112 @@
+"""A tiny policy and made-up completions, for the tests of everything that runs on a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from aspo_jax.head import Head
+from aspo_jax.learner import Goal, Learner, build_learner
+from aspo_jax.model import Model, ModelConfig, build_model, shardings
+from aspo_jax.model.sharding import MESH_AXES
+from aspo_jax.rollout import BatchShape, Example, fill
+from aspo_jax.structs import Histogram, Max, Mean, Metrics, Minibatch
+
+PAD, BOS, EOS = 0, 1, 2
+VOCAB, TOKENIZER = 24, 22  # the last rows of the embedding belong to no token
+
+CONFIG = ModelConfig(
+    vocab_size=VOCAB,
+    hidden_size=16,
+    intermediate_size=24,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=4,
+)
+IS_ALLOWED_V = np.isin(np.arange(VOCAB), [PAD, BOS, *range(TOKENIZER, VOCAB)], invert=True)
+HEAD = Head(temperature=1.0, is_allowed_V=IS_ALLOWED_V, chunk=32)
+
+
+def toy_model(**changes: Any) -> Model:
+    """The tiny network; ``changes`` are fields of its config."""
+    return build_model(dataclasses.replace(CONFIG, **changes))
+
+
+def random_params(model: Model, seed: int = 0, scale: float = 0.3) -> Any:
+    """Every leaf random, biases and norms too, so that no term is hidden by a zero or a one."""
+    # RandomState, not Generator: its stream never changes, and golden numbers rest on it.
+    rng = np.random.RandomState(seed)
+
+    def leaf(path, x):
+        centre = 1.0 if "norm" in jax.tree_util.keystr(path) else 0.0
+        return (centre + scale * rng.standard_normal(x.shape)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(leaf, jax.eval_shape(model.init, jax.random.key(0)))
+
+
+def toy_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh over the first devices only, so that one session has meshes of several sizes."""
+    sizes = (data, fsdp, tensor)
+    devices = jax.devices()[: data * fsdp * tensor]
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def toy_learner(model: Model, goal: Goal, optimizer: Any, mesh: Mesh | None = None) -> Learner:
+    return build_learner(model, HEAD, goal, optimizer, mesh or toy_mesh())
+
+
+def on(mesh: Mesh, model: Model, params: Any) -> Any:
+    """Parameters placed as the model wants them; copies, so that a donation costs no one else."""
+    placed = jax.device_put(params, shardings(mesh, model.partition_specs()))
+    return jax.tree.map(lambda x: x.copy(), placed)
+
+
+def examples(count: int = 10, seed: int = 0, longest: int = 15) -> list[Example]:
+    """Made-up samples of two per prompt; lengths, advantages and sampler log-probs all differ."""
+    rng = np.random.RandomState(seed)
+    made = []
+    for index in range(count):
+        length = rng.randint(4, longest + 1)
+        prompt = rng.randint(1, length - 1)
+        tokens = rng.randint(EOS, TOKENIZER, length)
+        advantage = float(rng.uniform(0.3, 2.0)) * (-1) ** index
+        logp_T = -rng.exponential(1.0, length - prompt).astype(np.float32)
+        made.append(
+            Example(tokens[:prompt].tolist(), tokens[prompt:], advantage, logp_T, index // 2)
+        )
+    return made
+
+
+def minibatch(made: list[Example], microbatches: int, rows: int, row_tokens: int) -> Minibatch:
+    return fill(made, BatchShape(1, microbatches, rows, row_tokens))
+
+
+def with_old(learner: Learner, params: Any, part: Minibatch, reference: Any = None) -> Minibatch:
+    """The placed mini-batch together with what the update compares itself with."""
+    placed = learner.place(part)
+    return dataclasses.replace(placed, old=learner.old_policy(params, reference, placed))
+
+
+def figures(report: Metrics) -> dict[str, Any]:
+    """Metrics as they are reported: means, maxima and counts."""
+
+    def value(metric):
+        match metric:
+            case Mean(total, count):
+                return float(total) / max(float(count), 1e-30)
+            case Max(x):
+                return float(x)
+            case Histogram(counts):
+                return np.asarray(counts)
+
+    return {name: value(metric) for name, metric in report.items()}
+
+
+def bits(tree: Any) -> list[tuple[str, bytes]]:
+    """Dtype and bytes of every leaf; two trees with equal bits hold the same, NaNs included."""
+    return [(str(x.dtype), np.asarray(x).tobytes()) for x in jax.tree.leaves(tree)]
