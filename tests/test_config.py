@@ -227,8 +227,8 @@ BAD_FLAGS = [
      " an even width; set Model.hidden_size to a multiple of 8"),
     (["Model.layers=None"], "a new model needs its shape: set Model.layers, or Model.path to a"
      " folder"),
-    (["Run.seed=1", "Data.kind=jsonl", "Model.path=model"], "--set #2: Data.kind = 'jsonl' needs Data.train_path and"
-     " Data.eval_path"),
+    (["Run.seed=1", "Data.kind=jsonl", "Model.path=model"], "--set #2: Data.kind = 'jsonl'"
+     " needs Data.train_path and Data.eval_path"),
     (["Countdown.low=12"], "--set #1: Countdown.low = 12 is above Countdown.high = 9; set"
      " Countdown.low to at most 9"),
     (["Countdown.operations='+/'"], "--set #1: Countdown.operations = '+/'; expected some of"
