@@ -15,7 +15,7 @@ import aspo_jax
 PACKAGE = Path(aspo_jax.__file__).parent
 FLOORS = [  # top to bottom; strangers on one floor do not import each other
     ["train"],
-    ["plot", "warmstart"],
+    ["plot", "steps", "warmstart"],
     ["build"],
     ["rollout", "learner", "evaluation", "figures", "records"],
     ["runtime", "sampler", "checkpoint", "metrics", "console"],
