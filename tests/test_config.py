@@ -33,7 +33,7 @@ def _fixed_length(length: int):
 FACTORIES = {
     "objective": {"aspo": _aspo, "kl_penalty": _kl_penalty},
     "advantage": {"group_zscore": _none},
-    "aggregate": {"sequence_mean": _none, "fixed_length": _fixed_length},
+    "aggregate": {"sequence_mean": _none, "token_mean": _none, "fixed_length": _fixed_length},
 }
 GOOD = (config_folder() / "countdown_cpu.gin").read_text()
 

@@ -23,7 +23,7 @@ def _aspo(clip_low: float = 0.2, clip_high: float = 0.2, cap: float = 3.0):
 FACTORIES = {
     "objective": {"aspo": _aspo},
     "advantage": {"group_zscore": _nothing},
-    "aggregate": {"sequence_mean": _nothing},
+    "aggregate": {"token_mean": _nothing},
 }
 CONFIG = parse_config((config_folder() / "countdown_cpu.gin").read_text(), FACTORIES, "demo")
 
