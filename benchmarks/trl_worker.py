@@ -59,7 +59,7 @@ def build_trainer(loss_type: str, logp: Any, entropy: Any) -> Any:
 
 def build_step(loss_type: str, arrays: Any):
     """A function that computes loss and gradient once and returns both."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     logp = torch.tensor(arrays["logp"], requires_grad=True)
     entropy = torch.tensor(arrays["entropy"])
@@ -101,7 +101,7 @@ def answer(step, repeats: int, gradient_path: Path) -> dict[str, Any]:
 
 def main(path: str) -> int:
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
         import trl  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         print(json.dumps({"absent": str(error)}), flush=True)
