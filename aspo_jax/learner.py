@@ -183,17 +183,14 @@ def _tokens(rows: Rows, old: OldPolicy, logp_BT: Array, entropy_BT: Array) -> To
     )
 
 
-def make_train_step(
-    model: Model, head: Head, goal: Goal, optimizer: optax.GradientTransformation
-) -> Callable[[TrainState, Minibatch], tuple[TrainState, dict]]:
-    """The pure update. A non-finite gradient or an empty mini-batch leaves the state unchanged."""
-    objective, prepare = goal.objective, goal.objective.prepare
+def _make_loss(model: Model, head: Head, goal: Goal):
+    """(params, rows, old, totals, objective state, sums) -> (summand of the loss, metrics)."""
 
     def loss(params, rows: Rows, old: OldPolicy, totals: Totals, objective_state, sums):
         logp_BT, entropy_BT = forward(model, head, params, rows)
         tokens = _tokens(rows, old, logp_BT, entropy_BT)
         value, metrics = policy_loss(
-            objective,
+            goal.objective,
             dataclasses.replace(tokens, entropy_BT=jax.lax.stop_gradient(entropy_BT)),
             aggregate=goal.aggregate,
             totals=totals,
@@ -206,52 +203,59 @@ def make_train_step(
             )[0]
         return value, {**metrics, **_token_metrics(tokens)}
 
-    def gather(state: TrainState, minibatch: Minibatch):
-        """Additive statistics of the whole mini-batch, for the rules that couple its tokens."""
+    return loss
 
+
+def _make_gather(model: Model, head: Head, prepare: Callable[[Tokens, Any], Any]):
+    """(state, minibatch) -> additive statistics of the whole mini-batch, for coupled rules."""
+
+    def gather(state: TrainState, minibatch: Minibatch):
         def of_microbatch(m):
             rows, old = _microbatch((minibatch.rows, minibatch.old), m)
             tokens = _tokens(rows, old, *forward(model, head, state.params, rows))
-            return prepare(tokens, state.objective_state) if prepare else None
+            return prepare(tokens, state.objective_state)
 
-        zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_microbatch, 0)
-        )
-        return jax.lax.fori_loop(
-            0,
-            minibatch.count,
-            lambda m, sums: jax.tree.map(jnp.add, sums, of_microbatch(m)),
-            zeros,
-        )
+        def add(m, sums):
+            return jax.tree.map(jnp.add, sums, of_microbatch(m))
+
+        return jax.lax.fori_loop(0, minibatch.count, add, _zeros(of_microbatch))
+
+    return gather
+
+
+def _zeros(of_microbatch: Callable[[Any], Any]) -> Any:
+    """Zeros shaped as the function's result."""
+    shapes = jax.eval_shape(of_microbatch, 0)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
+def make_train_step(
+    model: Model, head: Head, goal: Goal, optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, Minibatch], tuple[TrainState, dict]]:
+    """The pure update. A non-finite gradient or an empty mini-batch leaves the state unchanged."""
+    objective = goal.objective
+    gradient = jax.grad(_make_loss(model, head, goal), has_aux=True)
+    gather = _make_gather(model, head, objective.prepare) if objective.prepare else None
 
     def train_step(state: TrainState, minibatch: Minibatch):
         totals = count_totals(minibatch.rows)
-        sums = gather(state, minibatch) if prepare else None
+        sums = gather(state, minibatch) if gather else None
 
         def of_microbatch(m):
             rows, old = _microbatch((minibatch.rows, minibatch.old), m)
-            return jax.grad(loss, has_aux=True)(
-                state.params, rows, old, totals, state.objective_state, sums
-            )
+            return gradient(state.params, rows, old, totals, state.objective_state, sums)
 
         def add(m, carry):
             grads, metrics = of_microbatch(m)
             return jax.tree.map(jnp.add, carry[0], grads), merge_metrics(carry[1], metrics)
 
-        grad_shapes, metric_shapes = jax.eval_shape(of_microbatch, 0)
-        nothing = (
-            jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), grad_shapes),
-            empty_metrics(metric_shapes),
-        )
+        no_grads, no_metrics = _zeros(of_microbatch)
+        nothing = (no_grads, empty_metrics(no_metrics))
         grads, metrics = jax.lax.fori_loop(0, minibatch.count, add, nothing)
         norm = optax.tree.norm(grads)
         is_empty, is_finite = totals.tokens == 0, jnp.isfinite(norm)
         one, is_applied = jnp.ones(()), is_finite & ~is_empty
-        new_state = jax.lax.cond(
-            is_applied,
-            lambda: _apply(state, grads, sums),
-            lambda: state,
-        )
+        new_state = jax.lax.cond(is_applied, lambda: apply(state, grads, sums), lambda: state)
         report = metrics | {
             "grad_norm": Mean(jnp.where(is_applied, norm, 0.0), one * is_applied),
             "skipped_nonfinite": Mean(one * ~is_finite, one),
@@ -259,7 +263,7 @@ def make_train_step(
         }
         return new_state, report
 
-    def _apply(state: TrainState, grads, sums) -> TrainState:
+    def apply(state: TrainState, grads, sums) -> TrainState:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         objective_state = state.objective_state
         if objective.update:
