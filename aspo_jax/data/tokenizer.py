@@ -8,6 +8,7 @@ special tokens, so there is one place where they come from.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,9 @@ from aspo_jax.data.jsonl import DataError
 if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerFast
+
+# Else transformers says at every start that PyTorch is missing; read when it is imported.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 _PAD, _BOS, _EOS = "<pad>", "<bos>", "<eos>"
 _MARK = ">"  # ends the question

@@ -28,6 +28,7 @@ from aspo_jax.rewards.verdict import REASONS, Submission, Verdict
 WORKER_COMMAND = (sys.executable, "-P", "-m", "aspo_jax.rewards.worker")
 
 _STARTUP_S = 60.0  # imports on a busy machine; counted apart from the time for an answer
+_MAX_STARTS = 3  # one may be killed from outside while it starts; three in a row are a fault
 _CHUNK = 64  # most submissions that one worker is sent at once
 _TIMEOUT = Verdict(0.0, "timeout", is_valid=False)
 _CRASH = Verdict(0.0, "crash", is_valid=False)
@@ -130,6 +131,7 @@ class Scorer:
         self._selector = selectors.DefaultSelector()
         self._workers: list[WorkerProcess] = []
         self._is_closed = False
+        self._failed_starts = 0  # in a row
         self._start_missing()  # now, so that they get ready while the trainer compiles
 
     def __enter__(self) -> Scorer:
@@ -213,6 +215,7 @@ class Scorer:
         for line in lines:
             if not worker.is_ready:
                 worker.is_ready = True
+                self._failed_starts = 0
             elif worker.owed and (verdict := _decode(line)) is not None:
                 round_.verdicts[worker.owed.popleft()] = verdict
             else:
@@ -244,9 +247,13 @@ class Scorer:
         """The worker ended, or spoke out of turn."""
         status = self._kill(worker)
         if not worker.is_ready:
+            self._failed_starts += 1
+            if self._failed_starts < _MAX_STARTS:
+                return
             raise RuntimeError(
-                f"a grader process ended before it was ready (exit status {status}); "
-                f"its own message is above. Command: {' '.join(self._command)}"
+                f"{_MAX_STARTS} grader processes in a row ended before they were ready (exit "
+                f"status {status}); see their own message above. "
+                f"Command: {' '.join(self._command)}"
             )
         if worker.owed:
             round_.crashed(list(worker.owed))

@@ -170,9 +170,27 @@ def test_a_worker_that_talks_nonsense_is_a_crash(tmp_path, reply):
 def test_a_worker_that_cannot_start_is_an_error_and_no_verdict():
     with (
         Scorer(1, 1.0, command=(sys.executable, "-c", "raise SystemExit(9)")) as scorer,
-        pytest.raises(RuntimeError, match="ended before it was ready"),
+        pytest.raises(
+            RuntimeError, match="3 grader processes in a row ended before they were ready"
+        ),
     ):
         scorer.score([say("a")])
+
+
+def test_a_worker_killed_while_it_starts_is_replaced(tmp_path):
+    flag = tmp_path / "started_once"
+    script = tmp_path / "late.py"
+    script.write_text(
+        "import os, pathlib, runpy, signal, sys\n"
+        f"flag = pathlib.Path({str(flag)!r})\n"
+        "if not flag.exists():\n"
+        "    flag.touch()\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "runpy.run_module('aspo_jax.rewards.worker', run_name='__main__', alter_sys=True)\n"
+    )
+    with Scorer(1, 30.0, command=[sys.executable, "-P", str(script)]) as scorer:
+        assert scorer.score([say("right")]) == [Verdict(1.0, "match")]
+    assert flag.exists()
 
 
 def test_workers_that_died_between_calls_are_replaced():
