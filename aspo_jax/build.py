@@ -5,6 +5,7 @@ Below this file no function sees a config; each takes values.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -168,7 +169,7 @@ def save_policy(policy: Policy, params: Any, folder: str | Path) -> None:
 
 def countdown_spec(config: Config) -> CountdownSpec:
     """The puzzle; an answer longer than the response limit is an error, not a silent ceiling."""
-    spec = CountdownSpec(**_fields(config.countdown))
+    spec = CountdownSpec(**dataclasses.asdict(config.countdown))
     limit, longest = config.sampler.max_response_tokens, max_response_tokens(spec)
     if longest > limit:
         raise ConfigError(
@@ -314,10 +315,6 @@ def build_shape(config: Config) -> BatchShape:
         row_tokens=t.row_tokens,
         rows=t.rows_per_microbatch,
     )
-
-
-def _fields(section: Any) -> dict[str, Any]:
-    return {name: value for name, value in vars(section).items() if not name.startswith("__")}
 
 
 def parameter_count(params: Any) -> int:

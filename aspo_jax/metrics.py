@@ -73,7 +73,6 @@ _ROLLOUT = {
 }
 
 _UPDATE = {
-    "loss": Info("", "value of the loss; only its gradient has a meaning"),
     "surrogate": Info("", "value of the published surrogate of the rule, as aggregated"),
     "ratio_kl": Info(
         "nats", "mean of r - 1 - log r over response tokens, r = pi / pi_old: drift within a step"
