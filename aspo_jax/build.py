@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from aspo_jax import losses
+from aspo_jax import losses, runtime
 from aspo_jax.config import Config, ConfigError
 from aspo_jax.data import (
     CHARACTERS,
@@ -26,6 +26,7 @@ from aspo_jax.data import (
     PromptStream,
     allowed_ids,
     build_character_tokenizer,
+    copy_tokenizer,
     encode,
     load_tokenizer,
     max_response_tokens,
@@ -34,19 +35,37 @@ from aspo_jax.data import (
 )
 from aspo_jax.evaluation import Scores, scores
 from aspo_jax.head import Head
-from aspo_jax.learner import Goal, Learner, build_learner, clipped_adamw, learning_rate_schedule
+from aspo_jax.learner import (
+    Goal,
+    Learner,
+    build_learner,
+    clipped_adamw,
+    learning_rate_schedule,
+    matrices_only,
+    warmup_by_iteration,
+)
 from aspo_jax.model import (
     Model,
     ModelConfig,
     build_model,
+    choose_attention,
     load_params,
     read_model_config,
     save_model,
     shardings,
 )
 from aspo_jax.rewards import GRADERS, Scorer, build_scorer, overlong_ramp
-from aspo_jax.rollout import BatchShape, Codec, Rollout, batch_shape, draw, judge
-from aspo_jax.sampler import EVALUATE, BatchSampler, Limits, Sampler, Truncation
+from aspo_jax.rollout import (
+    BatchShape,
+    Codec,
+    Peers,
+    Rollout,
+    batch_shape,
+    draw,
+    gather_outcomes,
+    judge,
+)
+from aspo_jax.sampler import EVALUATE, BatchSampler, Limits, Sampler, Truncation, make_publish
 
 FACTORIES = {
     "objective": losses.OBJECTIVES,
@@ -56,18 +75,23 @@ FACTORIES = {
 
 
 class Policy(NamedTuple):
-    """A network, its tokenizer and how its logits become a distribution; weights are apart."""
+    """A network, its tokenizer and how its logits become a distribution; weights are apart.
+
+    source: the folder it came from; None for a new one.
+    """
 
     model: Model
     tokenizer: Any
     codec: Codec
     head: Head
+    source: Path | None = None
 
 
 class Machines(NamedTuple):
     """Everything a run is made of.
 
-    evaluate: params -> (held-out scores, the rollout they were counted on).
+    peers: the processes of the run; sampler, scorer and prompts are this process's share.
+    evaluate: params -> (held-out scores, this process's share of the rollout they count).
     reference: bfloat16 weights of the frozen reference policy; None when no rule reads it.
     learning_rate: number of updates applied -> rate of the next one.
     """
@@ -80,6 +104,7 @@ class Machines(NamedTuple):
     learner: Learner
     advantage: losses.Advantage
     shape: BatchShape
+    peers: Peers
     prompts: PromptStream
     evaluate: Callable[[Any], tuple[Scores, Rollout]]
     learning_rate: optax.Schedule
@@ -87,11 +112,12 @@ class Machines(NamedTuple):
 
 def build_machines(config: Config, folder: str | Path, mesh: Mesh) -> Machines:
     """All machines of a run that starts from the model in ``folder``."""
-    policy = load_policy(config, folder)
+    check_shares(config, mesh)
+    policy = load_policy(config, folder, mesh)
     goal = build_goal(config)
     optimizer, rate = build_optimizer(config)
     weights = shardings(mesh, policy.model.partition_specs())
-    params = jax.device_put(load_params(folder, policy.model.config), weights)
+    params = load_params(folder, policy.model.config, shardings=weights)
     sampler = build_sampler(config, policy, mesh)
     scorer = open_scorer(config)
     return Machines(
@@ -103,6 +129,7 @@ def build_machines(config: Config, folder: str | Path, mesh: Mesh) -> Machines:
         learner=build_learner(policy.model, policy.head, goal, optimizer, mesh),
         advantage=_make(config, "advantage", config.objective.advantage),
         shape=build_shape(config),
+        peers=build_peers(),
         prompts=build_prompts(config, policy.tokenizer),
         evaluate=build_evaluate(config, policy, sampler, scorer, mesh),
         learning_rate=rate,
@@ -116,31 +143,75 @@ def _reference(params: Any) -> Any:
 # --- the policy -------------------------------------------------------------------------------
 
 
-def load_policy(config: Config, folder: str | Path) -> Policy:
+def load_policy(config: Config, folder: str | Path, mesh: Mesh) -> Policy:
     """The policy of a Hugging Face folder."""
-    return _policy(config, read_model_config(folder), load_tokenizer(folder))
+    policy = _policy(config, read_model_config(folder), load_tokenizer(folder), mesh)
+    return policy._replace(source=Path(folder))
 
 
-def new_policy(config: Config) -> Policy:
+def new_policy(config: Config, mesh: Mesh) -> Policy:
     """An untrained policy of the config's sizes with a character tokenizer."""
     tokenizer = build_character_tokenizer(CHARACTERS)
+    return _policy(config, new_shape(config, len(tokenizer)), tokenizer, mesh)
+
+
+def new_shape(config: Config, vocab_size: int) -> ModelConfig:
+    """The network that the config's own sizes describe."""
     m = config.model
     names = ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads")
     sizes = {name: getattr(m, name) for name in names}
     if missing := [f"Model.{name}" for name, value in sizes.items() if value is None]:
         raise ConfigError(f"a new model needs {', '.join(missing)}; set them or Model.path")
-    shape = ModelConfig(
-        vocab_size=len(tokenizer),
+    return ModelConfig(
+        vocab_size=vocab_size,
         head_dim=sizes["hidden_size"] // sizes["heads"],
         rope_theta=m.rope_theta,
         tie_embeddings=m.tie_embeddings,
         **sizes,
     )
-    return _policy(config, shape, tokenizer)
 
 
-def _policy(config: Config, shape: ModelConfig, tokenizer: Any) -> Policy:
-    model = build_model(shape, dtype=jnp.dtype(config.model.dtype), remat=config.model.remat)
+def build_network(
+    config: Config, shape: ModelConfig, mesh: Mesh, row_tokens: int, platform: str | None = None
+) -> Model:
+    """The network of a shape, with the attention that the mesh's devices do best.
+
+    platform: of those devices; needed where the mesh is abstract or its devices name it otherwise.
+
+    Raises:
+        MeshError: an axis of the network does not split over the mesh.
+        AttentionError: the attention asked for cannot run there.
+    """
+    _check_splits(shape, mesh)
+    dtype = jnp.dtype(config.model.dtype)
+    attention = choose_attention(
+        platform or mesh.devices.flat[0].platform,
+        head_dim=shape.head_dim,
+        row_tokens=row_tokens,
+        packed=config.train.pack,
+        dtype=dtype,
+        mesh=mesh,
+        name=config.model.attention,
+    )
+    return build_model(shape, dtype=dtype, remat=config.model.remat, attention=attention, mesh=mesh)
+
+
+def _check_splits(shape: ModelConfig, mesh: Mesh) -> None:
+    sizes = {
+        "tensor": (shape.heads, shape.kv_heads, shape.intermediate_size, shape.vocab_size),
+        "fsdp": (shape.hidden_size,),
+    }
+    for axis, widths in sizes.items():
+        devices = mesh.shape[axis]
+        if any(width % devices for width in widths):
+            raise runtime.MeshError(
+                f"Runtime.{axis} = {devices} does not divide the model's {widths}; expected a "
+                "common divisor of them"
+            )
+
+
+def _policy(config: Config, shape: ModelConfig, tokenizer: Any, mesh: Mesh) -> Policy:
+    model = build_network(config, shape, mesh, config.train.row_tokens)
     codec = Codec(
         encode=functools.lru_cache(4096)(lambda text: tuple(encode(tokenizer, text))),
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
@@ -149,18 +220,24 @@ def _policy(config: Config, shape: ModelConfig, tokenizer: Any) -> Policy:
         temperature=config.sampler.temperature,
         is_allowed_V=allowed_ids(tokenizer, shape.vocab_size),
         chunk=config.train.head_chunk,
+        mesh=mesh,
     )
     return Policy(model, tokenizer, codec, head)
 
 
-def save_policy(policy: Policy, params: Any, folder: str | Path) -> None:
-    """Write a folder that `transformers` loads."""
+def save_policy(policy: Policy, params: Any, folder: str | Path, dtype: str = "float32") -> None:
+    """Write a folder that `transformers` loads; what came with the model's own folder is kept."""
+    save_tokenizer = policy.tokenizer.save_pretrained
+    if policy.source is not None:
+        save_tokenizer = functools.partial(copy_tokenizer, policy.source)
     save_model(
         folder,
         params,
         policy.model.config,
-        policy.tokenizer.save_pretrained,
+        save_tokenizer,
         eos_token_id=policy.tokenizer.eos_token_id,
+        source=policy.source,
+        dtype=dtype,
     )
 
 
@@ -180,7 +257,8 @@ def countdown_spec(config: Config) -> CountdownSpec:
 
 
 def build_prompts(config: Config, tokenizer: Any) -> PromptStream:
-    """The endless stream of training prompts."""
+    """The endless stream of training prompts, of which this process reads its share."""
+    peers = build_peers()
     if config.data.kind == "countdown":
         source = CountdownSource(countdown_spec(config), config.run.seed, "train")
     else:
@@ -192,6 +270,8 @@ def build_prompts(config: Config, tokenizer: Any) -> PromptStream:
         shuffle=config.data.kind == "jsonl",
         prompts_per_step=config.train.prompts_per_step,
         max_prompt_tokens=config.sampler.max_prompt_tokens,
+        process=peers.index,
+        processes=peers.count,
     )
 
 
@@ -226,23 +306,48 @@ def open_scorer(config: Config) -> Scorer:
 
 
 def build_sampler(config: Config, policy: Policy, mesh: Mesh) -> BatchSampler:
-    """The sampler of training rollouts."""
-    s = config.sampler
+    """The sampler of training rollouts, on this process's own devices."""
+    s, local = config.sampler, runtime.local_mesh(mesh)
+    slots = s.slots // build_peers().count
+    model = build_sampling_network(config, policy.model.config, local)
     return BatchSampler(
-        policy.model,
+        model,
         policy.head,
-        Limits(s.max_prompt_tokens, s.max_response_tokens, s.slots, policy.tokenizer.eos_token_id),
-        mesh,
+        Limits(s.max_prompt_tokens, s.max_response_tokens, slots, policy.tokenizer.eos_token_id),
+        local,
         seed=config.run.seed,
         truncation=Truncation(s.top_k, s.top_p),
+        publish=make_publish(model, mesh, local, config.model.dtype),
     )
+
+
+def build_sampling_network(
+    config: Config, shape: ModelConfig, local: Mesh, platform: str | None = None
+) -> Model:
+    """The network as the sampler runs it: prompts padded on the left, any attention that can."""
+    train, model = config.train, config.model
+    sampling = dataclasses.replace(
+        config,
+        train=dataclasses.replace(train, pack=True),
+        model=dataclasses.replace(model, attention="auto"),
+    )
+    return build_network(sampling, shape, local, config.sampler.max_prompt_tokens, platform)
 
 
 def build_evaluate(
     config: Config, policy: Policy, sampler: BatchSampler, scorer: Scorer, mesh: Mesh
 ) -> Callable[[Any], tuple[Scores, Rollout]]:
-    """Held-out evaluation with paired sampling keys: every call draws with the same randomness."""
-    held_out = held_out_prompts(config, policy.tokenizer)
+    """Held-out evaluation with paired sampling keys: every call draws with the same randomness.
+
+    Each process samples and grades its share of the prompts; the scores are those of all.
+    """
+    peers, held_out = build_peers(), held_out_prompts(config, policy.tokenizer)
+    if len(held_out) < peers.count:
+        raise ConfigError(
+            f"found {len(held_out)} held-out prompts (Evaluate.prompts) for {peers.count} "
+            f"processes; expected at least {peers.count}"
+        )
+    own = held_out[peers.index :: peers.count]
     if config.evaluate.temperature != policy.head.temperature:
         head = policy.head._replace(temperature=config.evaluate.temperature)
         sampler = build_sampler(config, policy._replace(head=head), mesh)
@@ -252,15 +357,16 @@ def build_evaluate(
         completions = draw(
             sampler,
             policy.codec,
-            held_out,
+            own,
             config.evaluate.samples,
             domain=EVALUATE,
             retry=config.evaluate.seed,
         )
-        rollout = judge(scorer, policy.codec, held_out, completions)
-        return scores(
-            rollout.is_right_PG, rollout.texts_PG, rollout.is_finished_PG, rollout.length_PG
-        ), rollout
+        sampler.release()
+        rollout = judge(scorer, policy.codec, own, completions)
+        o = gather_outcomes(rollout, peers, total=len(held_out))
+        distinct_P = o.distinct_right_PG[:, 0]
+        return scores(o.is_right_PG, distinct_P, o.is_finished_PG, o.length_PG), rollout
 
     return evaluate
 
@@ -294,18 +400,21 @@ def build_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax
     rate = learning_rate_schedule(
         o.learning_rate, o.warmup_updates, updates if o.schedule == "linear" else None
     )
+    if o.warmup_iterations:
+        rate = warmup_by_iteration(rate, o.warmup_iterations, updates // t.iterations)
     optimizer = clipped_adamw(
         rate,
         betas=(o.b1, o.b2),
         eps=o.eps,
         weight_decay=o.weight_decay,
         clip_norm=o.clip_norm,
+        decay=matrices_only if o.decay == "matrices" else None,
     )
     return optimizer, rate
 
 
-def build_shape(config: Config) -> BatchShape:
-    """The fixed shapes of an iteration's updates."""
+def build_shape(config: Config, processes: int | None = None) -> BatchShape:
+    """The fixed shapes of an iteration's updates, for the processes of this run or a number."""
     t, s = config.train, config.sampler
     return batch_shape(
         prompts_per_step=t.prompts_per_step,
@@ -314,7 +423,41 @@ def build_shape(config: Config) -> BatchShape:
         longest=s.max_prompt_tokens + s.max_response_tokens - 1,
         row_tokens=t.row_tokens,
         rows=t.rows_per_microbatch,
+        is_packed=t.pack,
+        processes=processes or build_peers().count,
     )
+
+
+def check_shares(config: Config, mesh: Mesh, processes: int | None = None) -> None:
+    """The sizes that processes (of this run, or a number) and devices share can be shared equally.
+
+    Raises:
+        ConfigError: the setting, the number of processes or devices, and the nearest size that
+            they can share.
+    """
+    t, processes = config.train, processes or build_peers().count
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    devices = f"{mesh.shape['data']} x {mesh.shape['fsdp']} data and fsdp devices"
+    sizes = [
+        ("Train.prompts_per_step", t.prompts_per_step, processes, f"{processes} processes"),
+        ("Train.rows_per_microbatch", t.rows_per_microbatch, shards, devices),
+        ("Sampler.slots", config.sampler.slots, shards, devices),
+    ]
+    if config.model.path is None:
+        sizes.append(("WarmStart.batch_size", config.warm_start.batch_size, shards, devices))
+    problems = [
+        f"{name} = {size} cannot be shared equally by {sharers}; set it to "
+        f"{max(size // count, 1) * count} or {(size // count + 1) * count}"
+        for name, size, count, sharers in sizes
+        if size % count
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def build_peers() -> Peers:
+    """This process among those of the run."""
+    return Peers(jax.process_index(), jax.process_count(), runtime.everyone)
 
 
 def parameter_count(params: Any) -> int:

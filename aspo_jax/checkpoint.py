@@ -22,6 +22,9 @@ that was being deleted is still listed by it.
                     break
         checkpoints.save(step, state, meta)                  # the second signal can still end this
     sys.exit(EXIT_SAVED if stop.requested else 0)
+
+With several processes the folder is shared, process 0 holds the lock, and all of them save, restore
+and stop together.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -339,15 +342,9 @@ class Checkpoints:
             the user's decision), or the state has other leaves, shapes or dtypes than this run's
             (Orbax itself would cast dtypes silently).
         """
-        self.wait()
-        step = _broadcast(self._newest_good() if jax.process_index() == 0 else _NONE_COMPLETE)
-        if step == _NONE_COMPLETE:
+        step = self._newest()
+        if step is None:
             return None
-        if step == _ALL_DAMAGED:
-            raise CheckpointError(
-                f"no checkpoint in {self._folder} can be used:\n  {self._report()}\n"
-                "Put back an intact copy, or start again in a new folder."
-            )
         path = self._folder / str(step)
         _check_leaves(path, _read_manifest(path)["leaves"], _describe(abstract_state))
         items = ocp.args.Composite(
@@ -357,6 +354,61 @@ class Checkpoints:
         with _named(path):
             restored = self._orbax.restore(path, args=items)
         return Restored(step, restored.state, restored.meta)
+
+    def restore_params(
+        self, abstract_params: Any, step: int | None = None
+    ) -> tuple[int, Any] | None:
+        """The step and the ``params`` of its state alone, without the optimizer's; one process.
+
+        Args:
+          abstract_params: pytree of ShapeDtypeStructs with shardings; values are cast to its
+            dtypes.
+          step: which one; None: the newest that verifies.
+
+        Returns:
+          None if no step was ever completed.
+
+        Raises:
+          CheckpointError: the step is not there or damaged, none verifies, or the params have
+            other leaves or shapes.
+        """
+        if step is None:
+            step = self._newest()
+            if step is None:
+                return None
+        else:
+            self._check(step)
+        path = self._folder / str(step)
+        saved = _read_manifest(path)["leaves"]
+        found = {leaf: text for leaf, text in saved.items() if leaf.startswith(".params")}
+        wide = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float32), abstract_params)
+        _check_leaves(path, found, {f".params{k}": text for k, text in _describe(wide).items()})
+        item = {"params": abstract_params}
+        asked = ocp.args.PyTreeRestore(
+            item=item,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+            partial_restore=True,
+        )
+        with _named(path), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            return step, reader.restore(path / "state", args=asked)["params"]
+
+    def _check(self, step: int) -> None:
+        path = self._folder / str(step)
+        try:
+            _verify(path)
+        except _Unusable as problem:
+            raise CheckpointError(f"checkpoint {path} cannot be used: {problem}") from None
+
+    def _newest(self) -> int | None:
+        """The newest step that verifies; see `restore`."""
+        self.wait()
+        step = _broadcast(self._newest_good() if jax.process_index() == 0 else _NONE_COMPLETE)
+        if step == _ALL_DAMAGED:
+            raise CheckpointError(
+                f"no checkpoint in {self._folder} can be used:\n  {self._report()}\n"
+                "Put back an intact copy, or start again in a new folder."
+            )
+        return None if step == _NONE_COMPLETE else step
 
     def wait(self) -> None:
         """Wait until the last save is complete; raises a CheckpointError if it failed."""
@@ -559,13 +611,16 @@ class StopRequest:
     Repeats within ``same_request_s`` are one request: ``timeout`` signals both its child and the
     child's process group, a wrapper script may forward what the terminal already sent.
 
-    Enter it after ``jax.distributed.initialize``, which installs a SIGTERM handler of its own.
+    agree: for several processes, whether any of them was asked to stop; all call it together. No
+        process may then leave a block that others are in, so `Interrupted` is only raised on
+        entering one, on all of them.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-    def __init__(self, same_request_s: float = 0.5):
+    def __init__(self, agree: Callable[[bool], bool] | None = None, *, same_request_s: float = 0.5):
         self.signal: signal.Signals | None = None
+        self._agree = agree
         self._same_request_s = same_request_s
         self._is_interruptible = False
 
@@ -596,9 +651,9 @@ class StopRequest:
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
         """A block that a stop may abandon: `Interrupted` is raised in it, or on entering it."""
-        self._is_interruptible = True
+        self._is_interruptible = self._agree is None
         try:
-            if self.requested:
+            if self._agree(self.requested) if self._agree else self.requested:
                 raise Interrupted(self.signal)
             yield
         finally:

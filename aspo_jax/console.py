@@ -65,11 +65,22 @@ class Console:
     """Talks to the user on standard output.
 
     is_terminal: rich output or plain lines; None finds out by itself.
+    is_quiet: say nothing, as all processes of a run but one.
     """
 
-    def __init__(self, is_terminal: bool | None = None, file: IO[str] | None = None):
+    def __init__(
+        self,
+        is_terminal: bool | None = None,
+        file: IO[str] | None = None,
+        *,
+        is_quiet: bool = False,
+    ):
         self._console = rich.console.Console(
-            force_terminal=is_terminal, file=file, highlight=False, soft_wrap=True
+            force_terminal=False if is_quiet else is_terminal,
+            file=file,
+            highlight=False,
+            soft_wrap=True,
+            quiet=is_quiet,
         )
         self.is_terminal = self._console.is_terminal
         self._samples, self._total = "k", 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -29,22 +28,21 @@ class Scores(NamedTuple):
 
 def scores(
     is_right_PG: np.ndarray,
-    texts_PG: Sequence[Sequence[str]],
+    distinct_right_P: np.ndarray,
     is_finished_PG: np.ndarray,
     tokens_PG: np.ndarray,
 ) -> Scores:
-    """Score P prompts with G = k samples each."""
+    """Score P prompts with G = k samples each.
+
+    distinct_right_P: number of different right texts among each prompt's samples.
+    """
     share_P = is_right_PG.mean(axis=1)
-    right_texts = [
-        {text for text, is_right in zip(texts, row, strict=True) if is_right}
-        for texts, row in zip(texts_PG, is_right_PG, strict=True)
-    ]
     prompts = len(share_P)
     return Scores(
         avg=float(share_P.mean()),
         avg_stderr=float(share_P.std(ddof=1) / np.sqrt(prompts)) if prompts > 1 else 0.0,
         pass_any=float(is_right_PG.any(axis=1).mean()),
-        distinct_right=float(np.mean([len(texts) for texts in right_texts])),
+        distinct_right=float(distinct_right_P.mean()),
         truncated=float(1.0 - is_finished_PG.mean()),
         response_length=float(tokens_PG.mean()),
     )

@@ -5,17 +5,22 @@
 
 The model's own logits stay those of `transformers`; temperature and vocabulary mask live here only.
 The trainer's side works in chunks of tokens with its own gradient, so a [tokens, V] array exists
-neither forward nor backward: at most [chunk, V].
+neither forward nor backward: at most [chunk, V], and on a mesh [chunk, V / tensor] on each device,
+of which only statistics of each token cross devices.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh, PartitionSpec
+
+from aspo_jax.model.sharding import RULES
 
 FORBIDDEN = -1e30
 
@@ -26,20 +31,30 @@ class Head(NamedTuple):
     temperature: divides the logits, in sampler and trainer alike.
     is_allowed_V: False for ids that can never be sampled (pad, bos, rows beyond the tokenizer);
         they are out of the trainer's softmax too.
-    chunk: tokens per chunk of the vocabulary projection.
+    chunk: tokens per chunk of the vocabulary projection, on each device.
+    mesh: rows are split over its data axes and the vocabulary over its tensor axis; None: one
+        device.
     """
 
     temperature: float
     is_allowed_V: np.ndarray
     chunk: int = 1024
+    mesh: Mesh | None = None
 
 
 def logits(head: Head, weight_VD: Array, hidden_ND: Array) -> Array:
-    """Masked logits over temperature, float32 [N, V]."""
-    # float32 operands, not only float32 accumulation: the sampler's log-probs must equal the
-    # trainer's, whatever the activations' type.
-    z_NV = hidden_ND.astype(jnp.float32) @ weight_VD.astype(jnp.float32).T
-    return jnp.where(head.is_allowed_V, z_NV / head.temperature, FORBIDDEN)
+    """Masked logits over temperature, float32 [N, V]; products in the hidden states' type."""
+    return _logits(head.temperature, head.is_allowed_V, weight_VD, hidden_ND)
+
+
+def _logits(temperature: float, is_allowed_V: Any, weight_VD: Array, hidden_ND: Array) -> Array:
+    z_NV = jnp.einsum(
+        "nd,vd->nv",
+        hidden_ND,
+        weight_VD.astype(hidden_ND.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return jnp.where(is_allowed_V, z_NV / temperature, FORBIDDEN)
 
 
 def logp_and_entropy(
@@ -50,68 +65,167 @@ def logp_and_entropy(
     Gradients, with p = softmax(z):  d logp / dz = onehot(y) - p,  dH / dz_v = -p_v (log p_v + H).
 
     Args:
-        head: temperature, vocabulary mask and chunk size.
+        head: temperature, vocabulary mask, chunk size and mesh.
         weight_VD: vocabulary projection.
-        hidden_BTD: final hidden states.
+        hidden_BTD: final hidden states; B a multiple of the mesh's data x fsdp.
         target_BT: token ids. A forbidden id gets a log-probability near -1e30.
 
     Returns:
         logp_BT, entropy_BT in float32.
     """
-    size, D = target_BT.size, hidden_BTD.shape[-1]
-    chunk = min(head.chunk, size)
-    padding = -size % chunk
-    hidden_JcD = jnp.pad(hidden_BTD.reshape(size, D), ((0, padding), (0, 0))).reshape(-1, chunk, D)
-    target_Jc = jnp.pad(target_BT.reshape(size), (0, padding)).reshape(-1, chunk)
-    of_chunks = _chunked(head.temperature, head.is_allowed_V)
-    outputs = of_chunks(weight_VD, hidden_JcD, target_Jc)
-    logp_BT, entropy_BT = (x_Jc.reshape(-1)[:size].reshape(target_BT.shape) for x_Jc in outputs)
-    return logp_BT, entropy_BT
-
-
-def _chunked(temperature: float, is_allowed_V: np.ndarray):
-    """(weight_VD, hidden_JcD, target_Jc) -> (logp_Jc, entropy_Jc), one chunk alive at a time."""
-    head = Head(temperature, is_allowed_V)
-
-    def log_softmax(weight_VD, hidden_cD):
-        z_cV = logits(head, weight_VD, hidden_cD)
-        return z_cV - jax.nn.logsumexp(z_cV, axis=-1, keepdims=True)
 
     @jax.custom_vjp
-    def of_chunks(weight_VD, hidden_JcD, target_Jc):
-        def body(_, xs):
-            hidden_cD, target_c = xs
-            logp_cV = log_softmax(weight_VD, hidden_cD)
-            logp_c = jnp.take_along_axis(logp_cV, target_c[:, None], axis=-1)[:, 0]
-            return None, (logp_c, -jnp.sum(jnp.exp(logp_cV) * logp_cV, axis=-1))
+    def both(weight_VD, hidden_BTD):
+        return forward(weight_VD, hidden_BTD)[0]
 
-        return jax.lax.scan(body, None, (hidden_JcD, target_Jc))[1]
-
-    def forward(weight_VD, hidden_JcD, target_Jc):
-        outputs = of_chunks(weight_VD, hidden_JcD, target_Jc)
-        return outputs, (weight_VD, hidden_JcD, target_Jc, outputs[1])
+    def forward(weight_VD, hidden_BTD):
+        logp_BT, entropy_BT, lse_BT = _on_mesh(head, _forward, "vbb", "bbb")(
+            weight_VD.astype(hidden_BTD.dtype), hidden_BTD, target_BT
+        )
+        return (logp_BT, entropy_BT), (weight_VD, hidden_BTD, entropy_BT, lse_BT)
 
     def backward(saved, grads):
-        weight_VD, hidden_JcD, target_Jc, entropy_Jc = saved
-
-        def body(weight_grad_VD, xs):
-            hidden_cD, target_c, entropy_c, logp_grad_c, entropy_grad_c = xs
-            logp_cV = log_softmax(weight_VD, hidden_cD)
-            p_cV = jnp.exp(logp_cV)
-            is_target_cV = target_c[:, None] == jnp.arange(weight_VD.shape[0])
-            z_grad_cV = logp_grad_c[:, None] * (is_target_cV - p_cV)
-            z_grad_cV -= entropy_grad_c[:, None] * p_cV * (logp_cV + entropy_c[:, None])
-            z_grad_cV = jnp.where(is_allowed_V, z_grad_cV, 0.0) / temperature
-            hidden_grad_cD = z_grad_cV @ weight_VD.astype(jnp.float32)
-            weight_grad_VD += z_grad_cV.T @ hidden_cD.astype(jnp.float32)
-            return weight_grad_VD, hidden_grad_cD.astype(hidden_cD.dtype)
-
-        weight_grad_VD, hidden_grad_JcD = jax.lax.scan(
-            body,
-            jnp.zeros(weight_VD.shape, jnp.float32),
-            (hidden_JcD, target_Jc, entropy_Jc, *grads),
+        weight_VD, hidden_BTD, entropy_BT, lse_BT = saved
+        weight_grad_VD, hidden_grad_BTD = _on_mesh(head, _backward, "vbbbbbb", "wb")(
+            weight_VD.astype(hidden_BTD.dtype), hidden_BTD, target_BT, entropy_BT, lse_BT, *grads
         )
-        return weight_grad_VD.astype(weight_VD.dtype), hidden_grad_JcD, None
+        return weight_grad_VD.astype(weight_VD.dtype), hidden_grad_BTD
 
-    of_chunks.defvjp(forward, backward)
-    return of_chunks
+    both.defvjp(forward, backward)
+    return both(weight_VD, hidden_BTD)
+
+
+class _Shard(NamedTuple):
+    """What one device needs to know of the others."""
+
+    head: Head
+    is_allowed_V: Array  # its part of the vocabulary, as everywhere below
+    first: Any  # id of its first vocabulary row
+    over_vocabulary: Callable[[Any], Any]  # sums over the devices that hold the other parts
+    largest: Callable[[Array], Array]  # the maximum over them
+    over_rows: Callable[[Array], Array]  # sums [V, D] over the devices that hold other rows
+
+
+def _on_mesh(head: Head, program: Callable, inputs: str, outputs: str) -> Callable:
+    """``program(shard, *arrays)`` on every device; arrays are split by vocabulary (v) or rows (b).
+
+    The gradient of the projection (w) is split as the projection itself is, over fsdp too. Not
+    left to the compiler, which may gather [chunk, V] logits, or reduce the gradient of the
+    projection once per chunk.
+    """
+    mesh, allowed_V = head.mesh, jnp.asarray(head.is_allowed_V)
+    if mesh is None or mesh.size == 1:
+        same = _Shard(head, allowed_V, 0, lambda x: x, lambda x: x, lambda x: x)
+        return lambda *arrays: program(same, *arrays)
+    vocabulary, rows, width = (RULES[name] for name in ("vocab", "batch", "embed"))
+    others = tuple(axis for axis in rows if axis != width)
+    specs = {
+        "v": PartitionSpec(vocabulary),
+        "b": PartitionSpec(rows),
+        "w": PartitionSpec(vocabulary, width),
+    }
+
+    def over_rows(x_VD: Array) -> Array:
+        x_VD = jax.lax.psum_scatter(x_VD, width, scatter_dimension=1, tiled=True)
+        return jax.lax.psum(x_VD, others)
+
+    def on_device(allowed_v, *arrays):
+        shard = _Shard(
+            head,
+            allowed_v,
+            jax.lax.axis_index(vocabulary) * allowed_v.shape[0],
+            lambda x: jax.lax.psum(x, vocabulary),
+            lambda x: jax.lax.pmax(x, vocabulary),
+            over_rows,
+        )
+        return program(shard, *arrays)
+
+    split = jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(specs["v"], *(specs[kind] for kind in inputs)),
+        out_specs=tuple(specs[kind] for kind in outputs),
+        check_vma=False,
+    )
+    return lambda *arrays: split(allowed_V, *arrays)
+
+
+def _chunks(head: Head, x_BTd: Array) -> Array:
+    """[B, T, ...] -> [chunks, chunk, ...], zeros behind the end."""
+    size = x_BTd.shape[0] * x_BTd.shape[1]
+    chunk = min(head.chunk, size)
+    flat = x_BTd.reshape(size, *x_BTd.shape[2:])
+    padded = jnp.pad(flat, ((0, -size % chunk), *[(0, 0)] * (flat.ndim - 1)))
+    return padded.reshape(-1, chunk, *x_BTd.shape[2:])
+
+
+def _rows(x_Jcd: Array, like_BT: Array) -> Array:
+    """The inverse of `_chunks`."""
+    flat = x_Jcd.reshape(-1, *x_Jcd.shape[2:])[: like_BT.size]
+    return flat.reshape(*like_BT.shape, *x_Jcd.shape[2:])
+
+
+def _forward(shard: _Shard, weight_VD, hidden_BTD, target_BT):
+    """logp, entropy and logsumexp of each position."""
+    head = shard.head
+
+    def body(_, xs):
+        hidden_cD, target_c = xs
+        z_cV = _logits(head.temperature, shard.is_allowed_V, weight_VD, hidden_cD)
+        top_c = shard.largest(jnp.max(z_cV, axis=-1))
+        below_cV = z_cV - top_c[:, None]
+        e_cV = jnp.exp(below_cV)
+        is_target_cV = (target_c - shard.first)[:, None] == jnp.arange(z_cV.shape[1])
+        mass_c, weighted_c, z_target_c = shard.over_vocabulary(
+            (
+                jnp.sum(e_cV, axis=-1),
+                jnp.sum(e_cV * below_cV, axis=-1),
+                jnp.sum(jnp.where(is_target_cV, z_cV, 0.0), axis=-1),
+            )
+        )
+        lse_c = top_c + jnp.log(mass_c)
+        return None, (z_target_c - lse_c, jnp.log(mass_c) - weighted_c / mass_c, lse_c)
+
+    chunked = (_chunks(head, hidden_BTD), _chunks(head, target_BT))
+    outputs = jax.lax.scan(body, None, chunked)[1]
+    return tuple(_rows(x_Jc, target_BT) for x_Jc in outputs)
+
+
+def _backward(
+    shard: _Shard,
+    weight_VD,
+    hidden_BTD,
+    target_BT,
+    entropy_BT,
+    lse_BT,
+    logp_grad_BT,
+    entropy_grad_BT,
+):
+    """Gradients of the projection, float32 [V, D], and of the hidden states."""
+    head, dtype = shard.head, hidden_BTD.dtype
+
+    def body(weight_grad_VD, xs):
+        hidden_cD, target_c, entropy_c, lse_c, logp_grad_c, entropy_grad_c = xs
+        z_cV = _logits(head.temperature, shard.is_allowed_V, weight_VD, hidden_cD)
+        logp_cV = z_cV - lse_c[:, None]
+        p_cV = jnp.exp(logp_cV)
+        is_target_cV = (target_c - shard.first)[:, None] == jnp.arange(z_cV.shape[1])
+        z_grad_cV = jnp.where(is_target_cV, logp_grad_c[:, None], 0.0) - p_cV * (
+            logp_grad_c[:, None] + entropy_grad_c[:, None] * (logp_cV + entropy_c[:, None])
+        )
+        z_grad_cV = jnp.where(shard.is_allowed_V, z_grad_cV / head.temperature, 0.0).astype(dtype)
+        hidden_grad_cD = jnp.einsum(
+            "cv,vd->cd", z_grad_cV, weight_VD, preferred_element_type=jnp.float32
+        )
+        weight_grad_VD += jnp.einsum(
+            "cv,cd->vd", z_grad_cV, hidden_cD, preferred_element_type=jnp.float32
+        )
+        return weight_grad_VD, shard.over_vocabulary(hidden_grad_cD).astype(dtype)
+
+    arrays = (hidden_BTD, target_BT, entropy_BT, lse_BT, logp_grad_BT, entropy_grad_BT)
+    weight_grad_VD, hidden_grad_JcD = jax.lax.scan(
+        body,
+        jnp.zeros(weight_VD.shape, jnp.float32),
+        tuple(_chunks(head, x) for x in arrays),
+    )
+    return shard.over_rows(weight_grad_VD), _rows(hidden_grad_JcD, target_BT)

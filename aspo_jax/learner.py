@@ -44,10 +44,11 @@ class Goal(NamedTuple):
 class Learner(NamedTuple):
     """The jitted functions of the update.
 
-    init: params -> TrainState. Takes ownership of the arrays.
+    init: params -> TrainState. Donates the params.
     old_policy: (params, ref_params or None, minibatch) -> OldPolicy of the minibatch's rows.
     step: (state, minibatch) -> (state, report). Donates the state.
-    place: minibatch on the host -> on the devices, rows over the data axes.
+    place: minibatch on the host -> on the devices, rows over the data axes. With several processes
+        each passes its own rows of every micro-batch, as many as the others, and the same count.
     """
 
     init: Callable[[Any], TrainState]
@@ -73,6 +74,22 @@ def learning_rate_schedule(
     return rate
 
 
+def warmup_by_iteration(
+    rate: optax.Schedule, iterations: int, updates_per_iteration: int
+) -> optax.Schedule:
+    """``rate`` times min(1, i / iterations) in iteration i = 0, 1, ...
+
+    The official run's warm-up: it starts at 0, so the first iteration changes nothing, and all
+    updates of an iteration share it. Iterations are counted in applied updates.
+    """
+
+    def warmed(step):
+        iteration = step // updates_per_iteration
+        return rate(step) * jnp.minimum(1.0, iteration / iterations)
+
+    return warmed
+
+
 def clipped_adamw(
     rate: optax.Schedule,
     *,
@@ -80,10 +97,25 @@ def clipped_adamw(
     eps: float,
     weight_decay: float,
     clip_norm: float,
+    decay: Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformation:
-    """AdamW behind a clip of the global gradient norm."""
-    adamw = optax.adamw(rate, b1=betas[0], b2=betas[1], eps=eps, weight_decay=weight_decay)
+    """AdamW (arXiv 1711.05101) behind a clip of the global gradient norm.
+
+    decay: params -> tree of bools, which of them decay; None: all.
+    """
+    adamw = optax.adamw(
+        rate, b1=betas[0], b2=betas[1], eps=eps, weight_decay=weight_decay, mask=decay
+    )
     return optax.chain(optax.clip_by_global_norm(clip_norm), adamw)
+
+
+def matrices_only(params: Any) -> Any:
+    """True for matrices and embeddings, False for biases and scales of norms."""
+
+    def is_matrix(path, _) -> bool:
+        return path[-1].key in ("kernel", "embed", "head")
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
 def build_learner(
@@ -100,7 +132,12 @@ def build_learner(
 
     def place(minibatch: Minibatch) -> Minibatch:
         def put(x):
-            return jax.device_put(x, rows if jnp.ndim(x) == 3 else replicated)
+            # The global shape is given since jax would otherwise take rows that differ between
+            # processes for copies of each other where the mesh does not split them.
+            sharding, shape = (rows, list(x.shape)) if x.ndim == 3 else (replicated, x.shape)
+            if x.ndim == 3:
+                shape[1] *= jax.process_count()
+            return jax.make_array_from_process_local_data(sharding, x, tuple(shape))
 
         return jax.tree.map(put, minibatch)
 
@@ -110,9 +147,9 @@ def build_learner(
 
     abstract = jax.eval_shape(init, jax.eval_shape(model.init, jax.random.key(0)))
     state_shardings = _state_shardings(abstract, weights, replicated)
-    step = make_train_step(model, head, goal, optimizer)
+    step = make_train_step(model, head, goal, optimizer, weights)
     return Learner(
-        init=jax.jit(init, out_shardings=state_shardings),
+        init=jax.jit(init, donate_argnums=0, out_shardings=state_shardings),
         old_policy=jax.jit(make_old_policy(model, head), out_shardings=rows),
         step=jax.jit(
             step,
@@ -230,9 +267,16 @@ def _zeros(of_microbatch: Callable[[Any], Any]) -> Any:
 
 
 def make_train_step(
-    model: Model, head: Head, goal: Goal, optimizer: optax.GradientTransformation
+    model: Model,
+    head: Head,
+    goal: Goal,
+    optimizer: optax.GradientTransformation,
+    weights: Any = None,
 ) -> Callable[[TrainState, Minibatch], tuple[TrainState, dict]]:
-    """The pure update. A non-finite gradient or an empty mini-batch leaves the state unchanged."""
+    """The pure update. A non-finite gradient or an empty mini-batch leaves the state unchanged.
+
+    weights: shardings of the parameters, which the summed gradients share; None: one device.
+    """
     objective = goal.objective
     gradient = jax.grad(_make_loss(model, head, goal), has_aux=True)
     gather = _make_gather(model, head, objective.prepare) if objective.prepare else None
@@ -247,15 +291,19 @@ def make_train_step(
 
         def add(m, carry):
             grads, metrics = of_microbatch(m)
-            return jax.tree.map(jnp.add, carry[0], grads), merge_metrics(carry[1], metrics)
+            summed = jax.tree.map(jnp.add, carry[0], _constrain(grads, weights))
+            return summed, merge_metrics(carry[1], metrics)
 
         no_grads, no_metrics = _zeros(of_microbatch)
-        nothing = (no_grads, empty_metrics(no_metrics))
+        nothing = (_constrain(no_grads, weights), empty_metrics(no_metrics))
         grads, metrics = jax.lax.fori_loop(0, minibatch.count, add, nothing)
         norm = optax.tree.norm(grads)
         is_empty, is_finite = totals.tokens == 0, jnp.isfinite(norm)
         one, is_applied = jnp.ones(()), is_finite & ~is_empty
-        new_state = jax.lax.cond(is_applied, lambda: apply(state, grads, sums), lambda: state)
+        # A choice per element is fused into the optimizer, in place; `cond` would copy the state.
+        new_state = jax.tree.map(
+            lambda new, old: jnp.where(is_applied, new, old), apply(state, grads, sums), state
+        )
         report = metrics | {
             "grad_norm": Mean(jnp.where(is_applied, norm, 0.0), one * is_applied),
             "skipped_nonfinite": Mean(one * ~is_finite, one),
@@ -272,6 +320,10 @@ def make_train_step(
         return TrainState(params, opt_state, objective_state, state.step + 1)
 
     return train_step
+
+
+def _constrain(tree: Any, shardings: Any) -> Any:
+    return tree if shardings is None else jax.lax.with_sharding_constraint(tree, shardings)
 
 
 def _token_metrics(tokens: Tokens) -> Metrics:

@@ -15,11 +15,31 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from aspo_jax.checkpoint import write_text_atomic
+from aspo_jax import runtime
+from aspo_jax.checkpoint import RunLock, lock_run, write_text_atomic
 from aspo_jax.config import Config, ConfigError
+from aspo_jax.config.gin import LAUNCH
 from aspo_jax.metrics import read_metrics
 
 CONFIG = "config.gin"
+
+
+class Silent:
+    """The log of a process that does not write: `aspo_jax.metrics.Log` without its effects."""
+
+    def write(self, iteration: int, values: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def flush(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+def lock_folder(config: Config) -> RunLock:
+    """See `aspo_jax.checkpoint.lock_run`; process 0 holds the lock for all."""
+    return runtime.on_main(lambda: lock_run(config.run_folder)) or RunLock(None)
 
 
 def claim_folder(config: Config) -> Path:
@@ -27,7 +47,15 @@ def claim_folder(config: Config) -> Path:
 
     Raises:
         ConfigError: the folder holds a run of another config; the message is the difference.
+        LaunchError: the processes were started with different configs.
     """
+    lines = config.text().splitlines()
+    runtime.check_same("the config", "\n".join(x for x in lines if not x.startswith(LAUNCH)))
+    runtime.on_main(lambda: _write_config(config))
+    return Path(config.run_folder)
+
+
+def _write_config(config: Config) -> None:
     folder = Path(config.run_folder)
     path = folder / CONFIG
     if path.exists() and not config.run.accept_changes:
@@ -40,7 +68,6 @@ def claim_folder(config: Config) -> Path:
             )
     folder.mkdir(parents=True, exist_ok=True)
     write_text_atomic(path, config.text())
-    return folder
 
 
 def write_transcripts(folder: Path, iteration: int, samples: Sequence[Mapping[str, Any]]) -> None:

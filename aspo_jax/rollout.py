@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -12,6 +13,27 @@ from aspo_jax.data import pack
 from aspo_jax.rewards import Scorer, Submission, Verdict, repetition
 from aspo_jax.sampler import Completion, Request, Sampler
 from aspo_jax.structs import Minibatch, Prompt, Rows
+
+
+class Peers(NamedTuple):
+    """The processes that share a run; each has the prompts ``index::count`` of every step.
+
+    gather: an array -> those of all processes, stacked on a leading axis, bit for bit.
+    """
+
+    index: int
+    count: int
+    gather: Callable[[np.ndarray], np.ndarray]
+
+    def whole(self, x_P: np.ndarray, total: int) -> np.ndarray:
+        """Values of this process's prompts -> of all ``total`` prompts, in the step's order."""
+        longest = math.ceil(total / self.count)
+        room = [(0, longest - len(x_P)), *[(0, 0)] * (x_P.ndim - 1)]
+        stacked = self.gather(np.pad(x_P, room))
+        return np.swapaxes(stacked, 0, 1).reshape(-1, *x_P.shape[1:])[:total]
+
+
+ALONE = Peers(index=0, count=1, gather=lambda x: x[None])
 
 
 class Sample(NamedTuple):
@@ -58,10 +80,21 @@ class Rollout(NamedTuple):
         return self.grid(lambda s: len(s.completion.tokens_T), np.float32)
 
     @property
-    def texts_PG(self) -> list[list[str]]:
+    def groups(self) -> list[Sequence[Sample]]:
+        """The samples of each prompt."""
         G = self.samples_per_prompt
-        texts = [sample.text for sample in self.samples]
-        return [texts[start : start + G] for start in range(0, len(texts), G)]
+        return [self.samples[start : start + G] for start in range(0, len(self.samples), G)]
+
+    @property
+    def distinct_P(self) -> np.ndarray:
+        """Different texts in each group."""
+        return np.array([len({s.text for s in group}) for group in self.groups])
+
+    @property
+    def distinct_right_P(self) -> np.ndarray:
+        """Different right texts in each group."""
+        right = [{s.text for s in group if s.verdict.reason == "match"} for group in self.groups]
+        return np.array([len(texts) for texts in right])
 
 
 class Codec(NamedTuple):
@@ -111,14 +144,16 @@ class BatchShape(NamedTuple):
     """Fixed shapes of an iteration's updates.
 
     minibatches: optimizer updates per pass over the rollout.
-    row_tokens, rows: T and B of a micro-batch.
+    row_tokens, rows: T of a micro-batch, and B, of which each process fills an equal share.
     microbatches: M, room for the worst case (every answer of the longest length).
+    is_packed: several sequences may share a row.
     """
 
     minibatches: int
     microbatches: int
     rows: int
     row_tokens: int
+    is_packed: bool = True
 
 
 def batch_shape(
@@ -129,15 +164,33 @@ def batch_shape(
     longest: int,
     row_tokens: int,
     rows: int,
+    is_packed: bool = True,
+    processes: int = 1,
 ) -> BatchShape:
-    """Room for ``prompts_per_minibatch`` groups whose sequences all occupy ``longest`` slots."""
-    sequences = prompts_per_minibatch * samples_per_prompt
-    worst_rows = math.ceil(sequences / (row_tokens // longest))
+    """Room for the groups of a mini-batch that one process may have to hold, all of ``longest``.
+
+    Of P prompts dealt over U mini-batches, one process of n can find ``ceil(P / (U + n - 1))`` of
+    its own in one: a of them in a row leave (n - 1)(a - 1) prompts of others between them, which
+    were dropped, so that the mini-batch of at most ceil((P - (n - 1)(a - 1)) / U) holds all a.
+
+    Raises:
+        ValueError: ``rows`` is not a multiple of ``processes``.
+    """
+    if rows % processes:
+        raise ValueError(
+            f"Train.rows_per_microbatch = {rows} cannot be shared by {processes} processes; set "
+            f"it to a multiple of {processes}"
+        )
+    minibatches = prompts_per_step // prompts_per_minibatch
+    groups = math.ceil(prompts_per_step / (minibatches + processes - 1))
+    per_row = row_tokens // longest if is_packed else 1
+    worst_rows = math.ceil(groups * samples_per_prompt / per_row)
     return BatchShape(
-        minibatches=prompts_per_step // prompts_per_minibatch,
-        microbatches=math.ceil(worst_rows / rows),
+        minibatches=minibatches,
+        microbatches=math.ceil(worst_rows / (rows // processes)),
         rows=rows,
         row_tokens=row_tokens,
+        is_packed=is_packed,
     )
 
 
@@ -156,28 +209,95 @@ class Example(NamedTuple):
 
 
 def assemble(
-    rollout: Rollout, advantage: Callable[..., Any], shape: BatchShape
+    rollout: Rollout,
+    advantage: Callable[..., Any],
+    shape: BatchShape,
+    peers: Peers = ALONE,
 ) -> tuple[list[Minibatch], dict[str, float]]:
     """Advantages, then the groups that carry a signal dealt evenly over fixed-shape mini-batches.
 
-    Groups whose advantages are all zero cost no compute. The order of prompts is kept. Returns the
-    mini-batches (arrays on the host) and the figures of the rollout.
+    Groups whose advantages are all zero cost no compute. The order of prompts is kept. Every
+    process judges the outcomes of all, so that all agree which group goes where, as one process
+    would have it; each then fills rows with its own groups and all adopt the largest number of
+    micro-batches. Returns this process's mini-batches (arrays on the host) and the figures of the
+    whole rollout.
     """
-    advantage_PG = np.asarray(advantage(rollout.reward_PG, rollout.is_valid_PG))
+    outcomes = gather_outcomes(rollout, peers)
+    advantage_PG = np.asarray(advantage(outcomes.reward_PG, outcomes.is_valid_PG))
     if not np.isfinite(advantage_PG).all():
         raise ValueError("advantages are not finite; the advantage rule or a reward is at fault")
     retained = np.flatnonzero((advantage_PG != 0).any(axis=1))
     shares = np.array_split(retained, shape.minibatches)
-    minibatches = [fill(_examples(rollout, advantage_PG, share), shape) for share in shares]
-    return minibatches, _figures(rollout, advantage_PG, minibatches, shape)
+    own = shape._replace(rows=shape.rows // peers.count)
+    filled = [fill(_examples(rollout, advantage_PG, share, peers), own) for share in shares]
+    minibatches, train_tokens = _agree(filled, peers)
+    room = sum(int(m.count) for m in minibatches) * shape.rows * shape.row_tokens
+    figures = _figures(outcomes, advantage_PG) | {
+        "train_tokens": train_tokens,
+        "packing_waste": 1.0 - train_tokens / room if room else 0.0,
+    }
+    return minibatches, {f"rollout/{name}": float(value) for name, value in figures.items()}
 
 
-def _examples(rollout: Rollout, advantage_PG: np.ndarray, groups: np.ndarray) -> list[Example]:
+class Outcomes(NamedTuple):
+    """What is counted of every sample, of all processes; P prompts in the order of the step.
+
+    distinct_PG, distinct_right_PG: number of different, and of different right, texts in the group.
+    """
+
+    reward_PG: np.ndarray
+    is_valid_PG: np.ndarray
+    is_right_PG: np.ndarray
+    is_finished_PG: np.ndarray
+    length_PG: np.ndarray
+    repetition_PG: np.ndarray
+    distinct_PG: np.ndarray
+    distinct_right_PG: np.ndarray
+
+
+def gather_outcomes(rollout: Rollout, peers: Peers = ALONE, total: int | None = None) -> Outcomes:
+    """The outcomes of ``total`` prompts; None: every process has as many as this one."""
+    G = rollout.samples_per_prompt
+    own = Outcomes(
+        reward_PG=rollout.reward_PG,
+        is_valid_PG=rollout.is_valid_PG,
+        is_right_PG=rollout.is_right_PG,
+        is_finished_PG=rollout.is_finished_PG,
+        length_PG=rollout.length_PG,
+        repetition_PG=rollout.grid(lambda s: repetition(s.text), np.float32),
+        distinct_PG=np.tile(rollout.distinct_P[:, None], G),
+        distinct_right_PG=np.tile(rollout.distinct_right_P[:, None], G),
+    )
+    prompts = len(rollout.samples) // G
+    stacked_PG = np.stack([x.astype(np.float32) for x in own], axis=-1)
+    whole_PG = peers.whole(stacked_PG, prompts * peers.count if total is None else total)
+    return Outcomes(*(whole_PG[..., i].astype(x.dtype) for i, x in enumerate(own)))
+
+
+def _agree(filled: Sequence[Minibatch], peers: Peers) -> tuple[list[Minibatch], int]:
+    """The mini-batches with counts that hold on all processes; the tokens of all processes."""
+    used = [int((m.rows.sequence_id_BT > 0).sum()) for m in filled]
+    counts = [int(m.count) for m in filled]
+    all_counts, all_used = np.swapaxes(peers.gather(np.array([counts, used], np.int32)), 0, 1)
+    agreed = [
+        dataclasses.replace(m, count=np.int32(count))
+        for m, count in zip(filled, all_counts.max(axis=0), strict=True)
+    ]
+    return agreed, int(all_used.sum())
+
+
+def _examples(
+    rollout: Rollout, advantage_PG: np.ndarray, groups: np.ndarray, peers: Peers
+) -> list[Example]:
+    """This process's valid samples of the groups; ``group`` is the number among all of them."""
     G, is_valid_PG = rollout.samples_per_prompt, rollout.is_valid_PG
     examples = []
     for group, p in enumerate(groups):
-        for g in np.flatnonzero(is_valid_PG[p]):
-            sample = rollout.samples[p * G + g]
+        own, process = divmod(int(p), peers.count)
+        if process != peers.index:
+            continue
+        for g in map(int, np.flatnonzero(is_valid_PG[own])):
+            sample = rollout.samples[own * G + g]
             c = sample.completion
             advantage = float(advantage_PG[p, g])
             examples.append(Example(sample.prompt_tokens, c.tokens_T, advantage, c.logp_T, group))
@@ -185,9 +305,9 @@ def _examples(rollout: Rollout, advantage_PG: np.ndarray, groups: np.ndarray) ->
 
 
 def fill(examples: Sequence[Example], shape: BatchShape) -> Minibatch:
-    """Pack token sequences into rows and the rows into micro-batches of fixed shape."""
+    """Lay token sequences into rows and the rows into micro-batches of fixed shape."""
     lengths = [len(e.prompt_tokens) + len(e.response_tokens) - 1 for e in examples]
-    packed = pack(lengths, shape.row_tokens)
+    packed = pack(lengths, shape.row_tokens) if shape.is_packed else _alone(lengths)
     rows = _empty_rows(shape.microbatches * shape.rows, shape.row_tokens)
     for row, contents in enumerate(packed):
         start = 0
@@ -199,6 +319,11 @@ def fill(examples: Sequence[Example], shape: BatchShape) -> Minibatch:
         for name, x in rows.items()
     }
     return Minibatch(rows=Rows(**stacked), count=np.int32(math.ceil(len(packed) / shape.rows)))
+
+
+def _alone(lengths: Sequence[int]) -> list[list[int]]:
+    """A row for each sequence, the longest first as `pack` has it."""
+    return [[i] for i in sorted(range(len(lengths)), key=lambda i: -lengths[i])]
 
 
 def _empty_rows(rows: int, row_tokens: int) -> dict[str, np.ndarray]:
@@ -223,25 +348,19 @@ def _write(rows: dict[str, np.ndarray], row: int, start: int, sequence_id: int, 
     rows["sampler_logp_BT"][row, answer] = e.sampler_logp_T
 
 
-def _figures(rollout: Rollout, advantage_PG, minibatches, shape: BatchShape) -> dict[str, float]:
-    reward_PG, is_valid_PG = rollout.reward_PG, rollout.is_valid_PG
-    is_right_PG = rollout.is_right_PG
-    used = sum(int((m.rows.sequence_id_BT > 0).sum()) for m in minibatches)
-    room = sum(int(m.count) for m in minibatches) * shape.rows * shape.row_tokens
-    figures = {
-        "reward_mean": reward_PG[is_valid_PG].mean() if is_valid_PG.any() else math.nan,
-        "solve_none": (~is_right_PG).all(axis=1).mean(),
-        "solve_all": is_right_PG.all(axis=1).mean(),
+def _figures(outcomes: Outcomes, advantage_PG: np.ndarray) -> dict[str, Any]:
+    o = outcomes
+    return {
+        "reward_mean": o.reward_PG[o.is_valid_PG].mean() if o.is_valid_PG.any() else math.nan,
+        "solve_none": (~o.is_right_PG).all(axis=1).mean(),
+        "solve_all": o.is_right_PG.all(axis=1).mean(),
         "valid_groups": (advantage_PG != 0).any(axis=1).mean(),
-        "response_length": rollout.length_PG.mean(),
-        "truncated": 1.0 - rollout.is_finished_PG.mean(),
-        "repetition": np.mean([repetition(sample.text) for sample in rollout.samples]),
-        "distinct_answers": np.mean([len(set(texts)) for texts in rollout.texts_PG]),
-        "grader_failures": (~is_valid_PG).sum(),
-        "train_tokens": used,
-        "packing_waste": 1.0 - used / room if room else 0.0,
+        "response_length": o.length_PG.mean(),
+        "truncated": 1.0 - o.is_finished_PG.mean(),
+        "repetition": o.repetition_PG.mean(dtype=np.float64),
+        "distinct_answers": o.distinct_PG.mean(),
+        "grader_failures": (~o.is_valid_PG).sum(),
     }
-    return {f"rollout/{name}": float(value) for name, value in figures.items()}
 
 
 def transcripts(rollout: Rollout, count: int) -> list[dict[str, Any]]:

@@ -13,17 +13,18 @@ its batch neighbours, its slot or the order of requests.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from aspo_jax.head import FORBIDDEN, Head, logits
-from aspo_jax.model import Cache, Model, batch_sharding, shardings
+from aspo_jax.model import RULES, Cache, Model, batch_sharding, shardings
 from aspo_jax.structs import struct
 
 TRAIN, EVALUATE, WARM_START = range(3)  # domains of random draws
@@ -60,6 +61,10 @@ class Sampler(Protocol):
 
     def start(self, params: Any) -> None:
         """Use these parameters from now on."""
+        ...
+
+    def release(self) -> None:
+        """Forget them: until the next `start` their memory is the update's."""
         ...
 
     def sample(self, requests: Iterable[Request]) -> Iterator[Completion]:
@@ -127,8 +132,52 @@ def identity_keys(seed: int, identity_N4: Array) -> Array:
     return jax.vmap(fold, in_axes=(None, 0))(jax.random.key(seed), identity_N4)
 
 
+def make_publish(model: Model, mesh: Mesh, local: Mesh, dtype: Any) -> Callable[[Any], Any]:
+    """The learner's params on ``mesh`` -> the sampler's on ``local``, this process's own devices.
+
+    Matrices are cast to ``dtype`` (as the forward pass would; norms stay float32) and gathered over
+    the fsdp axis, so that no collective is left in decoding but those of tensor parallelism. Where
+    type and layout agree already, the arrays are the learner's own.
+    """
+    specs = model.partition_specs()
+    whole = shardings(mesh, jax.tree.map(_unsharded, specs, is_leaf=_is_spec))
+    at_home = shardings(local, specs)
+
+    def cast(path, x):
+        is_matrix = "norm" not in jax.tree_util.keystr(path)
+        return x.astype(dtype) if is_matrix else x
+
+    gather = jax.jit(partial(jax.tree_util.tree_map_with_path, cast), out_shardings=whole)
+
+    def publish(params: Any) -> Any:
+        if jax.process_count() == 1 and mesh == local and jnp.dtype(dtype) == jnp.float32:
+            return params
+        return jax.tree.map(_on_own_devices, gather(params), at_home)
+
+    return publish
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, PartitionSpec)
+
+
+def _unsharded(spec: PartitionSpec) -> PartitionSpec:
+    return PartitionSpec(*(None if axis == RULES["embed"] else axis for axis in spec))
+
+
+def _on_own_devices(x: Array, sharding: Any) -> Array:
+    """This process's shards of an array that it holds whole, as an array of its own."""
+    own = {shard.device: shard.data for shard in x.addressable_shards}
+    parts = [own[device] for device in sharding.mesh.devices.flat]
+    return jax.make_array_from_single_device_arrays(x.shape, sharding, parts)
+
+
 class BatchSampler:
-    """Decode whole batches of ``slots`` rows; stop early when every row has ended."""
+    """Decode whole batches of ``slots`` rows; stop early when every row has ended.
+
+    ``publish`` makes of the params given to `start` those that the model here computes with.
+    ``prefill`` and ``decode`` are the jitted programs.
+    """
 
     def __init__(
         self,
@@ -139,18 +188,23 @@ class BatchSampler:
         *,
         seed: int,
         truncation: Truncation = EVERYTHING,
+        publish: Callable[[Any], Any] = lambda params: params,
     ):
-        self.limits, self.seed = limits, seed
+        self.limits, self.seed, self._publish = limits, seed, publish
         self._params = None
         rows = batch_sharding(mesh)
         weights = shardings(mesh, model.partition_specs())
         program = _Program(model, head, limits, truncation)
-        self._prefill = jax.jit(program.prefill, in_shardings=(weights, rows, rows, rows))
-        self._decode = jax.jit(program.decode, donate_argnums=1)
+        self.prefill = jax.jit(program.prefill, in_shardings=(weights, rows, rows, rows))
+        self.decode = jax.jit(program.decode, donate_argnums=1)
 
     def start(self, params: Any) -> None:
         """Use these parameters from now on."""
-        self._params = params
+        self._params = self._publish(params)
+
+    def release(self) -> None:
+        """Forget them: until the next `start` their memory is the update's."""
+        self._params = None
 
     def sample(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Yield one completion per request, in the order in which they finish.
@@ -163,10 +217,10 @@ class BatchSampler:
             yield from self._sample_batch(batch)
 
     def _sample_batch(self, batch: Sequence[tuple[int, Request]]) -> Iterator[Completion]:
-        decoding = self._prefill(self._params, *self._pad_left(batch))
+        decoding = self.prefill(self._params, *self._pad_left(batch))
         is_waiting_N = np.arange(self.limits.slots) < len(batch)
         while is_waiting_N.any():
-            decoding = self._decode(self._params, decoding)
+            decoding = self.decode(self._params, decoding)
             time = int(decoding.time)
             is_over = time >= self.limits.max_response_tokens
             is_done_N = np.asarray(decoding.is_done_N)
@@ -215,7 +269,7 @@ class _Program:
         segment_NP = (position_NP >= 0).astype(jnp.int32)
         cache = self.model.empty_cache(N, P + R)
         hidden_NPD, cache = self.model.apply(
-            params, token_NP, jnp.maximum(position_NP, 0), segment_NP, cache
+            params, token_NP, jnp.maximum(position_NP, 0), segment_NP, cache, fresh=True
         )
         decoding = _Decoding(
             cache=cache,

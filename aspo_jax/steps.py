@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 
 import jax
 
+from aspo_jax import runtime
 from aspo_jax.build import Machines, save_policy
 from aspo_jax.checkpoint import Checkpoints
 from aspo_jax.config import Config
 from aspo_jax.console import Console
 from aspo_jax.figures import dynamics
 from aspo_jax.metrics import Clock, Log, read_metrics
-from aspo_jax.records import before_and_after, write_transcripts
+from aspo_jax.records import Silent, before_and_after, write_transcripts
 from aspo_jax.rollout import assemble, draw, judge, transcripts
 from aspo_jax.sampler import TRAIN
 from aspo_jax.structs import Minibatch, TrainState, merge_metrics
@@ -29,7 +30,7 @@ class Run(NamedTuple):
     machines: Machines
     folder: Path
     checkpoints: Checkpoints
-    log: Log
+    log: Log | Silent
     clock: Clock
 
 
@@ -44,7 +45,10 @@ def restore_or_init(checkpoints: Checkpoints, m: Machines) -> tuple[TrainState, 
 
 
 def roll_out(run: Run, state: TrainState) -> tuple[list[Minibatch], dict[str, Any]]:
-    """This iteration's prompts, answers, verdicts, advantages and old log-probabilities."""
+    """This iteration's prompts, answers, verdicts, advantages and old log-probabilities.
+
+    Each process samples and grades its own share; the mini-batches and figures are those of all.
+    """
     m, train, clock = run.machines, run.config.train, run.clock
     prompts = next(m.prompts)
     with clock("sample"):
@@ -52,9 +56,10 @@ def roll_out(run: Run, state: TrainState) -> tuple[list[Minibatch], dict[str, An
         completions = draw(
             m.sampler, m.policy.codec, prompts, train.samples_per_prompt, domain=TRAIN
         )
+        m.sampler.release()
     with clock("grade"):
         rollout = judge(m.scorer, m.policy.codec, prompts, completions)
-    minibatches, figures = assemble(rollout, m.advantage, m.shape)
+    minibatches, figures = assemble(rollout, m.advantage, m.shape, m.peers)
     with clock("score"):
         placed = [m.learner.place(part) for part in minibatches]
         old = [m.learner.old_policy(state.params, m.reference, part) for part in placed]
@@ -103,8 +108,9 @@ def evaluate(run: Run, state: TrainState, iteration: int) -> None:
     with run.clock("evaluate"):
         scores, rollout = run.machines.evaluate(state.params)
     run.log.write(iteration, {f"evaluate/{k}": v for k, v in scores._asdict().items()})
-    shown = transcripts(rollout, run.config.metrics.transcripts)
-    write_transcripts(run.folder, iteration, shown)
+    if runtime.is_main():
+        shown = transcripts(rollout, run.config.metrics.transcripts)
+        write_transcripts(run.folder, iteration, shown)
 
 
 def save(run: Run, state: TrainState, done: int, position: int) -> None:
@@ -121,9 +127,14 @@ def save(run: Run, state: TrainState, done: int, position: int) -> None:
 
 
 def finish(run: Run, state: TrainState, console: Console) -> None:
-    """Export, draw and say where everything is."""
+    """Export, draw and say where everything is; one process does, the others wait."""
+    dtype = run.config.run.export_dtype
+    save_policy(run.machines.policy, state.params, run.folder / "model", dtype)
+    runtime.on_main(lambda: _conclude(run, console))
+
+
+def _conclude(run: Run, console: Console) -> None:
     folder, name = run.folder, run.config.name
-    save_policy(run.machines.policy, state.params, folder / "model")
     dynamics({folder.name: read_metrics(folder / "metrics.jsonl")}, folder / "dynamics.png")
     paths = {
         "model (Hugging Face)": folder / "model",

@@ -5,6 +5,8 @@
 Iteration i speaks of the policy after i iterations: its held-out scores (where due), its rollout
 and the updates made from that rollout are one line of the log. Every random draw is named by the
 run's seed and its place, so a run that was stopped or killed goes on as if it never had been.
+Several processes (hosts) all run this page: each samples and grades its share of the prompts, an
+update is one program over all devices, process 0 writes and speaks.
 The verbs are in `steps.py`, the machines are built in `build.py`.
 """
 
@@ -26,14 +28,13 @@ from aspo_jax.checkpoint import (
     RunFolderError,
     RunLocked,
     StopRequest,
-    lock_run,
 )
 from aspo_jax.config import Config, ConfigError, read_config
 from aspo_jax.console import Console
 from aspo_jax.data import DataError
 from aspo_jax.metrics import Clock, Log, profile
 from aspo_jax.model import ModelFolderError
-from aspo_jax.records import claim_folder
+from aspo_jax.records import Silent, claim_folder, lock_folder
 from aspo_jax.steps import (
     Run,
     evaluate,
@@ -48,20 +49,22 @@ from aspo_jax.warmstart import WarmStartError, warm_start
 
 USER_ERRORS = (
     *(CheckpointError, ConfigError, DataError, ModelFolderError, RunFolderError, RunLocked),
-    *(WarmStartError, runtime.MeshError),
+    *(WarmStartError, runtime.MeshError, runtime.LaunchError, runtime.PeerError),
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a config. Exit status: 0 done, 2 a mistake of the user's, 75 stopped and saved."""
-    console = Console()
     try:
         config = read_config(sys.argv[1:] if argv is None else argv, FACTORIES)
-        with lock_run(config.run_folder), StopRequest() as stop:
-            return train(config, console, stop)
+        here = config.runtime
+        runtime.join(here.coordinator, here.num_processes, here.process_id)
+        agree = None if runtime.is_alone() else runtime.any_of
+        with lock_folder(config), StopRequest(agree) as stop:
+            return train(config, Console(is_quiet=not runtime.is_main()), stop)
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return runtime.leave(2)
 
 
 def train(config: Config, console: Console, stop: StopRequest) -> int:
@@ -81,7 +84,9 @@ def train(config: Config, console: Console, stop: StopRequest) -> int:
     with m.scorer, checkpoints, console.phase("training", config.train.iterations) as bar:
         state, done = restore_or_init(checkpoints, m)
         bar.advance(done)
-        log = Log(folder, done, config.metrics.tensorboard, on_row=console.iteration)
+        log = Silent()
+        if runtime.is_main():
+            log = Log(folder, done, config.metrics.tensorboard, on_row=console.iteration)
         run = Run(config, m, folder, checkpoints, log, Clock())
         position = m.prompts.state()
         try:
@@ -102,7 +107,7 @@ def train(config: Config, console: Console, stop: StopRequest) -> int:
                 evaluate(run, state, done)
         except Interrupted:
             save(run, state, done, position)
-            checkpoints.wait()
+            runtime.on_main(checkpoints.wait)
             console.note(f"stopped after {done} iterations, saved; the same command goes on")
             return EXIT_SAVED
         log.close()

@@ -12,15 +12,19 @@ import hashlib
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
+from aspo_jax import runtime
 from aspo_jax.build import (
     Policy,
     build_evaluate,
+    build_peers,
     build_sampler,
+    check_shares,
     countdown_spec,
     new_policy,
     open_scorer,
@@ -49,18 +53,23 @@ def warm_start(config: Config, mesh: Mesh, folder: Path, console: Console) -> Pa
         WarmStartError: the target was not reached within ``WarmStart.max_steps``.
     """
     own = folder / INITIAL_MODEL
-    if own.is_dir():
+    # Process 0 looks and writes, for all: a cache may be on one host only.
+    if runtime.any_of(runtime.is_main() and own.is_dir()):
         return own
     cached = Path(config.warm_start.cache).expanduser() / cache_key(config)
-    if cached.is_dir():
+    if runtime.any_of(runtime.is_main() and cached.is_dir()):
         console.note(f"warm start: found in {cached}")
     else:
         _train(config, mesh, cached, console)
+    runtime.on_main(lambda: _copy(cached, own))
+    return own
+
+
+def _copy(cached: Path, own: Path) -> None:
     partial = own.with_name(own.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(cached, partial)
     partial.rename(own)
-    return own
 
 
 def cache_key(config: Config) -> str:
@@ -79,8 +88,9 @@ def cache_key(config: Config) -> str:
 
 def _train(config: Config, mesh: Mesh, target_folder: Path, console: Console) -> None:
     """Train until the held-out score is reached and write the folder."""
+    check_shares(config, mesh)
     w = config.warm_start
-    policy, spec = new_policy(config), countdown_spec(config)
+    policy, spec = new_policy(config, mesh), countdown_spec(config)
     optimizer = clipped_adamw(
         learning_rate_schedule(w.learning_rate, w.warmup_steps, w.max_steps),
         betas=(0.9, w.b2),
@@ -91,7 +101,7 @@ def _train(config: Config, mesh: Mesh, target_folder: Path, console: Console) ->
     learner = build_learner(
         policy.model, policy.head, Goal(reinforce(), token_mean), optimizer, mesh
     )
-    shape = BatchShape(1, 1, w.batch_size, config.train.row_tokens)
+    shape = BatchShape(1, 1, w.batch_size, config.train.row_tokens, config.train.pack)
     state = learner.init(policy.model.init(jax.random.key(config.run.seed)))
     with open_scorer(config) as scorer, console.phase("warm start", w.max_steps, "steps") as bar:
         sampler = build_sampler(config, policy, mesh)
@@ -121,14 +131,14 @@ def _train(config: Config, mesh: Mesh, target_folder: Path, console: Console) ->
 def _demonstrations(
     policy: Policy, spec: CountdownSpec, seed: int, step: int, shape: BatchShape
 ) -> Minibatch:
-    """The step's worked examples, each a pure function of (seed, its index)."""
-    examples = []
-    for index in range(step * shape.rows, (step + 1) * shape.rows):
+    """This process's share of the step's worked examples, each a function of (seed, its index)."""
+    examples, peers = [], build_peers()
+    for index in range(step * shape.rows + peers.index, (step + 1) * shape.rows, peers.count):
         drawn = problem(spec, seed, index, "train")
         answer = demonstration(drawn, random.Random(f"demonstration {seed} {index}"))
         question = render(policy.tokenizer, [{"role": "user", "content": drawn.text}])
         response = [*policy.codec.encode(answer), policy.tokenizer.eos_token_id]
         examples.append(Example(policy.codec.encode(question), response, 1.0, 0.0, 0))
-    minibatch = fill(examples, shape)
-    nothing = jnp.zeros(minibatch.rows.target_BT.shape, jnp.float32)
+    minibatch = fill(examples, shape._replace(rows=shape.rows // peers.count))
+    nothing: Any = np.zeros(minibatch.rows.target_BT.shape, np.float32)
     return Minibatch(minibatch.rows, minibatch.count, OldPolicy(nothing, nothing))

@@ -41,6 +41,7 @@ from aspo_jax.build import FACTORIES
 from aspo_jax.config import Config, read_config
 from aspo_jax.metrics import read_metrics
 from aspo_jax.model import ModelConfig, read_model_config
+from aspo_jax.model.flops import update_flops
 
 FIRST = 2  # iterations before this one are warm-up
 PHASES = ("sample", "grade", "score", "update")
@@ -147,15 +148,6 @@ def phase_table(job: Observed) -> str:
     return table(["phase", "seconds, median", "share of an iteration"], body)
 
 
-def update_flops(model: ModelConfig, work: dict[str, int], epochs: int) -> float:
-    """Useful FLOP of an iteration's updates; the formula above."""
-    D, C, H, K = model.hidden_size, model.head_dim, model.heads, model.kv_heads
-    block = D * C * (H + 2 * K) + H * C * D + 3 * D * model.intermediate_size
-    weights = model.layers * block + model.vocab_size * D
-    attention = 12 * model.layers * H * C * work["pairs"]
-    return epochs * (6.0 * weights * work["tokens"] + attention)
-
-
 def speed_table(job: Observed, peak: float) -> str:
     """Throughput and the update's share of peak, medians over the iterations."""
     train = job.config.train
@@ -170,7 +162,8 @@ def speed_table(job: Observed, peak: float) -> str:
         seconds = row["seconds/update"]
         trained.append(train.epochs * done["responses"] / seconds)
         processed.append(train.epochs * done["tokens"] / seconds)
-        rates.append(update_flops(job.model, done, train.epochs) / seconds)
+        flops = update_flops(job.model, done["tokens"], done["pairs"])
+        rates.append(train.epochs * flops / seconds)
         fill.append(done["tokens"] / done["slots"])
     rate = statistics.median(rates)
     body = [

@@ -14,12 +14,14 @@ import aspo_jax
 
 PACKAGE = Path(aspo_jax.__file__).parent
 FLOORS = [  # top to bottom; strangers on one floor do not import each other
-    ["train"],
-    ["plot", "steps", "warmstart"],
+    ["train", "plan", "export"],
+    ["plot", "steps", "warmstart", "budget"],
+    ["programs"],
     ["build"],
     ["rollout", "learner", "evaluation", "figures", "records"],
-    ["runtime", "sampler", "checkpoint", "metrics", "console"],
-    ["losses", "model", "head", "rewards", "data"],
+    ["runtime", "topology", "sampler", "checkpoint", "metrics", "console"],
+    ["head"],
+    ["losses", "model", "rewards", "data"],
     ["structs", "config"],
 ]
 FLOOR = {room: len(FLOORS) - i for i, rooms in enumerate(FLOORS) for room in rooms}

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
+from toy import toy_mesh
 
 from aspo_jax.head import Head, logits, logp_and_entropy
+from aspo_jax.model import shardings
 
 B, T, D, V = 3, 7, 5, 11
 FORBIDDEN_IDS = [0, 9, 10]
@@ -111,7 +116,8 @@ def test_bfloat16_hidden_states_give_float32_values_and_bfloat16_gradients():
     head = Head(1.0, IS_ALLOWED_V, 4)
     half_BTD = HIDDEN_BTD.astype(jnp.bfloat16)
     got = logp_and_entropy(head, WEIGHT_VD, half_BTD, TARGET_BT)
-    exact = reference(head, WEIGHT_VD, half_BTD.astype(jnp.float32), TARGET_BT)
+    rounded_VD = WEIGHT_VD.astype(jnp.bfloat16).astype(jnp.float32)
+    exact = reference(head, rounded_VD, half_BTD.astype(jnp.float32), TARGET_BT)
     for x, y in zip(got, exact, strict=True):
         assert x.dtype == jnp.float32
         np.testing.assert_allclose(x, y, atol=2e-6)
@@ -158,3 +164,44 @@ def test_no_array_of_tokens_by_vocabulary_exists_forward_or_backward():
 
     assert largest(reference) >= tokens * (V - 1)  # the search does find one
     assert largest(logp_and_entropy) <= chunk * V
+
+
+# --- devices ----------------------------------------------------------------------------------
+
+
+def on_mesh(sizes, function, *arrays):
+    """The function's values and compiled text, rows and vocabulary split over a mesh."""
+    mesh = toy_mesh(*sizes)
+    specs = shardings(mesh, (PartitionSpec("tensor"), PartitionSpec(("data", "fsdp"))))
+    program = jax.jit(partial(function, mesh), in_shardings=specs)
+    return program(*arrays), program.lower(*arrays).compile().as_text() or ""
+
+
+@pytest.mark.parametrize("sizes", [(4, 1, 1), (1, 1, 4), (1, 2, 2)], ids=str)
+def test_devices_change_nothing_and_only_statistics_of_tokens_cross_them(sizes):
+    B, T, D, V, chunk = 4, 6, 8, 512, 3
+    rng = np.random.RandomState(0)
+    weight_VD = jnp.asarray(rng.standard_normal((V, D)), jnp.float32)
+    hidden_BTD = jnp.asarray(rng.standard_normal((B, T, D)), jnp.float32)
+    target_BT = jnp.asarray(rng.randint(1, V - 5, (B, T)))
+    is_allowed_V = (np.arange(V) > 0) & (np.arange(V) < V - 5)
+
+    def scalar(mesh, weight_VD, hidden_BTD):
+        head = Head(0.7, is_allowed_V, chunk, mesh)
+        logp_BT, entropy_BT = logp_and_entropy(head, weight_VD, hidden_BTD, target_BT)
+        return jnp.sum(jnp.sin(logp_BT) + entropy_BT**2), (logp_BT, entropy_BT)
+
+    program = jax.value_and_grad(scalar, argnums=(1, 2), has_aux=True)
+    expected = jax.jit(partial(program, None))(weight_VD, hidden_BTD)
+    got, text = on_mesh(sizes, program, weight_VD, hidden_BTD)
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)
+    crossing = re.findall(r"= (.*?) all-\w+\(", text)
+    dims = re.findall(r"\[([\d,]*)\]", " ".join(crossing))
+    assert dims
+    _, fsdp, tensor = sizes
+    own_gradient = {f"{V // tensor},{D}", f"{V // tensor},{D // fsdp}"}  # of the projection
+    for dim in set(dims) - own_gradient:
+        elements = int(np.prod([int(n) for n in dim.split(",") if n]))
+        assert elements <= B * T * D < chunk * V // tensor, dim

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 import os
 import subprocess
 import sys
@@ -16,7 +18,13 @@ import optax
 import pytest
 import toy
 
-from aspo_jax.learner import Goal, clipped_adamw, learning_rate_schedule
+from aspo_jax.learner import (
+    Goal,
+    clipped_adamw,
+    learning_rate_schedule,
+    matrices_only,
+    warmup_by_iteration,
+)
 from aspo_jax.losses import (
     Coefficient,
     Objective,
@@ -164,6 +172,44 @@ def test_nor_do_the_devices(params, behaviour, reference, at_once, sizes):
     change = jax.tree.map(lambda new, old: np.asarray(new) - old, state.params, params)
     assert_relative(change, at_once[0], 1e-5)
     assert_same_figures(toy.figures(report), at_once[1])
+
+
+def factorisations(devices: int) -> list[tuple[int, int, int]]:
+    """Every (data, fsdp, tensor) mesh of so many devices."""
+    sizes = [2**i for i in range(devices.bit_length())]
+    return [s for s in itertools.product(sizes, repeat=3) if np.prod(s) == devices]
+
+
+def on_eight_devices(meshes: list[tuple[int, int, int]]) -> None:
+    """Compare the meshes' updates with one device's, in a process that has eight."""
+    program = Path(__file__).with_name("mesh_toy.py")
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [
+            sys.executable,
+            program,
+            json.dumps(meshes),
+            jax.config.values["jax_compilation_cache_dir"],
+        ],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    differences = json.loads(done.stdout)
+    assert len(differences) == len(meshes)
+    assert max(differences) < 1e-5
+
+
+def test_eight_devices_make_the_same_update():
+    on_eight_devices([(2, 2, 2), (8, 1, 1), (1, 2, 4)])
+
+
+@pytest.mark.slow
+def test_eight_devices_in_any_factorisation_make_the_same_update():
+    meshes = factorisations(8)
+    assert len(meshes) == 10
+    on_eight_devices(meshes)
 
 
 def test_metrics_of_several_updates_merge(learner, params, behaviour, reference):
@@ -339,6 +385,9 @@ def test_schedule_and_clip():
     np.testing.assert_allclose(rates(0.3, 3), [0.1, 0.2, 0.3, 0.3, 0.3, 0.3], rtol=1e-6)
     np.testing.assert_allclose(rates(0.3, 0), 0.3, rtol=1e-6)
     np.testing.assert_allclose(rates(0.4, 2, 4), [0.2, 0.3, 0.2, 0.1, 0, 0], rtol=1e-6)
+    warmed = warmup_by_iteration(learning_rate_schedule(0.4, 0), 2, updates_per_iteration=3)
+    got = [np.asarray(warmed(i)).item() for i in range(9)]  # three iterations of three updates
+    np.testing.assert_allclose(got, [0, 0, 0, 0.2, 0.2, 0.2, 0.4, 0.4, 0.4], rtol=1e-6)
     optimizer = clipped_adamw(
         optax.constant_schedule(0.1), betas=(0.0, 0.0), eps=1.0, weight_decay=0.0, clip_norm=2.0
     )
@@ -348,6 +397,23 @@ def test_schedule_and_clip():
     np.testing.assert_allclose(
         np.asarray(change), [-0.1 * 1.6 / 2.6, 0, 0, -0.1 * 1.2 / 2.2], rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("decay", [None, matrices_only])
+def test_what_decays(params, decay):
+    optimizer = clipped_adamw(
+        optax.constant_schedule(0.1),
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=0.5,
+        clip_norm=1.0,
+        decay=decay,
+    )
+    nothing = jax.tree.map(np.zeros_like, params)
+    change = optimizer.update(nothing, optimizer.init(params), params)[0]
+    for path, x in jax.tree_util.tree_leaves_with_path(change):
+        is_matrix = jax.tree_util.keystr(path[-1:]) in ("['kernel']", "['embed']", "['head']")
+        assert bool(np.abs(x).max() > 0) == (decay is None or is_matrix), path
 
 
 # --- golden -------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,6 +49,9 @@ class FakeSampler:
     def start(self, params):
         raise AssertionError("starting the sampler is the caller's")
 
+    def release(self):
+        raise AssertionError("so is releasing it")
+
     def sample(self, requests):
         self.requests = list(requests)
         for number in reversed(range(len(self.requests))):
@@ -72,7 +76,7 @@ def rollout_of(verdicts: list[list[Verdict]]) -> Rollout:
 
 
 def shape_of(rollout: Rollout, minibatches: int, **changes) -> BatchShape:
-    sizes = {"row_tokens": 24, "rows": 2, "longest": 16} | changes
+    sizes: dict[str, Any] = {"row_tokens": 24, "rows": 2, "longest": 16} | changes
     prompts = len(rollout.samples) // rollout.samples_per_prompt
     return batch_shape(
         prompts_per_step=minibatches * math.ceil(prompts / minibatches),
@@ -108,7 +112,8 @@ def test_graders_see_the_text_the_answer_and_how_it_ended():
     assert rollout.reward_PG.tolist() == [[1, 0]] and rollout.is_right_PG.tolist() == [
         [True, False]
     ]
-    assert rollout.length_PG.tolist() == [[3, 4]] and rollout.texts_PG == [["one", "two!"]]
+    assert rollout.length_PG.tolist() == [[3, 4]]
+    assert rollout.distinct_P.tolist() == [2] and rollout.distinct_right_P.tolist() == [1]
     assert rollout.is_finished_PG.tolist() == [[True, False]]
 
 

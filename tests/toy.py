@@ -6,12 +6,13 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from aspo_jax.head import Head
 from aspo_jax.learner import Goal, Learner, build_learner
-from aspo_jax.model import Model, ModelConfig, build_model, shardings
+from aspo_jax.model import Model, ModelConfig, build_model, choose_attention, shardings
 from aspo_jax.model.sharding import MESH_AXES
 from aspo_jax.rollout import BatchShape, Example, fill
 from aspo_jax.structs import Histogram, Max, Mean, Metrics, Minibatch
@@ -57,7 +58,20 @@ def toy_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
 
 
 def toy_learner(model: Model, goal: Goal, optimizer: Any, mesh: Mesh | None = None) -> Learner:
-    return build_learner(model, HEAD, goal, optimizer, mesh or toy_mesh())
+    """The update of a network on a mesh, with the attention and constraints that it has there."""
+    mesh = mesh or toy_mesh()
+    config = model.config
+    attention = choose_attention(
+        "cpu",
+        head_dim=config.head_dim,
+        row_tokens=32,
+        packed=True,
+        dtype=jnp.float32,
+        mesh=mesh,
+        name="dense" if mesh.size == 1 else "chunked",
+    )
+    on_mesh = build_model(config, attention=attention, mesh=mesh)
+    return build_learner(on_mesh, HEAD._replace(mesh=mesh), goal, optimizer, mesh)
 
 
 def on(mesh: Mesh, model: Model, params: Any) -> Any:

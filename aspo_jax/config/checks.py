@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from aspo_jax.config.gin import nearest
+from aspo_jax.config.gin import LAUNCH, nearest
 from aspo_jax.config.schema import Factories, arguments, describe
 from aspo_jax.config.sections import Config
 
@@ -40,6 +40,10 @@ def cross_checks(config: Config, places: Mapping[str, str]) -> Iterator[str]:
     yield from _check_sizes(config, places)
     yield from _check_model(config, places)
     yield from _check_data(config, places)
+    yield from _check_runtime(config, places)
+
+
+def _check_runtime(config: Config, places: Mapping[str, str]) -> Iterator[str]:
     runtime = config.runtime
     sizes = {"data": runtime.data, "fsdp": runtime.fsdp, "tensor": runtime.tensor}
     for axis, size in sizes.items():
@@ -49,6 +53,34 @@ def cross_checks(config: Config, places: Mapping[str, str]) -> Iterator[str]:
     if sum(size == -1 for size in sizes.values()) > 1:
         axes = ", ".join(f"Runtime.{axis} = {size}" for axis, size in sizes.items())
         yield f"only one mesh axis may be -1 (the rest), found {axes}; set the others to 1"
+    if runtime.context != 1:
+        yield (
+            f"{at('Runtime.context', places)}Runtime.context = {runtime.context}: the axis is"
+            " reserved, a sequence is not split over devices as yet; set it to 1"
+        )
+    yield from _check_launch(config, places)
+
+
+def _check_launch(config: Config, places: Mapping[str, str]) -> Iterator[str]:
+    runtime = config.runtime
+    launch = {name: getattr(runtime, name.rpartition(".")[2]) for name in LAUNCH}
+    unset = [name for name, value in launch.items() if value is None]
+    if len(unset) == len(launch):
+        return
+    if unset:
+        yield f"{', '.join(LAUNCH)} belong together; set {' and '.join(unset)} too, or none of them"
+        return
+    host, _, port = str(runtime.coordinator).rpartition(":")
+    if not host or not port.isdecimal():
+        yield (
+            f"{at('Runtime.coordinator', places)}Runtime.coordinator = {runtime.coordinator!r};"
+            " expected 'host:port' of process 0, such as '10.0.0.1:8476'"
+        )
+    if (runtime.process_id or 0) >= (runtime.num_processes or 1):
+        yield (
+            f"{at('Runtime.process_id', places)}Runtime.process_id = {runtime.process_id} must be"
+            f" below Runtime.num_processes = {runtime.num_processes}; processes count from 0"
+        )
 
 
 def _check_sizes(config: Config, places: Mapping[str, str]) -> Iterator[str]:

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# A run may be moved, and the permission to change it is no change.
-NOT_COMPARED = ("Run.folder", "Run.accept_changes")
+# A run may be moved, also to other processes, and the permission to change it is no change.
+LAUNCH = ("Runtime.coordinator", "Runtime.num_processes", "Runtime.process_id")
+NOT_COMPARED = ("Run.folder", "Run.accept_changes", *LAUNCH)
 
 
 class ConfigError(ValueError):
@@ -168,7 +169,7 @@ def unused_macros(
 def diff_text(old: str, new: str) -> str:
     """The settings that differ between two config texts, one readable line each.
 
-    `Run.folder` and `Run.accept_changes` are not compared.
+    Where a run is kept, by which processes, and `Run.accept_changes` are not compared.
     """
     before, after = (
         {key: binding.found for key, binding in read_text(text, place, None, ()).items()}

@@ -37,6 +37,9 @@ class Run:
         None, "path", "where the run is kept; None: runs/<config>-<objective>-seed<seed>"
     )
     accept_changes: bool = setting(False, "", "resume although the config differs from the run's")
+    export_dtype: Literal["bfloat16", "float32"] = setting(
+        "bfloat16", "", "type of the weights in the final model folder; float32: exactly trained"
+    )
 
 
 @section
@@ -74,8 +77,13 @@ class Model:
     rope_theta: float = setting(10000.0, "", "base of the rotary position embedding", gt=0)
     tie_embeddings: bool = setting(True, "", "one matrix for embedding and output")
     dtype: Literal["float32", "bfloat16"] = setting("float32", "", "type of the computation")
-    remat: Literal["dots", "full"] = setting(
-        "dots", "", "what the backward pass computes again: all but matrix products, or all"
+    remat: Literal["dots", "attention", "full"] = setting(
+        "dots",
+        "",
+        "what the backward pass does not compute again: matrix products, attention, nothing",
+    )
+    attention: Literal["auto", "dense", "chunked", "splash", "pallas", "cudnn"] = setting(
+        "auto", "", "attention of training and prefill; auto: what the hardware does best"
     )
 
 
@@ -136,6 +144,12 @@ class Optim:
 
     learning_rate: float = setting(..., "", "learning rate after the warm-up", gt=0)
     warmup_updates: int = setting(0, "updates", "linear learning-rate warm-up", ge=0)
+    warmup_iterations: int = setting(
+        0,
+        "iterations",
+        "warm-up stepped once per iteration, from rate 0 in the first (the official run's)",
+        ge=0,
+    )
     schedule: Literal["constant", "linear"] = setting(
         "constant", "", "after the warm-up: stay, or fall linearly to 0 at the end of the run"
     )
@@ -143,6 +157,9 @@ class Optim:
     b2: float = setting(0.999, "", "decay of the squared-gradient average", ge=0, lt=1)
     eps: float = setting(1e-8, "", "added to the root of the squared-gradient average", gt=0)
     weight_decay: float = setting(0.0, "", "decoupled weight decay", ge=0)
+    decay: Literal["all", "matrices"] = setting(
+        "all", "", "what decays: every parameter (the official run's), or neither norms nor biases"
+    )
     clip_norm: float = setting(1.0, "", "largest global gradient norm", gt=0)
 
 
@@ -156,6 +173,7 @@ class Train:
     prompts_per_minibatch: int = setting(..., "prompts", "prompts per optimizer update", ge=1)
     epochs: int = setting(1, "epochs", "passes over an iteration's samples", ge=1)
     row_tokens: int = setting(..., "tokens", "length of a training row", ge=1)
+    pack: bool = setting(True, "", "several sequences may share a row")
     rows_per_microbatch: int = setting(..., "rows", "rows in one forward and backward pass", ge=1)
     head_chunk: int = setting(1024, "tokens", "tokens per chunk of the output layer", ge=1)
 
@@ -190,11 +208,17 @@ class Metrics:
 
 @section
 class Runtime:
-    """The device mesh, one size per axis; -1 = all devices left over."""
+    """The device mesh, one size per axis; -1 = all devices left over. And the processes."""
 
     data: int = setting(-1, "devices", "replicas of the batch axis", ge=-1)
     fsdp: int = setting(1, "devices", "shards of parameters and batch", ge=-1)
     tensor: int = setting(1, "devices", "shards of heads and features", ge=-1)
+    context: int = setting(1, "devices", "reserved for shards of one sequence; only 1 as yet", ge=1)
+    coordinator: str | None = setting(
+        None, "host:port", "where process 0 listens; None: as the environment says, or alone"
+    )
+    num_processes: int | None = setting(None, "processes", "processes of the run", ge=1)
+    process_id: int | None = setting(None, "", "number of this process, from 0", ge=0)
     compilation_cache: str | None = setting(
         "~/.cache/aspo_jax/xla", "path", "compiled programs; None = off"
     )

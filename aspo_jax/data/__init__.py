@@ -25,6 +25,7 @@ from aspo_jax.data.prompts import PromptStream, Row, prompts
 from aspo_jax.data.tokenizer import (
     allowed_ids,
     build_character_tokenizer,
+    copy_tokenizer,
     encode,
     load_tokenizer,
     render,
@@ -40,6 +41,7 @@ __all__ = [
     "Row",
     "allowed_ids",
     "build_character_tokenizer",
+    "copy_tokenizer",
     "demonstration",
     "encode",
     "load_tokenizer",

@@ -41,29 +41,29 @@ def _check_lengths(
 
 
 class PromptStream(Iterator["list[Prompt]"]):
-    """An endless iterator of steps' prompts. Make one with `prompts`."""
+    """An endless iterator of steps' prompts, or one process's share. Make one with `prompts`."""
 
-    def __init__(self, batches: Any, tokenizer: PreTrainedTokenizerFast, prompts_per_step: int):
+    def __init__(self, batches: Any, tokenizer: PreTrainedTokenizerFast, draws: range):
         self._batches = batches  # index -> rows, all indices from 0
         self._tokenizer = tokenizer
-        self._prompts_per_step = prompts_per_step
+        self._draws = draws  # of the first step; its stop is the number of prompts in a step
         self._drawn = 0
 
     def __next__(self) -> list[Prompt]:
         from aspo_jax.structs import Prompt  # here, for it loads jax
 
         rows = self._batches[self._drawn]
-        first = self._drawn * self._prompts_per_step
+        first = self._drawn * self._draws.stop
         self._drawn += 1
         return [
             Prompt(
                 id=row["id"],
-                draw=first + i,
+                draw=first + draw,
                 text=_render(row, self._tokenizer),
                 answer=row["answer"],
                 kind=row["kind"],
             )
-            for i, row in enumerate(rows)
+            for draw, row in zip(self._draws, rows, strict=True)
         ]
 
     def state(self) -> int:
@@ -85,20 +85,30 @@ def prompts(
     shuffle: bool,
     prompts_per_step: int,
     max_prompt_tokens: int,
+    process: int = 0,
+    processes: int = 1,
 ) -> PromptStream:
     """An endless stream over ``source``, ``prompts_per_step`` at a time.
+
+    One process of several reads its share of each step, prompts ``process::processes``; `draw` and
+    the stream's state are those of the whole, so that a run may go on with another number.
 
     Every epoch holds each row once, with ``shuffle`` in an order of its own drawn from ``seed``;
     a step may span two epochs. `Prompt.draw` counts the prompts of the stream from 0.
 
     Raises:
         DataError: no rows; a prompt longer than ``max_prompt_tokens``, or one that the
-            vocabulary cannot spell.
+            vocabulary cannot spell; a step that the processes cannot share equally.
     """
     import grain
 
     if len(source) == 0:
         raise DataError("found no prompts, expected at least one; check Data.train_path")
+    if prompts_per_step % processes:
+        raise DataError(
+            f"{processes} processes cannot share Train.prompts_per_step = {prompts_per_step} "
+            f"equally; set it to a multiple of {processes}"
+        )
     worst = source.longest if isinstance(source, CountdownSource) else source
     _check_lengths(worst, tokenizer, max_prompt_tokens)
     rows = grain.MapDataset.source(source).seed(seed)
@@ -106,5 +116,6 @@ def prompts(
         rows = rows.shuffle()
     # Indexed directly: grain's iterator adds threads and a state object, of which the only
     # content is this index.
-    batches = rows.repeat().batch(prompts_per_step, batch_fn=list)
-    return PromptStream(batches, tokenizer, prompts_per_step)
+    own = rows.repeat()[process::processes] if processes > 1 else rows.repeat()
+    batches = own.batch(prompts_per_step // processes, batch_fn=list)
+    return PromptStream(batches, tokenizer, range(process, prompts_per_step, processes))

@@ -9,6 +9,7 @@ special tokens, so there is one place where they come from.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 
 # Else transformers says at every start that PyTorch is missing; read when it is imported.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
+)
 
 _PAD, _BOS, _EOS = "<pad>", "<bos>", "<eos>"
 _MARK = ">"  # ends the question
@@ -107,6 +113,14 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
             "chat_template of tokenizer_config.json (copy it from the model's instruct version)"
         )
     return tokenizer
+
+
+def copy_tokenizer(source: str | Path, target: str | Path) -> None:
+    """Carry the tokenizer of one folder over to another, file by file and unchanged."""
+    for name in FILES:
+        path = Path(source).expanduser() / name
+        if path.is_file():
+            shutil.copyfile(path, Path(target) / name)
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:

@@ -1,12 +1,17 @@
-"""The policy network: a Qwen2 transformer as pure functions over a nested dict of arrays."""
+"""The policy network, Qwen2 or Qwen3: pure functions over a nested dict of arrays."""
 
+from aspo_jax.model.attention import Attention as Attention
+from aspo_jax.model.attention import AttentionError as AttentionError
+from aspo_jax.model.attention import choose_attention as choose_attention
 from aspo_jax.model.cache import Cache as Cache
-from aspo_jax.model.hf import ModelFolderError as ModelFolderError
 from aspo_jax.model.hf import load_params as load_params
-from aspo_jax.model.hf import read_model_config as read_model_config
-from aspo_jax.model.hf import save_model as save_model
+from aspo_jax.model.hf_config import ModelFolderError as ModelFolderError
+from aspo_jax.model.hf_config import parse_model_config as parse_model_config
+from aspo_jax.model.hf_config import read_model_config as read_model_config
+from aspo_jax.model.hf_save import save_model as save_model
 from aspo_jax.model.qwen import Model as Model
 from aspo_jax.model.qwen import ModelConfig as ModelConfig
+from aspo_jax.model.qwen import Yarn as Yarn
 from aspo_jax.model.qwen import build_model as build_model
 from aspo_jax.model.sharding import RULES as RULES
 from aspo_jax.model.sharding import batch_sharding as batch_sharding
@@ -15,13 +20,18 @@ from aspo_jax.model.sharding import shardings as shardings
 
 __all__ = [
     "RULES",
+    "Attention",
+    "AttentionError",
     "Cache",
     "Model",
     "ModelConfig",
     "ModelFolderError",
+    "Yarn",
     "batch_sharding",
     "build_model",
+    "choose_attention",
     "load_params",
+    "parse_model_config",
     "partition_spec",
     "read_model_config",
     "save_model",

@@ -1,26 +1,32 @@
-"""Hugging Face folders in and out: one table of names, shapes checked both ways."""
+"""Weights of Hugging Face folders: one table of tensor names, read tensor by tensor."""
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Callable
+import contextlib
+import functools
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from safetensors import safe_open
-from safetensors.numpy import save_file
+from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from safetensors import SafetensorError, safe_open
 
+from aspo_jax.model.hf_config import CONFIG_FILE, ModelFolderError, read_json
 from aspo_jax.model.qwen import ModelConfig
 
-CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+DTYPES = ("F32", "BF16", "F16")
 
+# Buffers that old versions of transformers saved; they follow from config.json.
+_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
-class ModelFolderError(ValueError):
-    """A model folder that cannot be used: which file, what was found, what was expected."""
+# --- names ------------------------------------------------------------------------------------
 
 
 class Entry(NamedTuple):
@@ -40,130 +46,96 @@ class Entry(NamedTuple):
     def is_transposed(self) -> bool:
         return len(self.shape) == 2 and self.name.endswith("_proj.weight")
 
+    @property
+    def is_layered(self) -> bool:
+        return "{y}" in self.name
+
+    def names(self, layers: int) -> list[str]:
+        """The names of all its layers, or its one name."""
+        return [self.name.format(y=y) for y in range(layers if self.is_layered else 1)]
+
 
 def names_table(config: ModelConfig) -> dict[tuple[str, ...], Entry]:
-    """Path in our params -> tensor in a Hugging Face Qwen2 checkpoint."""
+    """Path in our params -> tensor in a Hugging Face checkpoint of Qwen2 or Qwen3."""
     c = config
     q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
     D, F, H, K, C = c.hidden_size, c.intermediate_size, c.heads, c.kv_heads, c.head_dim
     layer = "model.layers.{y}."
     attention, mlp = layer + "self_attn.", layer + "mlp."
+    inside = {
+        ("attention_norm", "scale"): Entry(layer + "input_layernorm.weight", (D,), (D,)),
+        ("q", "kernel"): Entry(attention + "q_proj.weight", (q, D), (D, H, C)),
+        ("k", "kernel"): Entry(attention + "k_proj.weight", (kv, D), (D, K, C)),
+        ("v", "kernel"): Entry(attention + "v_proj.weight", (kv, D), (D, K, C)),
+        ("o", "kernel"): Entry(attention + "o_proj.weight", (D, q), (H, C, D)),
+        ("mlp_norm", "scale"): Entry(layer + "post_attention_layernorm.weight", (D,), (D,)),
+        ("gate", "kernel"): Entry(mlp + "gate_proj.weight", (F, D), (D, F)),
+        ("up", "kernel"): Entry(mlp + "up_proj.weight", (F, D), (D, F)),
+        ("down", "kernel"): Entry(mlp + "down_proj.weight", (D, F), (F, D)),
+    }
+    if c.qkv_bias:
+        inside |= {
+            ("q", "bias"): Entry(attention + "q_proj.bias", (q,), (H, C)),
+            ("k", "bias"): Entry(attention + "k_proj.bias", (kv,), (K, C)),
+            ("v", "bias"): Entry(attention + "v_proj.bias", (kv,), (K, C)),
+        }
+    if c.qk_norm:
+        inside |= {
+            ("q_norm", "scale"): Entry(attention + "q_norm.weight", (C,), (C,)),
+            ("k_norm", "scale"): Entry(attention + "k_norm.weight", (C,), (C,)),
+        }
     table = {
         ("embed",): Entry("model.embed_tokens.weight", (c.vocab_size, D), (c.vocab_size, D)),
+        **{("layers", *path): entry for path, entry in inside.items()},
         ("norm",): Entry("model.norm.weight", (D,), (D,)),
-        ("layers", "attention_norm", "scale"): Entry(layer + "input_layernorm.weight", (D,), (D,)),
-        ("layers", "mlp_norm", "scale"): Entry(
-            layer + "post_attention_layernorm.weight", (D,), (D,)
-        ),
-        ("layers", "q", "kernel"): Entry(attention + "q_proj.weight", (q, D), (D, H, C)),
-        ("layers", "q", "bias"): Entry(attention + "q_proj.bias", (q,), (H, C)),
-        ("layers", "k", "kernel"): Entry(attention + "k_proj.weight", (kv, D), (D, K, C)),
-        ("layers", "k", "bias"): Entry(attention + "k_proj.bias", (kv,), (K, C)),
-        ("layers", "v", "kernel"): Entry(attention + "v_proj.weight", (kv, D), (D, K, C)),
-        ("layers", "v", "bias"): Entry(attention + "v_proj.bias", (kv,), (K, C)),
-        ("layers", "o", "kernel"): Entry(attention + "o_proj.weight", (D, q), (H, C, D)),
-        ("layers", "gate", "kernel"): Entry(mlp + "gate_proj.weight", (F, D), (D, F)),
-        ("layers", "up", "kernel"): Entry(mlp + "up_proj.weight", (F, D), (D, F)),
-        ("layers", "down", "kernel"): Entry(mlp + "down_proj.weight", (D, F), (F, D)),
     }
     if not c.tie_embeddings:
         table[("head",)] = Entry("lm_head.weight", (c.vocab_size, D), (c.vocab_size, D))
     return table
 
 
-def read_model_config(folder: str | Path) -> ModelConfig:
-    """Read ``config.json``; what it asks for and we lack is an error that names it."""
-    path = Path(folder) / CONFIG_FILE
-    if not path.is_file():
-        raise ModelFolderError(
-            f"{path}: not found; Model.path must be a Hugging Face model folder with config.json, "
-            f"{WEIGHTS_FILE} and tokenizer.json"
-        )
-    try:
-        raw = json.loads(path.read_text())
-    except ValueError as error:
-        raise ModelFolderError(f"{path}: not JSON ({error}); copy the file again") from error
-
-    def need(field: str, expected: Any, *, default: Any) -> None:
-        found = raw.get(field, default)
-        if found != expected:
-            raise ModelFolderError(
-                f"{path}: {field} is {found!r}, expected {expected!r}; this model is not supported"
-            )
-
-    need("model_type", "qwen2", default=None)
-    need("hidden_act", "silu", default="silu")
-    need("use_sliding_window", False, default=False)
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise ModelFolderError(f"{path}: rope scaling {rope!r} is not supported, expected none")
-    try:
-        return ModelConfig(
-            vocab_size=raw["vocab_size"],
-            hidden_size=raw["hidden_size"],
-            intermediate_size=raw["intermediate_size"],
-            layers=raw["num_hidden_layers"],
-            heads=raw["num_attention_heads"],
-            kv_heads=raw.get("num_key_value_heads", raw["num_attention_heads"]),
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
-            # transformers 5 moved rope_theta into rope_parameters; older folders have it on top.
-            rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0),
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-            tie_embeddings=raw.get("tie_word_embeddings", False),
-            max_position=raw.get("max_position_embeddings", 32_768),
-        )
-    except KeyError as missing:
-        raise ModelFolderError(f"{path}: field {missing} is missing") from None
+# --- reading ----------------------------------------------------------------------------------
 
 
-def _layer_names(entry: Entry, layers: int) -> list[str]:
-    return [entry.name.format(y=y) for y in range(layers if "{y}" in entry.name else 1)]
+def load_params(
+    folder: str | Path, config: ModelConfig, *, shardings: Any = None, dtype: Any = jnp.float32
+) -> Any:
+    """Read a folder's safetensors, one file or shards with an index, into arrays on the devices.
 
+    Host memory stays near one tensor of one layer: a process reads of each tensor only what its
+    own devices hold, writes it into the stack of layers on the devices, and goes on to the next.
+    All names, shapes and types are checked before the first tensor is read. Several processes
+    call it together.
 
-def load_params(folder: str | Path, config: ModelConfig) -> Any:
-    """Read float32 params from the folder's safetensors, as NumPy arrays.
+    Args:
+        folder: holds model.safetensors, or model.safetensors.index.json and the shards it names.
+        config: what the tensors are expected to be.
+        shardings: tree of shardings like the params; None: all on the first local device.
+        dtype: of the arrays; the files may hold float32, bfloat16 or float16.
+
+    Returns:
+        The nested dict of `Model.init`.
 
     Raises:
-        ModelFolderError: tensors are missing, surplus or misshapen; the message lists them.
+        ModelFolderError: files or tensors are missing, surplus or misshapen; the message lists
+            them.
     """
-    path = Path(folder) / WEIGHTS_FILE
-    if not path.is_file():
-        raise ModelFolderError(
-            f"{path}: not found; expected the weights in this one file (shards with an index "
-            "are not supported yet: save again with save_pretrained(max_shard_size='100GB'))"
-        )
     table = names_table(config)
-    with safe_open(path, framework="numpy") as file:
-        _check_names(path, file, table, config)
-        params: dict = {}
-        for our_path, entry in table.items():
-            layers = [
-                _to_ours(file.get_tensor(name), entry)
-                for name in _layer_names(entry, config.layers)
-            ]
-            _put(params, our_path, np.stack(layers) if "{y}" in entry.name else layers[0])
+    params: dict = {}
+    with contextlib.ExitStack() as stack:
+        tensors = _open_tensors(Path(folder).expanduser(), config, stack)
+        for path, entry in table.items():
+            if shardings is None:
+                sharding = SingleDeviceSharding(jax.local_devices()[0])
+            else:
+                sharding = leaf_at(shardings, path)
+            _put(params, path, _load_leaf(tensors, entry, config.layers, sharding, dtype))
     return params
 
 
-def _check_names(path: Path, file: Any, table: dict, config: ModelConfig) -> None:
-    expected = {
-        name: entry.shape for entry in table.values() for name in _layer_names(entry, config.layers)
-    }
-    # Tied checkpoints may repeat the embedding under the head's name.
-    optional = {"lm_head.weight"} if config.tie_embeddings else set()
-    found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    problems = [f"missing {name} {shape}" for name, shape in expected.items() if name not in found]
-    problems += [f"surplus {name}" for name in found if name not in expected.keys() | optional]
-    problems += [
-        f"{name} has shape {found[name]}, expected {shape}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    if problems:
-        shown = "\n  ".join(problems[:20])
-        raise ModelFolderError(
-            f"{path} does not fit its {CONFIG_FILE} ({len(problems)} problems):\n  {shown}"
-        )
+def leaf_at(tree: Any, path: Sequence[str]) -> Any:
+    """``tree['layers']['q']`` for the path ``('layers', 'q')``."""
+    return functools.reduce(lambda branch, part: branch[part], path, tree)
 
 
 def _put(tree: dict, path: tuple[str, ...], leaf: Any) -> None:
@@ -172,69 +144,136 @@ def _put(tree: dict, path: tuple[str, ...], leaf: Any) -> None:
     tree[path[-1]] = leaf
 
 
-def _to_ours(array: np.ndarray, entry: Entry) -> np.ndarray:
-    array = array.astype(np.float32)
-    return np.ascontiguousarray(array.T if entry.is_transposed else array).reshape(entry.ours)
+def _open_tensors(folder: Path, config: ModelConfig, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """Name -> lazy slice of each tensor that we need, after checking them all."""
+    place, index = _index(folder)
+    problems, found = [], {}
+    for file in sorted(set(index.values()) if index else {WEIGHTS_FILE}):
+        path = folder / file
+        if not path.is_file():
+            problems.append(f"missing file {file}")
+            continue
+        try:
+            opened = stack.enter_context(safe_open(path, framework="numpy"))
+        except SafetensorError as error:
+            raise ModelFolderError(f"{path}: {error}; copy the file again") from error
+        names = set(opened.keys())
+        claimed = {name for name, shard in index.items() if shard == file}
+        problems += [f"{name} is not in {file}" for name in sorted(claimed - names)]
+        found |= {name: opened.get_slice(name) for name in sorted(names)}
+    if not problems:
+        problems = _differences(found, config)
+    if problems:
+        shown = "\n  ".join(problems[:20])
+        raise ModelFolderError(
+            f"{place} does not fit its {CONFIG_FILE} or its files ({len(problems)} problems):\n"
+            f"  {shown}"
+        )
+    return found
 
 
-def _to_theirs(array: np.ndarray, entry: Entry) -> np.ndarray:
-    if entry.is_transposed:
-        array = array.reshape(entry.shape[::-1]).T
-    return np.ascontiguousarray(array.reshape(entry.shape))
+def _index(folder: Path) -> tuple[Path, dict[str, str]]:
+    """The file that says where the tensors are, and name -> shard, empty for a single file."""
+    single, index = folder / WEIGHTS_FILE, folder / INDEX_FILE
+    if single.is_file():
+        return single, {}
+    if not index.is_file():
+        raise ModelFolderError(
+            f"{single}: not found, nor {INDEX_FILE}; expected weights in safetensors (save those "
+            "of other formats again with transformers' save_pretrained)"
+        )
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise ModelFolderError(
+            f"{index}: weight_map is {shards!r}, expected tensor names and their files; copy it "
+            "again"
+        )
+    return index, shards
 
 
-def save_model(
-    folder: str | Path,
-    params: Any,
-    config: ModelConfig,
-    save_tokenizer: Callable[[Path], Any],
-    *,
-    eos_token_id: int,
-) -> None:
-    """Write a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads.
-
-    Everything is written beside the target and renamed at the end, so a killed export leaves no
-    half folder. ``save_tokenizer(folder)`` adds the tokenizer's files.
-    """
-    folder = Path(folder)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    tensors = {}
-    for our_path, entry in names_table(config).items():
-        leaf = params
-        for part in our_path:
-            leaf = leaf[part]
-        array = np.asarray(jax.device_get(leaf))
-        for y, name in enumerate(_layer_names(entry, config.layers)):
-            tensors[name] = _to_theirs(array[y] if "{y}" in entry.name else array, entry)
-    save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
-    raw = _hf_config(config, eos_token_id, str(next(iter(tensors.values())).dtype))
-    (partial / CONFIG_FILE).write_text(json.dumps(raw, indent=2) + "\n")
-    generation = {"eos_token_id": eos_token_id, "do_sample": True, "temperature": 1.0}
-    (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    save_tokenizer(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-
-
-def _hf_config(config: ModelConfig, eos_token_id: int, dtype: str) -> dict[str, Any]:
-    return {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "rope_theta": config.rope_theta,
-        "rms_norm_eps": config.rms_norm_eps,
-        "tie_word_embeddings": config.tie_embeddings,
-        "max_position_embeddings": config.max_position,
-        "use_sliding_window": False,
-        "eos_token_id": eos_token_id,
-        "torch_dtype": dtype,
+def _differences(found: dict[str, Any], config: ModelConfig) -> list[str]:
+    """What is missing, surplus, misshapen or of another type."""
+    table = names_table(config)
+    expected = {
+        name: entry.shape for entry in table.values() for name in entry.names(config.layers)
     }
+    # Tied checkpoints may repeat the embedding under the head's name.
+    optional = {"lm_head.weight"} if config.tie_embeddings else set()
+    problems = [f"missing {name} {shape}" for name, shape in expected.items() if name not in found]
+    for name, tensor in found.items():
+        shape = tuple(tensor.get_shape())
+        if name not in expected:
+            if name not in optional and not _BUFFER.fullmatch(name):
+                problems.append(f"surplus {name}")
+        elif shape != expected[name]:
+            problems.append(f"{name} has shape {shape}, expected {expected[name]}")
+        elif tensor.get_dtype() not in DTYPES:
+            problems.append(f"{name} has type {tensor.get_dtype()}, expected {' or '.join(DTYPES)}")
+    return problems
+
+
+def _load_leaf(
+    tensors: dict[str, Any], entry: Entry, layers: int, sharding: Sharding, dtype: Any
+) -> Array:
+    """One array of params, all layers of it."""
+    if not entry.is_layered:
+        return _load_tensor(tensors[entry.name], entry, sharding, dtype)
+    write, of_layer = _write_layer(sharding), _without_layers(sharding)
+    stack = _zeros(sharding)((layers, *entry.ours), dtype)
+    for y, name in enumerate(entry.names(layers)):
+        stack = write(stack, _load_tensor(tensors[name], entry, of_layer, dtype), np.int32(y))
+        stack.block_until_ready()  # else the layers read ahead pile up on the host
+    return stack
+
+
+def _load_tensor(tensor: Any, entry: Entry, sharding: Sharding, dtype: Any) -> Array:
+    """One tensor in our shape; replicas of a shard are read once."""
+    read: dict[Any, np.ndarray] = {}
+
+    def shard(index: Any) -> np.ndarray:
+        bounds = tuple(s.indices(n)[:2] for s, n in zip(index, entry.ours, strict=True))
+        if bounds not in read:
+            read[bounds] = _read(tensor, entry, bounds).astype(dtype)
+        return read[bounds]
+
+    return jax.make_array_from_callback(entry.ours, sharding, shard)
+
+
+def _read(tensor: Any, entry: Entry, bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+    """The block [first, last) of each of our axes, read from their tensor."""
+    flat = entry.shape[::-1] if entry.is_transposed else entry.shape
+    within, where = tuple(slice(first, last) for first, last in bounds), list(bounds)
+    if len(bounds) > len(flat):  # ours has heads and head width where theirs has their product
+        axis = next(i for i, (n, m) in enumerate(zip(entry.ours, flat, strict=False)) if n != m)
+        (first, last), width = bounds[axis], entry.ours[axis + 1]
+        where[axis : axis + 2] = [(first * width, last * width)]
+        within = (slice(None),) * (axis + 1) + (within[axis + 1],)
+        shape = [b - a for a, b in bounds]
+        shape[axis + 1] = width
+    else:
+        within, shape = (), [b - a for a, b in bounds]
+    slices = tuple(slice(first, last) for first, last in where)
+    block = tensor[slices[::-1]].T if entry.is_transposed else tensor[slices]
+    return np.ascontiguousarray(block.reshape(shape)[within])
+
+
+def _without_layers(sharding: Sharding) -> Sharding:
+    """The sharding of one layer of a stack."""
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    return sharding
+
+
+@functools.lru_cache(maxsize=64)
+def _zeros(sharding: Sharding) -> Callable[..., Array]:
+    return jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)
+
+
+@functools.lru_cache(maxsize=64)
+def _write_layer(sharding: Sharding) -> Callable[..., Array]:
+    """(stack, layer, y) -> the stack with the layer in place; donates the stack."""
+
+    def write(stack, layer, y):
+        return jax.lax.dynamic_update_index_in_dim(stack, layer, y, 0)
+
+    return jax.jit(write, donate_argnums=0, out_shardings=sharding)

@@ -1,4 +1,4 @@
-"""The Qwen2 transformer: one declared block, a scanned stack, a cache that goes in and comes out.
+"""Qwen2 and Qwen3 (dense): one declared block, a scanned stack, a cache that goes in and comes out.
 
 Parameters are a plain nested dict; every array of ``params["layers"]`` has a leading layer axis Y.
 """
@@ -12,15 +12,21 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
+from aspo_jax.model.attention import DENSE, SAVED, Attention, masked
 from aspo_jax.model.cache import Cache, empty_cache
-from aspo_jax.model.sharding import partition_spec
+from aspo_jax.model.sharding import batch_sharding, partition_spec
 
+_POLICIES = jax.checkpoint_policies
 REMAT = {
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": _POLICIES.save_from_both_policies(
+        _POLICIES.dots_saveable, _POLICIES.save_only_these_names(SAVED)
+    ),
+    "attention": _POLICIES.save_only_these_names(SAVED),
+    "full": _POLICIES.nothing_saveable,
 }
 # Standard deviation 1/sqrt(fan in): 0.025 at width 1,536, where others say 0.02, but right for
 # small models too.
@@ -28,8 +34,32 @@ INIT = nn.initializers.lecun_normal()
 
 
 @dataclasses.dataclass(frozen=True)
+class Yarn:
+    """Rotary angles stretched for contexts beyond those of pre-training (arXiv 2309.00071, §3).
+
+    factor: stretch of the slow angles.
+    original_max_position: tokens of the longest context before the stretch.
+    beta_fast, beta_slow: turns over that context above which an angle stays as it is, and below
+        which it is divided by ``factor``; a linear ramp lies between.
+    attention_factor: scale of cosine and sine; None: 0.1 ln(factor) + 1, the paper's.
+    truncate: round the ramp's ends to whole angles, as published models do.
+    """
+
+    factor: float
+    original_max_position: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    truncate: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Shape of the network, as `config.json` of a Hugging Face folder gives it."""
+    """Shape of the network, as `config.json` of a Hugging Face folder gives it.
+
+    What tells the families apart: Qwen2 has biases on q, k and v (``qkv_bias``), Qwen3 has none
+    and normalises each head of q and k (``qk_norm``).
+    """
 
     vocab_size: int
     hidden_size: int
@@ -42,22 +72,27 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     tie_embeddings: bool = True
     max_position: int = 32_768
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    yarn: Yarn | None = None
 
 
 class Model(NamedTuple):
     """A network as pure functions.
 
     init: key -> params (float32).
-    apply: (params, token_BT, position_BT, segment_BT, cache=None) -> (hidden_BTD, cache). Hidden
-        states are after the final norm; `aspo_jax.head` turns them into a distribution. A token
-        attends to earlier tokens of its own segment; segment 0 is padding. With a cache, the new
-        tokens are written behind the slots filled so far.
+    apply: (params, token_BT, position_BT, segment_BT, cache=None, *, fresh=False) ->
+        (hidden_BTD, cache). Hidden states are after the final norm; `aspo_jax.head` turns them into
+        a distribution. A token attends to earlier tokens of its own segment; segment 0 is padding.
+        With a cache, the new tokens are written behind the slots filled so far; ``fresh`` says that
+        there are none, so that a long prompt need not be compared with every empty slot.
     empty_cache: (rows, slots) -> Cache.
     unembedding: params -> weight_VD of the vocabulary projection (the embedding where tied).
     partition_specs: () -> tree of PartitionSpecs shaped as the params.
     """
 
     config: ModelConfig
+    attention: Attention
     init: Callable[[Array], Any]
     apply: Callable[..., tuple[Array, Any]]
     empty_cache: Callable[[int, int], Cache]
@@ -65,12 +100,38 @@ class Model(NamedTuple):
     partition_specs: Callable[[], Any]
 
 
-def rotary_BTC(position_BT: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
+def rotary_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
+    """Angle per position of each pair of features, [C / 2] float32, and the scale of cos and sin.
+
+    theta^(-2 i / C); with YaRN a blend of that and its ``factor``-th part (arXiv 2309.00071, §3.2).
+    """
+    C, theta, yarn = config.head_dim, config.rope_theta, config.yarn
+    frequency_c = 1.0 / theta ** (np.arange(0, C, 2, dtype=np.float32) / C)
+    if yarn is None:
+        return frequency_c.astype(np.float32), 1.0
+
+    def pair_with_turns(turns: float) -> float:
+        """The (fractional) pair that turns this often over the original context."""
+        return C * np.log(yarn.original_max_position / (turns * 2 * np.pi)) / (2 * np.log(theta))
+
+    low, high = pair_with_turns(yarn.beta_fast), pair_with_turns(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = np.floor(low), np.ceil(high)
+    low, high = max(low, 0.0), min(high, C - 1.0)
+    ramp_c = np.clip((np.arange(C // 2) - low) / max(high - low, 1e-3), 0.0, 1.0)
+    frequency_c = frequency_c * (1.0 - ramp_c) + frequency_c / yarn.factor * ramp_c
+    scale = yarn.attention_factor
+    if scale is None:
+        scale = 0.1 * np.log(yarn.factor) + 1.0 if yarn.factor > 1 else 1.0
+    return frequency_c.astype(np.float32), float(scale)
+
+
+def rotary_BTC(position_BT: Array, config: ModelConfig) -> tuple[Array, Array]:
     """Cosine and sine of the rotary angles, float32 (bfloat16 rounds position 257 to 256)."""
-    exponent_c = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    angle_BTc = position_BT.astype(jnp.float32)[..., None] / theta**exponent_c
+    frequency_c, scale = rotary_frequencies(config)
+    angle_BTc = position_BT.astype(jnp.float32)[..., None] * frequency_c
     angle_BTC = jnp.concatenate([angle_BTc, angle_BTc], axis=-1)
-    return jnp.cos(angle_BTC), jnp.sin(angle_BTC)
+    return jnp.cos(angle_BTC) * scale, jnp.sin(angle_BTC) * scale
 
 
 def rotate(x_BTHC: Array, cosine_BTC: Array, sine_BTC: Array) -> Array:
@@ -79,17 +140,6 @@ def rotate(x_BTHC: Array, cosine_BTC: Array, sine_BTC: Array) -> Array:
     turned = jnp.concatenate([-second, first], axis=-1)
     out = x_BTHC * cosine_BTC[:, :, None] + turned * sine_BTC[:, :, None]
     return out.astype(x_BTHC.dtype)
-
-
-def attention(q_BTHC: Array, k_BSKC: Array, v_BSKC: Array, mask_BTS: Array) -> Array:
-    """Grouped-query attention; softmax in float32. A query that sees no key gets finite values."""
-    B, T, H, C = q_BTHC.shape
-    K = k_BSKC.shape[2]
-    q_BTKgC = q_BTHC.reshape(B, T, K, H // K, C) * C**-0.5
-    score = jnp.einsum("btkgc,bskc->bkgts", q_BTKgC, k_BSKC, preferred_element_type=jnp.float32)
-    score = jnp.where(mask_BTS[:, None, None], score, -1e30)
-    weight = jax.nn.softmax(score, axis=-1).astype(v_BSKC.dtype)
-    return jnp.einsum("bkgts,bskc->btkgc", weight, v_BSKC).reshape(B, T, H, C)
 
 
 class RMSNorm(nn.Module):
@@ -108,7 +158,7 @@ class RMSNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """One Qwen2 layer: RMSNorm, grouped-query attention with biases on q, k, v, SwiGLU.
+    """One layer: RMSNorm, grouped-query attention, SwiGLU; two differences between the families.
 
     ``attend(q_BTHC, k_BTKC, v_BTKC) -> out_BTHC`` owns masks and cache.
     """
@@ -144,9 +194,12 @@ class Block(nn.Module):
     def __call__(self, hidden_BTD: Array, rotary: tuple[Array, Array], attend: Callable) -> Array:
         c = self.config
         x = RMSNorm(c.rms_norm_eps, name="attention_norm")(hidden_BTD)
-        q_BTHC = self.project("q", ("embed", "heads", "head_dim"), bias=True)(x)
-        k_BTKC = self.project("k", ("embed", "kv_heads", "head_dim"), bias=True)(x)
-        v_BTKC = self.project("v", ("embed", "kv_heads", "head_dim"), bias=True)(x)
+        q_BTHC = self.project("q", ("embed", "heads", "head_dim"), bias=c.qkv_bias)(x)
+        k_BTKC = self.project("k", ("embed", "kv_heads", "head_dim"), bias=c.qkv_bias)(x)
+        v_BTKC = self.project("v", ("embed", "kv_heads", "head_dim"), bias=c.qkv_bias)(x)
+        if c.qk_norm:
+            q_BTHC = RMSNorm(c.rms_norm_eps, name="q_norm")(q_BTHC)
+            k_BTKC = RMSNorm(c.rms_norm_eps, name="k_norm")(k_BTKC)
         mixed_BTHC = attend(rotate(q_BTHC, *rotary), rotate(k_BTKC, *rotary), v_BTKC)
         o_axes = ("heads", "head_dim", "embed")
         hidden_BTD = hidden_BTD + self.dense("o", c.hidden_size, o_axes, (-2, -1))(mixed_BTHC)
@@ -161,7 +214,7 @@ def _declared(config: ModelConfig, dtype: Any) -> tuple[Callable[[Array], Any], 
     """Initialiser of all parameters and their logical axes, from one declaration of the block."""
     block = Block(config, dtype)
     hidden = jnp.zeros((1, 1, config.hidden_size), dtype)
-    rotary = rotary_BTC(jnp.zeros((1, 1), jnp.int32), config.head_dim, config.rope_theta)
+    rotary = rotary_BTC(jnp.zeros((1, 1), jnp.int32), config)
 
     table_init = nn.initializers.normal(config.hidden_size**-0.5)
 
@@ -193,13 +246,23 @@ def _declared(config: ModelConfig, dtype: Any) -> tuple[Callable[[Array], Any], 
     return init, axes
 
 
-def build_model(config: ModelConfig, *, dtype: Any = jnp.float32, remat: str = "dots") -> Model:
+def build_model(
+    config: ModelConfig,
+    *,
+    dtype: Any = jnp.float32,
+    remat: str = "dots",
+    attention: Attention = DENSE,
+    mesh: Mesh | None = None,
+) -> Model:
     """Make the network's functions; parameters stay float32, activations run in ``dtype``.
 
-    remat: what the backward pass computes again: "dots" everything but matrix products, "full"
-        each layer. Both keep the forward pass the same program with and without a gradient
-        (residuals of element-wise operations would change how it is fused, hence how it rounds),
-        so that the first importance ratio of an iteration is exactly 1.
+    remat: what the backward pass does not compute again: "dots" matrix products and attention,
+        "attention" that alone, "full" nothing but the input of each layer. All keep the forward
+        pass the same program with and without a gradient (residuals of element-wise operations
+        would change how it is fused, hence how it rounds), so that the first importance ratio of
+        an iteration is exactly 1.
+    attention: the program for attention among new tokens.
+    mesh: keep activations split by rows over its data axes; None: one device.
     """
     init, axes = _declared(config, dtype)
     block = Block(config, dtype)
@@ -208,31 +271,42 @@ def build_model(config: ModelConfig, *, dtype: Any = jnp.float32, remat: str = "
     def final_norm(scale_D, hidden_BTD):
         return norm.apply({"params": {"scale": scale_D}}, hidden_BTD)
 
+    def by_rows(hidden_BTD):
+        if mesh is None or mesh.size == 1:
+            return hidden_BTD
+        return jax.lax.with_sharding_constraint(hidden_BTD, batch_sharding(mesh))
+
     # Short stacks run unrolled: on a CPU, slicing stacked layers costs more than a loop saves.
     unroll = config.layers if config.layers <= 4 else 1
 
-    def apply(params, token_BT, position_BT, segment_BT, cache: Cache | None = None):
-        hidden_BTD = params["embed"].astype(dtype)[token_BT]
-        rotary = rotary_BTC(position_BT, config.head_dim, config.rope_theta)
-        mask_BTS, cache = _visible(segment_BT, cache)
+    def apply(
+        params, token_BT, position_BT, segment_BT, cache: Cache | None = None, *, fresh=False
+    ):
+        hidden_BTD = by_rows(params["embed"].astype(dtype)[token_BT])
+        rotary = rotary_BTC(position_BT, config)
+        is_visible_BTS = None if cache is None or fresh else _visible(segment_BT, cache)
+
+        def write(cached_YSKNC, new_BTKC, y, filled):
+            new_1TKBC = new_BTKC.transpose(1, 2, 0, 3)[None]
+            return jax.lax.dynamic_update_slice(cached_YSKNC, new_1TKBC, (y, filled, 0, 0, 0))
 
         def layer(carry, xs):
-            hidden_BTD, key_YNSKC, value_YNSKC = carry
+            hidden_BTD, key_YSKNC, value_YSKNC = carry
             layer_params, y = xs
 
             def attend(q, k, v):
-                nonlocal key_YNSKC, value_YNSKC
-                if cache is None:
-                    return attention(q, k, v, mask_BTS)
-                start = (y, 0, cache.filled - token_BT.shape[1], 0, 0)
-                key_YNSKC = jax.lax.dynamic_update_slice(key_YNSKC, k[None], start)
-                value_YNSKC = jax.lax.dynamic_update_slice(value_YNSKC, v[None], start)
-                return attention(q, key_YNSKC[y], value_YNSKC[y], mask_BTS)
+                nonlocal key_YSKNC, value_YSKNC
+                if cache is not None:
+                    key_YSKNC = write(key_YSKNC, k, y, cache.filled)
+                    value_YSKNC = write(value_YSKNC, v, y, cache.filled)
+                if is_visible_BTS is None:
+                    return attention.attend(q, k, v, segment_BT)
+                return masked(q, key_YSKNC[y], value_YSKNC[y], is_visible_BTS, layout="skbc")
 
             hidden_BTD = block.apply({"params": layer_params}, hidden_BTD, rotary, attend)
-            return (hidden_BTD, key_YNSKC, value_YNSKC), None
+            return (by_rows(hidden_BTD), key_YSKNC, value_YSKNC), None
 
-        keys_values = (None, None) if cache is None else (cache.key_YNSKC, cache.value_YNSKC)
+        keys_values: Any = (None, None) if cache is None else (cache.key_YSKNC, cache.value_YSKNC)
         (hidden_BTD, *keys_values), _ = jax.lax.scan(
             jax.checkpoint(layer, policy=REMAT[remat]),
             (hidden_BTD, *keys_values),
@@ -240,13 +314,11 @@ def build_model(config: ModelConfig, *, dtype: Any = jnp.float32, remat: str = "
             unroll=unroll,
         )
         hidden_BTD = jax.checkpoint(final_norm)(params["norm"], hidden_BTD)
-        if cache is not None:
-            key_YNSKC, value_YNSKC = keys_values
-            cache = dataclasses.replace(cache, key_YNSKC=key_YNSKC, value_YNSKC=value_YNSKC)
-        return hidden_BTD, cache
+        return hidden_BTD, cache and _written(cache, segment_BT, *keys_values)
 
     return Model(
         config=config,
+        attention=attention,
         init=init,
         apply=apply,
         empty_cache=lambda rows, slots: empty_cache(
@@ -259,16 +331,20 @@ def build_model(config: ModelConfig, *, dtype: Any = jnp.float32, remat: str = "
     )
 
 
-def _visible(segment_BT: Array, cache: Cache | None) -> tuple[Array, Cache | None]:
-    """Which keys each new token may attend to, and the cache with the new tokens' slots claimed."""
-    T = segment_BT.shape[1]
-    if cache is None:
-        key_segment_BS, first = segment_BT, 0
-    else:
-        first = cache.filled
-        key_segment_BS = jax.lax.dynamic_update_slice(cache.segment_NS, segment_BT, (0, first))
-        cache = dataclasses.replace(cache, segment_NS=key_segment_BS, filled=first + T)
-    query_slot_T = first + jnp.arange(T)
+def _visible(segment_BT: Array, cache: Cache) -> Array:
+    """Which slots of the cache, the new tokens' own included, each new token may attend to."""
+    key_segment_BS = jax.lax.dynamic_update_slice(cache.segment_NS, segment_BT, (0, cache.filled))
+    query_slot_T = cache.filled + jnp.arange(segment_BT.shape[1])
     is_causal_TS = query_slot_T[:, None] >= jnp.arange(key_segment_BS.shape[1])
-    is_same_BTS = segment_BT[:, :, None] == key_segment_BS[:, None, :]
-    return is_causal_TS & is_same_BTS, cache
+    return is_causal_TS & (segment_BT[:, :, None] == key_segment_BS[:, None, :])
+
+
+def _written(cache: Cache, segment_BT: Array, key_YSKNC: Array, value_YSKNC: Array) -> Cache:
+    """The cache with the new tokens' slots filled."""
+    start = (0, cache.filled)
+    return Cache(
+        key_YSKNC=key_YSKNC,
+        value_YSKNC=value_YSKNC,
+        segment_NS=jax.lax.dynamic_update_slice(cache.segment_NS, segment_BT, start),
+        filled=cache.filled + segment_BT.shape[1],
+    )

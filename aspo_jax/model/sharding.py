@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
-RULES: Mapping[str, str | tuple[str, ...] | None] = {
+RULES: Mapping[str, Any] = {  # to a mesh axis, several, or None
     "batch": ("data", "fsdp"),
     "layers": None,
     "vocab": "tensor",

@@ -42,7 +42,7 @@ def test_a_changed_config_is_refused_unless_accepted(runs, finished, tmp_path):
 
 
 MISTAKES = {
-    ("--config", "nonsense"): "no config file 'nonsense'; expected a path or one of countdown_cpu",
+    ("--config", "nonsense"): "no config file 'nonsense'; expected a path or one of aspo_code_1p5b",
     ("--set", "Train.iteratons=3"): "Train has no field iteratons (did you mean iterations?)",
     ("--set", "Run.folder=/dev/null/run"): "/dev/null/run",
     ("--set", "Model.path=/nowhere", "--set", "Run.folder={tmp}"): "/nowhere",

@@ -1,7 +1,7 @@
 """Run the trainer with a trap: python trap.py MODULE:NAME:COUNT:SIGNAL[+SIGNAL] [arguments].
 
 At the COUNT-th call of that function the process sends itself the signals, so that a test hits
-the moment it means on any machine.
+the moment it means on any machine. Of several processes the last one is trapped.
 """
 
 from __future__ import annotations
@@ -38,5 +38,7 @@ def set_trap(trap: str) -> None:
 if __name__ == "__main__":
     from aspo_jax import train
 
-    set_trap(sys.argv[1])
+    last = int(os.environ.get("ASPO_NUM_PROCESSES", "1")) - 1
+    if int(os.environ.get("ASPO_PROCESS_ID", "0")) == last:
+        set_trap(sys.argv[1])
     sys.exit(train.main(sys.argv[2:]))

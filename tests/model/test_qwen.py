@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from toy import CONFIG, VOCAB, random_params, toy_model
 
-from aspo_jax.model import build_model
+from aspo_jax.model import ModelConfig, build_model
 from aspo_jax.model.hf import names_table
 from aspo_jax.model.qwen import rotary_BTC, rotate
 
@@ -118,11 +118,15 @@ def test_prefill_and_decode_are_the_full_forward(layers):
     )
 
 
+def rotary(width: int, theta: float) -> ModelConfig:
+    return dataclasses.replace(CONFIG, head_dim=width, rope_theta=theta)
+
+
 @pytest.mark.parametrize("theta", [1e4, 1e6])
 def test_rotary_angles_at_long_positions(theta):
     position, width = 100_000, 8
     exact_c = position / theta ** (np.arange(0, width, 2, dtype=np.float64) / width)
-    cosine, sine = rotary_BTC(jnp.full((1, 1), position), width, theta)
+    cosine, sine = rotary_BTC(jnp.full((1, 1), position), rotary(width, theta))
     # A float32 angle is off by some units in its last place; one in bfloat16 would be off by 350.
     allowed = 4 * np.spacing(exact_c.astype(np.float32)) + 1e-6
     for got_BTC, expected_c in ((cosine, np.cos(exact_c)), (sine, np.sin(exact_c))):
@@ -134,7 +138,7 @@ def test_rotary_angles_at_long_positions(theta):
 def test_rotation_is_a_complex_product(dtype):
     x = jnp.asarray(np.random.RandomState(0).standard_normal((1, 3, 2, 8)), dtype)
     position = jnp.array([[0, 1, 257]])
-    got = np.asarray(rotate(x, *rotary_BTC(position, 8, 1e4)).astype(jnp.float32))
+    got = np.asarray(rotate(x, *rotary_BTC(position, rotary(8, 1e4))).astype(jnp.float32))
     angle_Tc = np.array([0, 1, 257])[:, None] / 1e4 ** (np.arange(0, 8, 2) / 8)
     wide = np.asarray(x, np.float64)
     turned = (wide[..., :4] + 1j * wide[..., 4:]) * np.exp(1j * angle_Tc)[None, :, None]
@@ -158,9 +162,9 @@ def test_bfloat16_computes_what_float32_does_roughly_and_keeps_float32_gradients
     half = build_model(CONFIG, dtype=jnp.bfloat16)
     segment_1T, position_1T = segments_and_positions("1111111111")
     cache = half.empty_cache(1, T)
-    assert cache.key_YNSKC.dtype == jnp.bfloat16
+    assert cache.key_YSKNC.dtype == jnp.bfloat16
     hidden_1TD, cache = jax.jit(half.apply)(params, TOKEN_1T, position_1T, segment_1T, cache)
-    assert hidden_1TD.dtype == cache.key_YNSKC.dtype == jnp.bfloat16
+    assert hidden_1TD.dtype == cache.key_YSKNC.dtype == jnp.bfloat16
     exact_1TD = full(params, TOKEN_1T, position_1T, segment_1T)
     error = np.abs(np.asarray(hidden_1TD, np.float32) - exact_1TD)
     assert 0 < error.mean() < 0.05

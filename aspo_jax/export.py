@@ -1,0 +1,149 @@
+"""A checkpoint as a model folder: ``python -m aspo_jax.export CHECKPOINT OUT``."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from aspo_jax.build import FACTORIES
+from aspo_jax.checkpoint import CheckpointError, Checkpoints
+from aspo_jax.config import Config, ConfigError, parse_config
+from aspo_jax.data import DataError, copy_tokenizer, load_tokenizer
+from aspo_jax.model import ModelFolderError, build_model, read_model_config, save_model
+from aspo_jax.records import CONFIG
+from aspo_jax.warmstart import INITIAL_MODEL
+
+CHECKPOINTS = "checkpoints"
+USER_ERRORS = (CheckpointError, ConfigError, DataError, ModelFolderError, OSError)
+
+
+class ExportError(ValueError):
+    """What was asked for is not there, or the target is taken."""
+
+
+class Place(NamedTuple):
+    """A run folder, and the step asked for; None: the newest."""
+
+    run: Path
+    step: int | None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Export what the command line names; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m aspo_jax.export",
+        description="Write the weights of a checkpoint as a folder that transformers loads. "
+        "Runs on the CPU, also beside a training run; holds the weights in memory, no optimizer.",
+    )
+    parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        type=Path,
+        help="a run folder or its checkpoints folder (newest complete step), or one step's folder",
+    )
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; new or empty")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), help="type of the weights (Run.export_dtype)"
+    )
+    arguments = parser.parse_args(argv)
+    jax.config.update("jax_platforms", "cpu")  # the accelerator may be busy with the very run
+    try:
+        step = export(arguments.checkpoint, arguments.out, arguments.dtype)
+    except (ExportError, *USER_ERRORS) as error:
+        print(f"export: {error}", file=sys.stderr)
+        return 2
+    print(f"{arguments.out}: the model after {step} iterations")
+    return 0
+
+
+def export(checkpoint: Path, out: Path, dtype: str | None = None) -> int:
+    """Write the weights of a checkpoint as a Hugging Face folder; returns the step.
+
+    Config, generation settings and tokenizer are those of the model that the run started from.
+
+    Args:
+        checkpoint: a run folder, its ``checkpoints`` folder, or one step in there.
+        out: new or empty folder.
+        dtype: "bfloat16" or "float32"; None: the run's ``Run.export_dtype``.
+
+    Raises:
+        ExportError: no run, no complete checkpoint, or ``out`` is taken.
+        CheckpointError: the step is damaged or does not fit the run's model.
+        ConfigError, DataError, ModelFolderError: the run's config or initial model cannot be read.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ExportError(f"{out} exists and is not an empty folder; choose another OUT")
+    place = find_run(checkpoint)
+    config = parse_config((place.run / CONFIG).read_text(), FACTORIES, str(place.run / CONFIG))
+    source = _initial_model(config, place.run)
+    shape, tokenizer = read_model_config(source), load_tokenizer(source)
+    eos_id: Any = tokenizer.eos_token_id
+    dtype = dtype or config.run.export_dtype
+    here = SingleDeviceSharding(jax.devices("cpu")[0])
+    wanted = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=here),
+        jax.eval_shape(build_model(shape).init, jax.random.key(0)),
+    )
+    with Checkpoints(place.run / CHECKPOINTS, config.checkpoint.keep) as checkpoints:
+        restored = checkpoints.restore_params(wanted, place.step)
+    if restored is None:
+        raise ExportError(
+            f"{place.run / CHECKPOINTS}: no complete checkpoint; the run saves every "
+            f"{config.checkpoint.every} iterations (Checkpoint.every) and when it is stopped"
+        )
+    step, params = restored
+    save_model(
+        out,
+        params,
+        shape,
+        functools.partial(copy_tokenizer, source),
+        eos_token_id=eos_id,
+        source=source,
+        dtype=dtype,
+    )
+    return step
+
+
+def find_run(checkpoint: Path) -> Place:
+    """The run that a checkpoint belongs to.
+
+    Raises:
+        ExportError: neither a run folder nor inside of one.
+    """
+    path = checkpoint.expanduser().resolve()
+    if (path / CONFIG).is_file():
+        return Place(path, None)
+    if path.name == CHECKPOINTS and (path.parent / CONFIG).is_file():
+        return Place(path.parent, None)
+    run = path.parent.parent
+    if path.name.isdecimal() and path.parent.name == CHECKPOINTS and (run / CONFIG).is_file():
+        return Place(run, int(path.name))
+    raise ExportError(
+        f"{checkpoint}: not a run; expected a run folder (with {CONFIG}), its {CHECKPOINTS} "
+        "folder, or the folder of one step in there"
+    )
+
+
+def _initial_model(config: Config, run: Path) -> Path:
+    if config.model.path is None:
+        return run / INITIAL_MODEL
+    source = Path(config.model.path).expanduser()
+    if not source.is_dir():
+        raise ExportError(
+            f"{run / CONFIG}: Model.path = {config.model.path!r} is not there, expected the folder "
+            "that the run started from (its tokenizer and config.json); a relative path is looked "
+            "up from here"
+        )
+    return source
+
+
+if __name__ == "__main__":
+    sys.exit(main())

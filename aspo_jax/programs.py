@@ -1,0 +1,235 @@
+"""The programs of a run as functions and shapes: no weights, no tokenizer, no data, no devices.
+
+What `aspo_jax.plan` compiles and the tests lower is what `aspo_jax.train` runs, made by the same
+builders of `aspo_jax.build`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from aspo_jax import losses
+from aspo_jax.build import (
+    build_goal,
+    build_network,
+    build_optimizer,
+    build_sampling_network,
+    build_shape,
+    check_shares,
+    new_shape,
+)
+from aspo_jax.config import Config, ConfigError
+from aspo_jax.config.reading import config_folder
+from aspo_jax.data import CHARACTERS, build_character_tokenizer
+from aspo_jax.head import Head
+from aspo_jax.learner import build_learner
+from aspo_jax.model import (
+    RULES,
+    Attention,
+    Model,
+    ModelConfig,
+    batch_sharding,
+    parse_model_config,
+    read_model_config,
+    shardings,
+)
+from aspo_jax.rollout import BatchShape, fill
+from aspo_jax.sampler import BatchSampler, Limits, Truncation, identity_keys
+from aspo_jax.structs import Minibatch, OldPolicy
+
+UPDATE, SCORE, PREFILL, DECODE = "update", "old and reference log-probs", "prefill", "decode"
+
+
+class Program(NamedTuple):
+    """A jitted function and the shapes of its arguments, with their shardings."""
+
+    function: Any
+    arguments: tuple[Any, ...]
+
+    def lower(self, platform: str | None = None) -> Any:
+        """The program in StableHLO, for the devices of its mesh or for a platform by name."""
+        traced = self.function.trace(*self.arguments)
+        return traced.lower(lowering_platforms=(platform,)) if platform else traced.lower()
+
+
+class Shape(NamedTuple):
+    """A network's shape and where it was read."""
+
+    config: ModelConfig
+    source: str
+
+
+class Programs(NamedTuple):
+    """What a run executes, and what of it is needed to reckon with.
+
+    mesh, local: devices of the update, and of one host's sampler.
+    batch: micro-batches of an update. has_reference: a rule reads the frozen reference policy.
+    """
+
+    by_name: dict[str, Program]
+    mesh: Any
+    local: Any
+    attention: Attention
+    batch: BatchShape
+    has_reference: bool
+
+
+def read_shape(config: Config) -> Shape:
+    """The shape of ``Model.path``: from its folder, else the packaged one of the same name.
+
+    Raises:
+        ConfigError: neither exists; lists the packaged ones.
+        ModelFolderError: a config.json that asks for what we lack.
+    """
+    if config.model.path is None:
+        vocabulary = len(build_character_tokenizer(CHARACTERS))
+        return Shape(new_shape(config, vocabulary), "the config's own sizes")
+    folder = Path(config.model.path).expanduser()
+    if (folder / "config.json").is_file():
+        return Shape(read_model_config(folder), str(folder / "config.json"))
+    packaged = config_folder() / "shapes" / f"{folder.name}.json"
+    if packaged.is_file():
+        raw = json.loads(packaged.read_text())
+        source = f"the packaged shape {packaged.name}, since {folder} has no config.json"
+        return Shape(parse_model_config(raw, str(packaged)), source)
+    known = ", ".join(sorted(path.stem for path in packaged.parent.glob("*.json")))
+    raise ConfigError(
+        f"Model.path = {config.model.path!r}: no config.json there, and no packaged shape is named "
+        f"{folder.name!r}; set it to a model folder, or to a folder named as one of {known}"
+    )
+
+
+def programs(
+    config: Config, shape: ModelConfig, mesh: Any, local: Any, platform: str, hosts: int = 1
+) -> Programs:
+    """Every program of a run.
+
+    Args:
+        shape: of the network.
+        mesh: the training mesh; real, described or abstract devices.
+        local: the mesh of one host's devices, on which it samples.
+        platform: of the devices: cpu, gpu or tpu.
+        hosts: hosts that share ``Sampler.slots``.
+
+    Raises:
+        ConfigError: prompts, rows or slots do not split over hosts or devices.
+        MeshError, AttentionError: as `aspo_jax.build.build_network`.
+    """
+    check_shares(config, mesh, hosts)
+    model = build_network(config, shape, mesh, config.train.row_tokens, platform)
+    goal = build_goal(config)
+    has_reference = losses.reads(goal.objective, "ref_logp_BT")
+    batch = build_shape(config, hosts)
+    learner = build_learner(
+        model, _head(config, shape, mesh), goal, build_optimizer(config)[0], mesh
+    )
+    params = abstract_params(model, mesh)
+    state = jax.eval_shape(learner.init, params)
+    reference = _cast(params, jnp.bfloat16) if has_reference else None
+    minibatch = _minibatch(batch, mesh)
+    old = _old_policy(minibatch, has_reference)
+    by_name = {
+        UPDATE: Program(learner.step, (state, dataclasses.replace(minibatch, old=old))),
+        SCORE: Program(learner.old_policy, (params, reference, minibatch)),
+        **_sampling(config, shape, local, platform, config.sampler.slots // hosts),
+    }
+    return Programs(by_name, mesh, local, model.attention, batch, has_reference)
+
+
+def _head(config: Config, shape: ModelConfig, mesh: Any) -> Head:
+    allowed_V = np.ones(shape.vocab_size, bool)
+    return Head(config.sampler.temperature, allowed_V, config.train.head_chunk, mesh)
+
+
+def abstract_params(model: Model, mesh: Any) -> Any:
+    """Shapes and shardings of the float32 parameters."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    placed = shardings(mesh, model.partition_specs())
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed
+    )
+
+
+def _cast(params: Any, dtype: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), params)
+
+
+def _minibatch(batch: BatchShape, mesh: Any) -> Minibatch:
+    """Shapes of one update's rows, of the types that `aspo_jax.rollout` writes."""
+    rows = batch_sharding(mesh, leading=1)
+    size = (batch.microbatches, batch.rows, batch.row_tokens)
+
+    def of(x: Any) -> jax.ShapeDtypeStruct:
+        if x.ndim < 3:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return jax.ShapeDtypeStruct(size, x.dtype, sharding=rows)
+
+    return jax.tree.map(of, fill([], batch._replace(minibatches=1, microbatches=1, rows=1)))
+
+
+def _old_policy(minibatch: Minibatch, has_reference: bool) -> OldPolicy:
+    like = minibatch.rows.advantage_BT
+    return OldPolicy(like, like, like if has_reference else None)
+
+
+def _sampling(
+    config: Config, shape: ModelConfig, local: Any, platform: str, slots: int
+) -> dict[str, Program]:
+    """Prefill and decode of one host, with weights as they are published to its sampler."""
+    s = config.sampler
+    model = build_sampling_network(config, shape, local, platform)
+    sampler = BatchSampler(
+        model,
+        _head(config, shape, local),
+        Limits(s.max_prompt_tokens, s.max_response_tokens, slots, eos_id=0),
+        local,
+        seed=config.run.seed,
+        truncation=Truncation(s.top_k, s.top_p),
+    )
+    weights = published(abstract_params(model, local), config.model.dtype)
+    rows = batch_sharding(local)
+
+    def of_rows(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows)
+
+    token_NP = jax.ShapeDtypeStruct((slots, s.max_prompt_tokens), jnp.int32)
+    length_N = jax.ShapeDtypeStruct((slots,), jnp.int32)
+    identity_N4 = jax.ShapeDtypeStruct((slots, 4), jnp.uint32)
+    key_N = jax.eval_shape(lambda x: identity_keys(0, x), identity_N4)
+    prompts = tuple(map(of_rows, (token_NP, length_N, key_N)))
+    decoding = _placed(jax.eval_shape(sampler.prefill, weights, *prompts), local)
+    return {
+        PREFILL: Program(sampler.prefill, (weights, *prompts)),
+        DECODE: Program(sampler.decode, (weights, decoding)),
+    }
+
+
+def _placed(decoding: Any, local: Any) -> Any:
+    """Rows over the data axes and key/value heads over the tensor axis, as the names say."""
+    axes = {"N": RULES["batch"], "K": RULES["kv_heads"]}
+
+    def of(path: Any, x: Any) -> jax.ShapeDtypeStruct:
+        dimensions = path[-1].name.rpartition("_")[2] if x.ndim else ""
+        spec = PartitionSpec(*(axes.get(letter) for letter in dimensions))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(local, spec))
+
+    return jax.tree_util.tree_map_with_path(of, decoding)
+
+
+def published(params: Any, dtype: Any) -> Any:
+    """Shapes of the weights that the sampler holds: matrices in ``dtype``, norms in float32."""
+
+    def of(path: Any, x: Any) -> jax.ShapeDtypeStruct:
+        is_norm = "norm" in jax.tree_util.keystr(path)
+        kind = x.dtype if is_norm else jnp.dtype(dtype)
+        return jax.ShapeDtypeStruct(x.shape, kind, sharding=x.sharding)
+
+    return jax.tree_util.tree_map_with_path(of, params)

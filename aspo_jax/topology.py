@@ -1,0 +1,290 @@
+"""Accelerators by name, without the hardware: the figures of a chip, and devices to compile for.
+
+A topology is written as the cloud writes it: ``v5e:4x4``, ``v5p:2x2x4``, ``h100:8``, ``cpu:8``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from aspo_jax.model.sharding import MESH_AXES
+
+GIB = 2**30
+
+
+class TopologyError(ValueError):
+    """A topology that is unknown, or that nothing installed here can compile for."""
+
+
+class Chip(NamedTuple):
+    """One accelerator: peak bfloat16 FLOP/s, memory bandwidth in B/s and usable memory in bytes.
+
+    per_host: chips of one machine, which sample together.
+    dimensions: of its torus; 0 where devices are only counted.
+    """
+
+    platform: str
+    flops: float
+    bandwidth: float
+    memory: int
+    per_host: int
+    dimensions: int = 0
+
+
+def _gib(size: float) -> int:
+    return int(size * GIB)
+
+
+# TPU speeds: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; memory: what libtpu 0.0.52 leaves to a
+# program. GPU speeds (dense, SXM): NVIDIA's A100, H100 and H200 data sheets; memory: as the driver
+# reports it, before JAX's own reserve. CPU: simulated devices, of which nothing is known.
+CHIPS = {
+    "v4": Chip("tpu", 275e12, 1228e9, _gib(30.75), 4, 3),
+    "v5e": Chip("tpu", 197e12, 819e9, _gib(15.75), 4, 2),
+    "v5p": Chip("tpu", 459e12, 2765e9, _gib(95.73), 4, 3),
+    "v6e": Chip("tpu", 918e12, 1638e9, _gib(31.24), 4, 2),
+    "a100": Chip("gpu", 312e12, 2039e9, _gib(79.2), 8),
+    "h100": Chip("gpu", 989e12, 3352e9, _gib(79.1), 8),
+    "h200": Chip("gpu", 989e12, 4800e9, _gib(139.8), 8),
+    "cpu": Chip("cpu", math.nan, math.nan, _gib(16), 2**20),
+}
+EXAMPLES = "v4:2x2x4, v5e:4x4, v5p:2x2x4, v6e:4x4, a100:8, h100:8, h200:1, cpu:8"
+
+
+class Topology(NamedTuple):
+    """Chips of one kind; ``shape`` is the torus, or the count alone."""
+
+    name: str
+    chip: Chip
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def host(self) -> Topology:
+        """One machine of it, which samples by itself."""
+        if self.size <= self.chip.per_host:
+            return self
+        # A machine of a larger slice has its 4 TPU chips in a square.
+        shape = (2, 2, 1)[: self.chip.dimensions] if self.chip.dimensions else (self.chip.per_host,)
+        kind = self.name.partition(":")[0]
+        return Topology(f"{kind}:{'x'.join(map(str, shape))}", self.chip, shape)
+
+
+def parse_topology(name: str) -> Topology:
+    """The topology of a name such as ``v5e:4x4`` or ``h100:8``.
+
+    Raises:
+        TopologyError: an unknown chip or a shape that it does not come in; lists the known ones.
+    """
+    kind, _, shape = name.partition(":")
+    if kind not in CHIPS:
+        close = difflib.get_close_matches(kind.lower(), CHIPS, n=1, cutoff=0.4)
+        hint = f" (did you mean {close[0]}:{shape or '8'}?)" if close else ""
+        raise TopologyError(
+            f"--topology {name}: unknown chip {kind!r}{hint}; expected one of {', '.join(CHIPS)} "
+            f"with a shape, such as {EXAMPLES}"
+        )
+    chip = CHIPS[kind]
+    sizes = tuple(map(int, re.findall(r"\d+", shape)))
+    expected = "x".join(["n"] * max(chip.dimensions, 1))
+    if "x".join(map(str, sizes)) != shape or len(sizes) != max(chip.dimensions, 1) or 0 in sizes:
+        examples = [example for example in EXAMPLES.split(", ") if example.startswith(kind)]
+        raise TopologyError(
+            f"--topology {name}: the shape is {shape!r}, expected {expected} for {kind}, such as "
+            f"{examples[0]}"
+        )
+    return Topology(name, chip, sizes)
+
+
+class Target(NamedTuple):
+    """What programs are compiled for.
+
+    platform: of the devices, which is not the topology's where its compiler is missing.
+    notes: what the user must know about the figures.
+    """
+
+    devices: Sequence[Any]
+    platform: str
+    notes: tuple[str, ...] = ()
+
+
+def open_target(topology: Topology) -> Target:
+    """Devices of the topology, described by its compiler; simulated CPU devices for ``cpu:n``.
+
+    A TPU topology without libtpu is planned on as many simulated CPU devices, and says so.
+
+    Raises:
+        TopologyError: the compiler is not installed or refuses, or the backend has already started
+            with fewer simulated devices.
+    """
+    if topology.chip.platform == "gpu":
+        return _gpu_target(topology)
+    if topology.chip.platform == "tpu":
+        if importlib.util.find_spec("libtpu"):
+            return _tpu_target(topology)
+        note = (
+            f"libtpu is not installed: sizes are those of {topology.size} simulated CPU devices, "
+            "whose compiler and attention are others; `pip install 'aspo_jax[tpu]'` for the TPU's"
+        )
+        return Target(_simulated(topology.size), "cpu", (note,))
+    return Target(_simulated(topology.size), "cpu")
+
+
+def _simulated(count: int) -> list[Any]:
+    with contextlib.suppress(RuntimeError):  # the backend has started; it may have enough of them
+        jax.config.update("jax_num_cpu_devices", count)
+    devices = jax.devices("cpu")
+    if len(devices) < count:
+        raise TopologyError(
+            f"{count} simulated CPU devices are needed, found {len(devices)}, and the backend has "
+            "started; plan in a process of its own: python -m aspo_jax.plan"
+        )
+    return devices[:count]
+
+
+def _tpu_target(topology: Topology) -> Target:
+    from jax.experimental import topologies
+
+    # Without these libtpu looks for the machine that it is not on, and logs that it found none.
+    for name, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+    }.items():
+        os.environ.setdefault(name, value)
+    options: dict[str, Any] = {}
+    if topology.name.startswith("v4:"):
+        options["chip_config_name"] = "megacore"  # one device per chip, as programs see it
+    if topology.size < topology.chip.per_host:
+        sizes = (*topology.shape, 1, 1)[:3]
+        options["chips_per_host_bounds"] = list(sizes)
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options)
+    except Exception as error:  # libtpu's errors have no class of their own
+        text = str(error).partition("\n")[0]
+        raise TopologyError(
+            f"--topology {topology.name}: libtpu refuses it ({text}); one process at a time can "
+            "use libtpu, and every machine of a slice has 4 chips in a square"
+        ) from error
+    return Target(found.devices, "tpu")
+
+
+# --- GPUs -------------------------------------------------------------------------------------
+
+# Streaming multiprocessors, FP32 units of each, compute capability, shared memory per block and
+# per multiprocessor, level 2 cache, clock: NVIDIA's architecture papers for GA100 and GH100.
+_GPUS = {
+    "a100": (108, 64, (8, 0), 166_912, 167_936, 41_943_040, 1.41),
+    "h100": (132, 128, (9, 0), 232_448, 233_472, 52_428_800, 1.98),
+    "h200": (132, 128, (9, 0), 232_448, 233_472, 52_428_800, 1.98),
+}
+GPU_NOTE = (
+    "compiled without a GPU: no cuDNN and no autotuning, so the attention kernel and workspaces of "
+    "the real run are others, and temporaries may differ"
+)
+
+
+def _gpu_target(topology: Topology) -> Target:
+    from jax.experimental import topologies
+
+    if not importlib.util.find_spec("jax_cuda12_plugin"):
+        raise TopologyError(
+            f"--topology {topology.name}: the CUDA compiler is not installed; no GPU is needed, "
+            f"only its plugin: pip install jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=="
+            f"{jax.__version__}"
+        )
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    per_host = topology.host().size
+    hosts, rest = divmod(topology.size, per_host)
+    if rest:
+        raise TopologyError(
+            f"--topology {topology.name}: {topology.size} GPUs are no whole number of machines "
+            f"with {per_host}; give a multiple"
+        )
+    try:
+        found = topologies.get_topology_desc(
+            platform="cuda",
+            topology_name=topology.name,
+            topology=f"1x{hosts}x{per_host}",
+            target_config=_target_config(topology),
+        )
+    except Exception as error:
+        text = str(error).partition("\n")[0]
+        raise TopologyError(
+            f"--topology {topology.name}: the CUDA compiler refuses it ({text}); install the "
+            f"plugin of this jax: pip install jax-cuda12-plugin=={jax.__version__}"
+        ) from error
+    return Target(found.devices, "gpu", (GPU_NOTE,))
+
+
+def _target_config(topology: Topology) -> str:
+    """The card as XLA's text proto `GpuTargetConfigProto`."""
+    kind = topology.name.partition(":")[0]
+    cores, units, (major, minor), per_block, per_core, cache, clock = _GPUS[kind]
+    fields = {
+        "threads_per_block_limit": 1024,
+        "threads_per_warp": 32,
+        "shared_memory_per_block": 49_152,
+        "shared_memory_per_block_optin": per_block,
+        "shared_memory_per_core": per_core,
+        "threads_per_core_limit": 2048,
+        "core_count": cores,
+        "fpus_per_core": units,
+        "block_dim_limit_x": 2**31 - 1,
+        "block_dim_limit_y": 65_535,
+        "block_dim_limit_z": 65_535,
+        "registers_per_core_limit": 65_536,
+        "registers_per_block_limit": 65_536,
+        "memory_bandwidth": int(topology.chip.bandwidth),
+        "l2_cache_size": cache,
+        "clock_rate_ghz": clock,
+        "device_memory_size": topology.chip.memory,
+    }
+    lines = "\n".join(f"  {name}: {value}" for name, value in fields.items())
+    capability = f"  cuda_compute_capability {{ major: {major} minor: {minor} }}"
+    return f'gpu_device_info {{\n{lines}\n{capability}\n}}\nplatform_name: "CUDA"\n'
+
+
+# --- meshes -----------------------------------------------------------------------------------
+
+
+def mesh_sizes(size: int, *, data: int, fsdp: int, tensor: int) -> tuple[int, ...]:
+    """The mesh of ``size`` devices, -1 filled in.
+
+    Raises:
+        TopologyError: the sizes do not multiply to the number of devices.
+    """
+    asked = (data, fsdp, tensor)
+    known = math.prod(n for n in asked if n != -1)
+    filled = tuple(size // known if n == -1 else n for n in asked)
+    if math.prod(filled) != size:
+        named = ", ".join(f"Runtime.{a} = {n}" for a, n in zip(MESH_AXES, asked, strict=True))
+        raise TopologyError(
+            f"{named} does not fit {size} chips; make them multiply to that number, one of them -1"
+        )
+    return filled
+
+
+def device_mesh(devices: Sequence[Any], sizes: tuple[int, ...]) -> Mesh:
+    """The devices, in their order, as a mesh."""
+    array = np.array(devices, dtype=object).reshape(sizes)
+    return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def abstract_mesh(sizes: tuple[int, ...]) -> Any:
+    """A mesh without devices: programs can be lowered for it, not compiled."""
+    return AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))

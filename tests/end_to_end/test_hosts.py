@@ -1,0 +1,123 @@
+"""Several processes are one run: the same trajectory, an agreed stop, another number afterwards."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from toy import bits, toy_learner, toy_mesh
+from trainer_runs import TRAP, last_checkpoint, metrics
+
+from aspo_jax.build import build_optimizer
+from aspo_jax.checkpoint import EXIT_SAVED
+from aspo_jax.learner import Goal, Learner
+from aspo_jax.losses import aspo, sequence_mean
+
+LOCAL = Path(__file__).parents[2] / "launch" / "local.sh"
+ITERATIONS, STOPPED = 4, 3
+CURVES = ("update/surrogate", "update/grad_norm", "rollout/reward_mean", "update/entropy")
+
+
+def devices(count: int) -> dict[str, str]:
+    """The environment of a process with that many simulated devices."""
+    plain = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    return plain | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(count)}
+
+
+def start(*command: object, count: int, **environment: str) -> subprocess.Popen[str]:
+    """In a session of its own, so that a test can end all that it started."""
+    return subprocess.Popen(
+        [str(word) for word in command],
+        env=devices(count) | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], expect: int = 0) -> tuple[str, str]:
+    try:
+        out, err = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == expect, f"exit status {process.returncode}\n{out}\n{err}"
+    return out, err
+
+
+@pytest.fixture(scope="module")
+def flags(runs, finished):
+    """Settings of a run that starts from a warm-started model."""
+
+    def of(folder: Path, *more: str) -> list[str]:
+        settings = (
+            f"Run.folder='{folder}'",
+            f"Model.path='{finished.folder / 'initial_model'}'",
+            f"Train.iterations={ITERATIONS}",
+            *more,
+        )
+        return ["--config", str(runs.config), *(x for s in settings for x in ("--set", s))]
+
+    return of
+
+
+def two_processes(*arguments: object, program: str = "", count: int = 2) -> subprocess.Popen[str]:
+    environment = {"PYTHON": sys.executable} | ({"PROGRAM": program} if program else {})
+    return start("bash", LOCAL, 2, *arguments, count=count, **environment)
+
+
+@pytest.fixture(scope="module")
+def alone(flags, tmp_path_factory) -> Path:
+    """One process with four devices."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    finish(start(sys.executable, "-m", "aspo_jax.train", *flags(folder), count=4))
+    return folder
+
+
+@pytest.fixture
+def four_devices(config, machines) -> Learner:
+    """The update with its parameters and moments spread over four devices."""
+    model, optimizer = machines.policy.model, build_optimizer(config)[0]
+    return toy_learner(model, Goal(aspo(), sequence_mean), optimizer, toy_mesh(fsdp=4))
+
+
+def assert_same_trajectory(folder: Path, expected: Path) -> None:
+    """Every curve within 1e-5 of its largest value; what is counted and scored is equal."""
+    ours, theirs = metrics(folder), metrics(expected)
+    assert [row["iteration"] for row in ours] == [row["iteration"] for row in theirs]
+    for name in CURVES:
+        a, b = ([row[name] for row in rows if name in row] for rows in (ours, theirs))
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max(), err_msg=name)
+    for one, other in zip(ours, theirs, strict=True):
+        counted = [k for k in one if k.startswith(("rollout/", "evaluate/"))]
+        # Each process fills rows of its own, so that more of them may end half empty.
+        equal = set(counted) - {"rollout/packing_waste"}
+        assert {k: one[k] for k in equal} == {k: other[k] for k in equal}
+
+
+def test_two_processes_train_as_one_stop_together_and_one_goes_on(
+    flags, alone, machines, abstract_state, four_devices, tmp_path
+):
+    """2 x 2 devices = 1 x 4; SIGTERM to one process stops both; 1 x 1 continues what they saved."""
+    folder = tmp_path / "run"
+    trap = f"{TRAP[0]} aspo_jax.steps:draw:{STOPPED}:SIGTERM"
+    out, err = finish(two_processes(*flags(folder), program=trap), expect=EXIT_SAVED)
+    assert out.count(f"stopped after {STOPPED} iterations, saved") == 1  # one process speaks
+    assert err.count("SIGTERM: saving, then stopping") == 1
+    assert len(metrics(folder)) == STOPPED
+
+    one = last_checkpoint(folder, abstract_state)
+    assert one.step == STOPPED and one.meta["data_position"] == STOPPED
+    spread = last_checkpoint(folder, jax.eval_shape(four_devices.init, machines.params))
+    assert len(spread.state.params["embed"].sharding.device_set) == 4
+    assert bits(spread.state) == bits(one.state)
+
+    finish(start(sys.executable, "-m", "aspo_jax.train", *flags(folder), count=1))
+    assert_same_trajectory(folder, alone)

@@ -1,0 +1,324 @@
+"""The plan: verdicts with and without a compiler, its table, and what it refuses."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+from aspo_jax import plan as planning
+from aspo_jax import topology as topologies
+from aspo_jax.build import FACTORIES
+from aspo_jax.config import Config, ConfigError, read_config
+from aspo_jax.model import ModelConfig
+from aspo_jax.model.flops import causal_pairs, forward_flops, update_flops
+from aspo_jax.plan import HEADROOM, Plan, parse_exhausted, plan, report
+from aspo_jax.programs import DECODE, PREFILL, SCORE, UPDATE
+from aspo_jax.topology import GIB, TopologyError, mesh_sizes, open_target, parse_topology
+
+
+def _read(*flags: str, config: str = "countdown_cpu") -> Config:
+    words = [word for flag in flags for word in ("--set", flag)]
+    return read_config(["--config", config, *words], FACTORIES)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Plan:
+    """The embedded run with a KL penalty on four simulated devices, compiled."""
+    return plan(_read("Objective.penalties=['kl_penalty']", "Runtime.fsdp=2"), "cpu:4")
+
+
+# --- compiled ---------------------------------------------------------------------------------
+
+
+def test_every_program_is_compiled_and_fits(tiny):
+    assert [row.program for row in tiny.rows] == [UPDATE, SCORE, PREFILL, DECODE]
+    assert all(row.state == "compiled" and row.memory for row in tiny.rows)
+    assert tiny.fits and tiny.is_certain and tiny.verdict.startswith("fits: ")
+    assert (tiny.mesh["data"], tiny.mesh["fsdp"], tiny.hosts) == (2, 2, 1)
+
+
+def test_arguments_are_what_the_parts_say(tiny):
+    """The formula's parts against the compiler's own count of the arguments."""
+    update, score, _, decode = tiny.rows
+    sizes = {part.name: part.bytes for row in tiny.rows for part in row.parts}
+    assert "weights for sampling" not in {part.name for part in (*update.parts, *score.parts)}
+    state = sizes["weights, float32"] + sizes["moments of AdamW"]
+    rows = sizes["rows of the mini-batches"]
+    assert update.memory.arguments == pytest.approx(state + rows / 4, rel=0.02)
+    policies = sizes["weights, float32"] + sizes["reference policy, bfloat16"]
+    assert score.memory.arguments == pytest.approx(policies + rows / 4 * 9 / 12, rel=0.04)
+    sampling = sizes["weights for sampling"] + sizes["key-value cache"]
+    assert decode.memory.arguments == pytest.approx(sampling, rel=0.02)
+
+
+def test_what_lies_beside_a_program_is_added(tiny):
+    update, score, _, decode = tiny.rows
+    sizes = {part.name: part.bytes for row in tiny.rows for part in row.parts}
+    assert update.beside >= sizes["reference policy, bfloat16"]
+    assert score.beside >= sizes["moments of AdamW"]
+    assert decode.beside >= sizes["moments of AdamW"] + sizes["reference policy, bfloat16"]
+    for row in tiny.rows:
+        assert row.needed >= row.memory.peak + row.beside - 1
+        assert sum(part.bytes for part in row.parts) == pytest.approx(row.needed)
+
+
+def test_calls_of_an_iteration(tiny):
+    # 32 prompts x 16 samples in 512 slots; 4 mini-batches x 2 epochs; 24 positions.
+    assert [row.calls for row in tiny.rows] == [8, 4, 1, 24]
+
+
+def test_room_for_sequences_leaves_headroom(tiny):
+    room = tiny.capacity
+    assert room and room.tokens == 12 + 24
+    assert room.sequences * room.bytes_per_sequence <= 4 * tiny.limit * (1 - HEADROOM)
+    assert (room.sequences + 5) * room.bytes_per_sequence > 4 * tiny.limit * (1 - HEADROOM) * 0.99
+
+
+def test_report_is_a_markdown_table(tiny):
+    text = report(tiny)
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + 4 and len({line.count("|") for line in table}) == 1
+    assert "attention: dense" in text and text.splitlines()[-1] == tiny.verdict
+    assert "Sampler.slots = 512" in text
+
+
+# --- does not fit -----------------------------------------------------------------------------
+
+
+def _with_memory(size: float, name: str = "cpu:4"):
+    topology = parse_topology(name)
+    return topology._replace(chip=topology.chip._replace(memory=int(size)))
+
+
+def test_too_much_by_formula_is_not_compiled():
+    seen = []
+    found = plan(_read(), _with_memory(2**20), on_row=seen.append)
+    assert not found.fits and found.is_certain and seen == []
+    assert {row.state for row in found.rows} == {"estimated"}
+    assert found.verdict.startswith("does not fit: ") and "needs at least" in found.verdict
+
+
+def test_the_first_program_that_does_not_fit_ends_the_plan(tiny):
+    """Between the lower bound and what the compiled update needs."""
+    config = _read("Objective.penalties=['kl_penalty']", "Runtime.fsdp=2")
+    update, *others = tiny.rows
+    assert update.needed > max(row.needed for row in others)
+    limit = update.needed - 1000
+    seen = []
+    found = plan(config, _with_memory(limit), on_row=seen.append)
+    assert not found.fits and found.worst.program == UPDATE
+    assert found.worst.state == "compiled" and len(seen) < 4
+    assert found.verdict.endswith(found.worst.parts[0].remedy)
+
+
+@pytest.mark.parametrize(
+    ("flags", "part", "setting"),
+    [
+        (["Sampler.slots=4096"], "key-value cache", "Sampler.slots, now 4096"),
+        (
+            ["Train.rows_per_microbatch=512", "Model.remat='full'", "Sampler.slots=64"],
+            "kept of each layer for the backward pass",
+            "Train.rows_per_microbatch",
+        ),
+        (
+            ["Train.rows_per_microbatch=512"],
+            "kept of each layer for the backward pass",
+            "Model.remat to 'full'",
+        ),
+        (["Model.hidden_size=1024"], "weights, float32", "Runtime.fsdp"),
+    ],
+)
+def test_the_largest_part_names_its_setting(flags, part, setting):
+    found = plan(_read(*flags), _with_memory(2**20))
+    assert found.worst.parts[0].name in (part, "moments of AdamW")
+    assert setting in found.verdict
+
+
+@pytest.mark.parametrize(
+    ("message", "size"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total "
+            "memory required for HLO temporaries (22.38G) exceeds available HBM (15.75G).",
+            22.38 * GIB,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.05G of 15.75G hbm.",
+            17.05 * GIB,
+        ),
+        ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 512.0MiB.", GIB / 2),
+        ("RESOURCE_EXHAUSTED: something new", 0.0),
+        ("INTERNAL: a bug", None),
+    ],
+)
+def test_exhausted_memory_is_read_from_the_message(message, size):
+    assert parse_exhausted(message) == size
+
+
+def test_a_refusal_of_the_compiler_is_a_verdict(monkeypatch):
+    class Refusing:
+        """Has the arguments of the update, and no room."""
+
+        def __init__(self, program):
+            self.arguments = program.arguments
+
+        def lower(self):
+            raise planning.jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (22.38G) exceeds"
+                " available HBM (15.75G)."
+            )
+
+    real = planning.programs
+
+    def refusing(*arguments):
+        found = real(*arguments)
+        return found._replace(
+            by_name={
+                name: Refusing(program) if name == UPDATE else program
+                for name, program in found.by_name.items()
+            }
+        )
+
+    monkeypatch.setattr(planning, "programs", refusing)
+    found = plan(_read(), "cpu:4")
+    row = next(row for row in found.rows if row.program == UPDATE)
+    assert row.state == "refused" and row.needed > 22 * GIB and not found.fits
+    assert "other temporaries" in found.verdict and "Train.row_tokens" in found.verdict
+
+
+# --- lowered only -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("topology", "hosts"), [("v5e:4x4", 4), ("v5p:2x2x2", 2), ("v4:2x2x4", 4), ("v6e:4x4", 4)]
+)
+def test_lowering_needs_no_compiler(topology, hosts):
+    found = plan(_read(config="aspo_math_1p5b"), topology, lower_only=True)
+    assert found.fits and not found.is_certain and found.verdict.startswith("may fit: ")
+    assert {row.state for row in found.rows} == {"lowered"}
+    assert found.hosts == hosts and found.attention.startswith("splash")
+    assert "packaged shape" in found.model
+    # 1.777 B parameters: three float32 arrays of them, and two bytes each of the reference.
+    sizes = {part.name: part.bytes for row in found.rows for part in row.parts}
+    chips = found.topology.size
+    assert sizes["moments of AdamW"] == pytest.approx(8 * 1.777e9 / chips, rel=2e-3)
+    assert sizes["reference policy, bfloat16"] == pytest.approx(2 * 1.777e9 / chips, rel=2e-3)
+    assert sizes["weights for sampling"] == pytest.approx(2 * 1.777e9, rel=2e-3)
+
+
+def test_command_prints_the_plan_and_its_verdict(capsys):
+    argv = ["--config", "aspo_math_1p5b", "--topology", "v5e:4x4", "--lower-only"]
+    assert planning.main(argv) == 0
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1].startswith("may fit: ")
+    assert "update: lowered" in printed.err
+    assert planning.main([*argv, "--set", "Sampler.slots=512"]) == 1
+    assert "key-value cache" in capsys.readouterr().out.splitlines()[-1]
+
+
+# --- mistakes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v5:4x4", r"unknown chip 'v5' \(did you mean v5\w:4x4\?\); expected one of v4, v5e, v5p"),
+        ("h1000:8", "did you mean h100:8"),
+        ("tpu", "expected one of v4, v5e"),
+        ("v5e:16", "the shape is '16', expected nxn for v5e, such as v5e:4x4"),
+        ("v5p:4x4", "expected nxnxn for v5p, such as v5p:2x2x4"),
+        ("h100:2x4", "expected n for h100, such as h100:8"),
+        ("cpu:0", "the shape is '0'"),
+        ("cpu", "the shape is ''"),
+    ],
+)
+def test_unknown_topologies(name, message):
+    with pytest.raises(TopologyError, match=message):
+        parse_topology(name)
+
+
+def test_a_mesh_that_does_not_fit():
+    assert mesh_sizes(16, data=1, fsdp=-1, tensor=2) == (1, 8, 2)
+    with pytest.raises(TopologyError, match="Runtime.tensor = 3 does not fit 16 chips"):
+        mesh_sizes(16, data=1, fsdp=-1, tensor=3)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        (
+            "Train.rows_per_microbatch=8",
+            "Train.rows_per_microbatch = 8 cannot be shared equally by",
+        ),
+        ("Sampler.slots=24", "Sampler.slots = 24 cannot be shared .* set it to 16 or 32"),
+        ("Model.path=models/Qwen9", "no packaged shape is named 'Qwen9'.*Qwen3-4B"),
+    ],
+)
+def test_sizes_that_do_not_split(flag, message):
+    with pytest.raises(ConfigError, match=message):
+        plan(_read(flag, config="aspo_math_1p5b"), "v5e:4x4", lower_only=True)
+
+
+def test_command_reports_mistakes(capsys):
+    assert planning.main(["--config", "countdown_cpu", "--topology", "v5x:4x4"]) == 2
+    assert capsys.readouterr().err.startswith("error: --topology v5x:4x4: unknown chip 'v5x'")
+
+
+def test_too_many_simulated_devices():
+    with pytest.raises(TopologyError, match="64 simulated CPU devices are needed, found 4"):
+        open_target(parse_topology("cpu:64"))
+
+
+# --- compilers that are not there -------------------------------------------------------------
+
+
+def _without(monkeypatch, *names: str) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        topologies.importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name in names else real(name, *rest),
+    )
+
+
+def test_without_libtpu_the_plan_says_that_it_simulates(monkeypatch):
+    _without(monkeypatch, "libtpu")
+    found = plan(_read("Runtime.data=-1"), "v5e:2x2")
+    assert found.attention.startswith("dense")
+    assert "libtpu is not installed" in report(found) and "4 simulated CPU devices" in report(found)
+
+
+def test_without_the_cuda_plugin_the_error_says_what_to_install(monkeypatch):
+    _without(monkeypatch, "jax_cuda12_plugin")
+    with pytest.raises(TopologyError, match="no GPU is needed.*pip install jax-cuda12-plugin=="):
+        plan(_read(), "h100:8")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5e:1x1", "v4:2x2x1"])
+def test_compiles_for_tpu(topology):
+    found = plan(_read("Model.dtype='bfloat16'"), topology)
+    assert found.is_certain and found.fits
+    assert {row.state for row in found.rows} == {"compiled"}
+
+
+# --- arithmetic -------------------------------------------------------------------------------
+
+
+def test_flops_by_hand():
+    shape = ModelConfig(
+        vocab_size=10,
+        hidden_size=4,
+        intermediate_size=6,
+        layers=3,
+        heads=2,
+        kv_heads=1,
+        head_dim=2,
+    )
+    block = 4 * 2 * (2 + 2) + 2 * 2 * 4 + 3 * 4 * 6
+    pairs = causal_pairs(5)
+    assert pairs == 15
+    assert forward_flops(shape, 5, pairs) == 2 * (3 * block + 40) * 5 + 4 * 3 * 2 * 2 * 15
+    assert update_flops(shape, 5, pairs) == 3 * forward_flops(shape, 5, pairs)
