@@ -21,9 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,6 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from machine import header, table
+from rivals import Rival
 
 from aspo_jax.losses import (
     Aggregate,
@@ -156,50 +155,17 @@ def our_contenders(tokens: dict[str, Tokens]) -> dict[tuple[str, bool], Seconds]
     return contenders
 
 
-class Rival:
-    """TRL in a second process; ``versions`` is None where it is absent."""
-
-    def __init__(self, arrays: dict[str, np.ndarray], folder: Path):
-        path = folder / "inputs.npz"
-        np.savez(path, allow_pickle=False, **arrays)
-        worker = Path(__file__).with_name("trl_worker.py")
-        self.process = subprocess.Popen(
-            [sys.executable, str(worker), str(path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        hello = self._read()
-        self.missing = hello.get("absent")
-        self.versions = None if self.missing else hello
-
-    def _read(self) -> dict[str, Any]:
-        assert self.process.stdout
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError("the TRL process ended; its error is above")
-        return json.loads(line)
-
-    def ask(self, loss_type: str, repeats: int) -> dict[str, Any]:
-        assert self.process.stdin
-        self.process.stdin.write(json.dumps([loss_type, repeats]) + "\n")
-        self.process.stdin.flush()
-        return self._read()
-
-    def timer(self, loss_type: str) -> Seconds:
-        return lambda repeats: self.ask(loss_type, repeats)["seconds"]
-
-
 @contextlib.contextmanager
 def rival(arrays: dict[str, np.ndarray]) -> Iterator[Rival]:
+    """TRL in a second process."""
     with tempfile.TemporaryDirectory() as folder:
-        opponent = Rival(arrays, Path(folder))
+        path = Path(folder, "inputs.npz")
+        np.savez(path, allow_pickle=False, **arrays)
+        opponent = Rival("trl_worker.py", path)
         try:
             yield opponent
         finally:
-            assert opponent.process.stdin
-            opponent.process.stdin.close()
-            opponent.process.wait()
+            opponent.close()
 
 
 # --- agreement and rounds ---------------------------------------------------------------------
@@ -278,7 +244,10 @@ def main() -> int:
         if opponent.missing:
             print(f"TRL is left out ({opponent.missing}); for it: pip install trl torch\n")
         else:
-            contenders |= {(name, True): opponent.timer(TRL[name]) for name in TRL}
+            contenders |= {
+                (name, True): lambda repeats, kind=kind: opponent.ask(kind, repeats)["seconds"]
+                for name, kind in TRL.items()
+            }
         equal = "; ".join(agreement(one, opponent))
         taken = race(contenders, a.rounds, a.repeats)
     fill = arrays["is_response"].mean()

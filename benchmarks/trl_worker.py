@@ -109,7 +109,8 @@ def main(path: str) -> int:
     torch.set_num_threads(THREADS)
     with np.load(path) as arrays:
         steps = {name: build_step(name, arrays) for name in CLIP}
-    print(json.dumps({"trl": trl.__version__, "torch": torch.__version__}), flush=True)
+    versions = {"trl": trl.__version__, "torch": torch.__version__}
+    print(json.dumps({"versions": versions}), flush=True)
     for line in sys.stdin:
         name, repeats = json.loads(line)
         result = answer(steps[name], repeats, Path(path).with_name(f"{name}.npy"))

@@ -181,7 +181,7 @@ def factorisations(devices: int) -> list[tuple[int, int, int]]:
 
 
 def on_eight_devices(meshes: list[tuple[int, int, int]]) -> None:
-    """Compare the meshes' updates with one device's, in a process that has eight."""
+    """Meshes of eight against one device, and a move to fewer, in a process that has eight."""
     program = Path(__file__).with_name("mesh_toy.py")
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
@@ -196,12 +196,13 @@ def on_eight_devices(meshes: list[tuple[int, int, int]]) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    differences = json.loads(done.stdout)
-    assert len(differences) == len(meshes)
-    assert max(differences) < 1e-5
+    found = json.loads(done.stdout)
+    assert len(found["updates"]) == len(meshes)
+    assert max(found["updates"]) < 1e-5
+    assert found["moved"] < 1e-5
 
 
-def test_eight_devices_make_the_same_update():
+def test_eight_devices_make_the_same_update_and_hand_it_on_to_four_and_one():
     on_eight_devices([(2, 2, 2), (8, 1, 1), (1, 2, 4)])
 
 

@@ -24,8 +24,8 @@ from aspo_jax.model.sharding import RULES
 
 SAVED = "attention"  # name of what rematerialisation may keep
 MASKED = -1e30
-BLOCK = 256  # tokens per block of `chunked`: its memory is T * BLOCK scores a head
-DENSE_UP_TO = 256  # tokens per row up to which `dense` needs no more memory than `chunked`
+BLOCK = 128  # tokens per block of `chunked`: its memory is T * BLOCK scores a head
+DENSE_UP_TO = BLOCK  # tokens per row up to which `dense` needs no more memory than `chunked`
 LANES = 128  # tile width of a TPU: splash takes rows and heads in multiples of it
 
 Attend = Callable[[Array, Array, Array, Array], Array]
