@@ -1,4 +1,4 @@
-"""The launchers as far as they can be checked without their machines; local.sh runs in end_to_end."""
+"""The launchers, as far as they can be checked here; local.sh runs in end_to_end."""
 
 from __future__ import annotations
 
