@@ -33,7 +33,7 @@ from aspo_jax.config import Config, ConfigError, read_config
 from aspo_jax.console import Console
 from aspo_jax.data import DataError
 from aspo_jax.metrics import Clock, Log, profile
-from aspo_jax.model import ModelFolderError
+from aspo_jax.model import AttentionError, ModelFolderError
 from aspo_jax.records import Silent, claim_folder, lock_folder
 from aspo_jax.steps import (
     Run,
@@ -48,8 +48,8 @@ from aspo_jax.steps import (
 from aspo_jax.warmstart import WarmStartError, warm_start
 
 USER_ERRORS = (
-    *(CheckpointError, ConfigError, DataError, ModelFolderError, RunFolderError, RunLocked),
-    *(WarmStartError, runtime.MeshError, runtime.LaunchError, runtime.PeerError),
+    *(AttentionError, CheckpointError, ConfigError, DataError, ModelFolderError, RunFolderError),
+    *(RunLocked, WarmStartError, runtime.MeshError, runtime.LaunchError, runtime.PeerError),
 )
 
 
@@ -79,6 +79,8 @@ def train(config: Config, console: Console, stop: StopRequest) -> int:
         return EXIT_SAVED
     m = build_machines(config, model_folder, mesh)
     console.note(f"{parameter_count(m.params):,} parameters, {jax.device_count()} device(s)")
+    attention = m.policy.model.attention
+    console.note(f"attention: {attention.name} ({attention.reason})")
 
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
     with m.scorer, checkpoints, console.phase("training", config.train.iterations) as bar:

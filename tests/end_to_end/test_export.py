@@ -1,0 +1,66 @@
+"""`python -m aspo_jax.export`: checkpoints of a real run as model folders."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from toy import bits
+from trainer_runs import ITERATIONS
+
+from aspo_jax import export as command
+from aspo_jax.model import load_params, read_model_config
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("place", ["", "checkpoints", f"checkpoints/{ITERATIONS}"])
+def test_the_newest_step_is_the_model_that_the_run_itself_exported(
+    finished, tmp_path, place, capsys
+):
+    out = tmp_path / "out"
+    assert command.main([str(finished.folder / place), str(out)]) == 0
+    assert capsys.readouterr().out == f"{out}: the model after {ITERATIONS} iterations\n"
+    assert files(out) == files(finished.folder / "model")
+
+
+def test_an_older_step_and_another_type(finished, tmp_path):
+    older = min(int(path.name) for path in (finished.folder / "checkpoints").iterdir())
+    assert older < ITERATIONS
+    command.export(finished.folder / "checkpoints" / str(older), tmp_path / "older")
+    config = read_model_config(tmp_path / "older")
+    older_params = load_params(tmp_path / "older", config)
+    newest_params = load_params(finished.folder / "model", config)
+    assert bits(older_params) != bits(newest_params)
+    command.export(finished.folder, tmp_path / "half", "bfloat16")
+    half = load_params(tmp_path / "half", config)
+    for x, y in zip(jax.tree.leaves(half), jax.tree.leaves(newest_params), strict=True):
+        np.testing.assert_array_equal(x, y.astype("bfloat16").astype("float32"))
+
+
+def test_mistakes_are_messages(finished, tmp_path, capsys):
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "precious.txt").write_text("mine")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(finished.folder, damaged)
+    step = damaged / "checkpoints" / str(ITERATIONS)
+    largest = max((p for p in step.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1])
+    mistakes = {
+        (finished.folder, taken): "exists and is not an empty folder; choose another OUT",
+        (tmp_path, tmp_path / "new"): "not a run; expected a run folder",
+        (finished.folder / "checkpoints" / "99", tmp_path / "new"): "checkpoints/99 cannot be used",
+        (step, tmp_path / "new"): "bytes, expected",
+    }
+    for (checkpoint, out), message in mistakes.items():
+        assert command.main([str(checkpoint), str(out)]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("export: ") and message in err
+    assert files(taken) == {"precious.txt": b"mine"}
+    assert not (tmp_path / "new").exists()
