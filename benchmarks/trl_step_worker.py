@@ -16,21 +16,15 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-import time
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from rivals import own_output, serve
 
 THREADS = 2
-ANSWERS = sys.stdout
-sys.stdout = sys.stderr  # libraries print; the pipe is for answers
-
-
-def say(message: dict[str, Any]) -> None:
-    print(json.dumps(message), file=ANSWERS, flush=True)
 
 
 def build_trainer(model: Any, clip: float, microbatches: int) -> Any:
@@ -129,11 +123,11 @@ def build_update(folder: Path, name: str, task: dict[str, Any]):
 
 
 def main(folder: str) -> int:
+    say = own_output()
     try:
         import torch
         import transformers
-        import trl
-        from trl.trainer.grpo_trainer import GRPOTrainer as _
+        import trl.trainer.grpo_trainer
     except ImportError as error:
         say({"absent": str(error)})
         return 0
@@ -141,18 +135,7 @@ def main(folder: str) -> int:
     task = json.loads(Path(folder, "task.json").read_text())
     versions = {m.__name__: m.__version__ for m in (trl, torch, transformers)}
     say({"versions": versions})
-    updates, first = {}, {}
-    for line in sys.stdin:
-        name, repeats = json.loads(line)
-        if name not in updates:
-            updates[name] = build_update(Path(folder), name, task)
-            first[name] = updates[name]()
-        seconds = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            updates[name]()
-            seconds.append(time.perf_counter() - start)
-        say({"seconds": seconds, "loss": first[name][0], "grad_norm": first[name][1]})
+    serve(say, lambda name: build_update(Path(folder), name, task))
     return 0
 
 

@@ -27,17 +27,12 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
+from rivals import own_output, serve
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-ANSWERS = sys.stdout
-sys.stdout = sys.stderr  # libraries print; the pipe is for answers
-
-
-def say(message: dict[str, Any]) -> None:
-    print(json.dumps(message), file=ANSWERS, flush=True)
 
 
 def load_model(folder: Path, mesh: Any) -> Any:
@@ -144,10 +139,10 @@ def build_update(folder: Path, name: str, task: dict[str, Any], mesh: Any):
 
 
 def main(folder: str) -> int:
+    say = own_output()
     try:
         import jax
-        import tunix
-        from tunix.rl import trainer as _
+        import tunix.rl.trainer
     except ImportError as error:
         say({"absent": str(error)})
         return 0
@@ -155,20 +150,9 @@ def main(folder: str) -> int:
 
     task = json.loads(Path(folder, "task.json").read_text())
     mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    updates, first = {}, {}
     del tunix
     say({"versions": {n: importlib.metadata.version(n) for n in ("google-tunix", "jax", "flax")}})
-    for line in sys.stdin:
-        name, repeats = json.loads(line)
-        if name not in updates:
-            updates[name] = build_update(Path(folder), name, task, mesh)
-            first[name] = updates[name]()
-        seconds = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            updates[name]()
-            seconds.append(time.perf_counter() - start)
-        say({"seconds": seconds, "loss": first[name][0], "grad_norm": first[name][1]})
+    serve(say, lambda name: build_update(Path(folder), name, task, mesh))
     return 0
 
 
