@@ -1,6 +1,8 @@
-"""Does the 1.5B run fit? Every program, compiled for TPU slices of 16 chips, at three row lengths.
+"""Do the runs fit? Every program, compiled for TPU slices of 16 chips.
 
-    python benchmarks/plan_table.py [--config NAME] [--topology v5e:4x4]... [--tokens T]...
+    python benchmarks/plan_table.py [--config NAME]... [--topology v5e:4x4]... [--tokens T]...
+
+By default aspo_math_1p5b at three row lengths; another config at its own, unless ``--tokens`` says.
 
 Needs libtpu (`pip install 'aspo_jax[tpu]'`) and no TPU. One plan takes one to four minutes on two
 cores. A row of T tokens holds one sequence: a prompt of 2,048 and a response of T - 2,047 tokens.
@@ -9,6 +11,7 @@ cores. A row of T tokens holds one sequence: a prompt of 2,048 and a response of
 from __future__ import annotations
 
 import argparse
+import itertools
 import shlex
 import sys
 
@@ -19,20 +22,22 @@ from aspo_jax.build import FACTORIES
 from aspo_jax.config import read_config
 from aspo_jax.plan import Plan, gib, plan, report
 
+DEFAULT = "aspo_math_1p5b"
 TOPOLOGIES = ("v5e:4x4", "v6e:4x4", "v5p:2x2x4", "v4:2x2x4")
 TOKENS = (8192, 16384, 34816)
 
 
-def planned(config_name: str, topology: str, tokens: int) -> Plan:
-    """The plan of the config with rows of so many tokens."""
-    prompt = 2048
+def planned(config_name: str, topology: str, tokens: int | None) -> Plan:
+    """The plan of the config with rows of so many tokens; None: of the config's."""
     argv = ["--config", config_name]
-    for name, value in {
-        "Train.row_tokens": tokens,
-        "Sampler.max_prompt_tokens": prompt,
-        "Sampler.max_response_tokens": tokens - prompt,
-    }.items():
-        argv += ["--set", f"{name}={value}"]
+    if tokens is not None:
+        prompt = 2048
+        for name, value in {
+            "Train.row_tokens": tokens,
+            "Sampler.max_prompt_tokens": prompt,
+            "Sampler.max_response_tokens": tokens - prompt,
+        }.items():
+            argv += ["--set", f"{name}={value}"]
     return plan(read_config(argv, FACTORIES), topology)
 
 
@@ -44,6 +49,7 @@ def summary(plans: list[Plan]) -> str:
         seconds = sum(row.memory.compile_seconds for row in found.rows if row.memory)
         lines.append(
             [
+                found.name,
                 found.topology.name,
                 f"{found.capacity.tokens:,}" if found.capacity else "-",
                 gib(found.limit),
@@ -55,14 +61,14 @@ def summary(plans: list[Plan]) -> str:
             ]
         )
     names = [row.program for row in plans[0].rows]
-    titles = ["topology", "row tokens", "memory", *names]
+    titles = ["config", "topology", "row tokens", "memory", *names]
     titles += ["room for sequences", "update, s at least", "compiling, s", "verdict"]
     return table(titles, lines)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Plans of the 1.5B run as one table.")
-    parser.add_argument("--config", default="aspo_math_1p5b")
+    parser = argparse.ArgumentParser(description="Plans as one table.")
+    parser.add_argument("--config", action="append", default=[])
     parser.add_argument("--topology", action="append", default=[])
     parser.add_argument("--tokens", action="append", type=int, default=[])
     a = parser.parse_args()
@@ -70,9 +76,10 @@ def main() -> int:
     command = f"python benchmarks/plan_table.py {shlex.join(sys.argv[1:])}".strip()
     print(header("Plans", command, ("jax", "jaxlib", "libtpu", "flax", "optax")), flush=True)
     plans = []
-    for topology in a.topology or TOPOLOGIES:
-        for tokens in a.tokens or TOKENS:
-            plans.append(planned(a.config, topology, tokens))
+    for config in a.config or [DEFAULT]:
+        lengths = a.tokens or (TOKENS if config == DEFAULT else [None])
+        for topology, tokens in itertools.product(a.topology or TOPOLOGIES, lengths):
+            plans.append(planned(config, topology, tokens))
             print(f"```\n{report(plans[-1])}\n```\n", flush=True)
     print(summary(plans))
     return 0
