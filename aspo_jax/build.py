@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -23,6 +24,7 @@ from aspo_jax.data import (
     CHARACTERS,
     CountdownSource,
     CountdownSpec,
+    DataError,
     PromptStream,
     allowed_ids,
     build_character_tokenizer,
@@ -54,7 +56,18 @@ from aspo_jax.model import (
     save_model,
     shardings,
 )
-from aspo_jax.rewards import GRADERS, Scorer, build_scorer, overlong_ramp
+from aspo_jax.rewards import (
+    KINDS,
+    SHAPES,
+    Rules,
+    Scorer,
+    Shape,
+    build_scorer,
+    chain,
+    choose_sandbox,
+    find_problem,
+    overlong_ramp,
+)
 from aspo_jax.rollout import (
     BatchShape,
     Codec,
@@ -64,6 +77,7 @@ from aspo_jax.rollout import (
     draw,
     gather_outcomes,
     judge,
+    submitter,
 )
 from aspo_jax.sampler import EVALUATE, BatchSampler, Limits, Sampler, Truncation, make_publish
 
@@ -71,6 +85,7 @@ FACTORIES = {
     "objective": losses.OBJECTIVES,
     "advantage": losses.ADVANTAGES,
     "aggregate": losses.AGGREGATES,
+    "shape": SHAPES,
 }
 
 
@@ -93,6 +108,7 @@ class Machines(NamedTuple):
     peers: the processes of the run; sampler, scorer and prompts are this process's share.
     evaluate: params -> (held-out scores, this process's share of the rollout they count).
     reference: bfloat16 weights of the frozen reference policy; None when no rule reads it.
+    reward_shape: what is done to the verdicts of a step before its advantages.
     learning_rate: number of updates applied -> rate of the next one.
     """
 
@@ -101,6 +117,7 @@ class Machines(NamedTuple):
     reference: Any
     sampler: Sampler
     scorer: Scorer
+    reward_shape: Shape
     learner: Learner
     advantage: losses.Advantage
     shape: BatchShape
@@ -126,6 +143,7 @@ def build_machines(config: Config, folder: str | Path, mesh: Mesh) -> Machines:
         reference=_reference(params) if losses.reads(goal.objective, "ref_logp_BT") else None,
         sampler=sampler,
         scorer=scorer,
+        reward_shape=build_reward_shape(config),
         learner=build_learner(policy.model, policy.head, goal, optimizer, mesh),
         advantage=_make(config, "advantage", config.objective.advantage),
         shape=build_shape(config),
@@ -262,7 +280,7 @@ def build_prompts(config: Config, tokenizer: Any) -> PromptStream:
     if config.data.kind == "countdown":
         source = CountdownSource(countdown_spec(config), config.run.seed, "train")
     else:
-        source = read_jsonl(cast(str, config.data.train_path), kinds=GRADERS)
+        source = _read_rows(cast(str, config.data.train_path))
     return prompts(
         source,
         tokenizer=tokenizer,
@@ -275,13 +293,23 @@ def build_prompts(config: Config, tokenizer: Any) -> PromptStream:
     )
 
 
+@functools.lru_cache(2)
+def _read_rows(path: str) -> list[dict[str, Any]]:
+    """The rows of a file, each with an answer that its grader can use."""
+    rows = read_jsonl(path, kinds=KINDS)
+    for row in rows:
+        if (problem := find_problem(row["kind"], row["answer"])) is not None:
+            raise DataError(f"{row['where']} (id {row['id']}): {problem}")
+    return rows
+
+
 def held_out_prompts(config: Config, tokenizer: Any) -> list:
     """The prompts of every evaluation, the same for all runs with one ``Evaluate.seed``."""
     wanted = config.evaluate.prompts
     if config.data.kind == "countdown":
         source = CountdownSource(countdown_spec(config), config.evaluate.seed, "held_out", wanted)
     else:
-        source = read_jsonl(cast(str, config.data.eval_path), kinds=GRADERS)[:wanted]
+        source = _read_rows(cast(str, config.data.eval_path))[:wanted]
     stream = prompts(
         source,
         tokenizer=tokenizer,
@@ -294,12 +322,46 @@ def held_out_prompts(config: Config, tokenizer: Any) -> list:
 
 
 def open_scorer(config: Config) -> Scorer:
-    """Start the grading processes."""
+    """Start the grading processes, for the kinds of answers that the data hold.
+
+    Raises:
+        RewardError: no safe sandbox for programs, or a function of the user's that cannot be used.
+    """
+    r, kinds = config.reward, data_kinds(config)
+    rules = Rules(
+        timeout_s=r.timeout_s,
+        function=r.function,
+        sandbox=r.sandbox,
+        test_timeout_s=r.test_timeout_s,
+        test_memory_mib=r.test_memory_mib,
+        program_timeout_s=r.program_timeout_s,
+        max_tests=r.max_tests,
+        seed=config.run.seed,
+    )
+    if "code" in kinds:
+        rules, report = choose_sandbox(rules)
+        print(f"sandbox: {report}", file=sys.stderr)
+    scorer = build_scorer(r.workers, rules, kinds)
+    if "custom" in kinds:
+        scorer.wait_until_ready()  # a mistake in it shows now, not after the first sampling
+    return scorer
+
+
+def data_kinds(config: Config) -> frozenset[str]:
+    """The kinds of answers among the prompts of training and evaluation."""
+    if config.data.kind == "countdown":
+        return frozenset({"countdown"})
+    paths = (config.data.train_path, config.data.eval_path)
+    return frozenset(row["kind"] for path in paths for row in _read_rows(cast(str, path)))
+
+
+def build_reward_shape(config: Config) -> Shape:
+    """The overlong ramp, then ``Reward.shapes`` in their order."""
     reward = config.reward
-    shape = overlong_ramp(
+    ramp = overlong_ramp(
         config.sampler.max_response_tokens, reward.overlong_buffer, reward.overlong_factor
     )
-    return build_scorer(reward.workers, reward.timeout_s, shape)
+    return chain(ramp, *(_make(config, "shape", name) for name in reward.shapes))
 
 
 # --- sampling and evaluation ------------------------------------------------------------------
@@ -353,17 +415,21 @@ def build_evaluate(
         sampler = build_sampler(config, policy._replace(head=head), mesh)
 
     def evaluate(params: Any) -> tuple[Scores, Rollout]:
-        sampler.start(params)
-        completions = draw(
-            sampler,
-            policy.codec,
-            own,
-            config.evaluate.samples,
-            domain=EVALUATE,
-            retry=config.evaluate.seed,
-        )
-        sampler.release()
-        rollout = judge(scorer, policy.codec, own, completions)
+        codec, k = policy.codec, config.evaluate.samples
+        with scorer.begin() as grading:
+            hand_in = submitter(grading, codec, own, k, domain=EVALUATE)
+            sampler.start(params)
+            completions = draw(
+                sampler,
+                codec,
+                own,
+                k,
+                domain=EVALUATE,
+                retry=config.evaluate.seed,
+                finished=hand_in,
+            )
+            sampler.release()
+            rollout = judge(grading, codec, own, completions)
         o = gather_outcomes(rollout, peers, total=len(held_out))
         distinct_P = o.distinct_right_PG[:, 0]
         return scores(o.is_right_PG, distinct_P, o.is_finished_PG, o.length_PG), rollout

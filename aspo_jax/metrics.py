@@ -67,7 +67,8 @@ _ROLLOUT = {
         "mean share of a response's 20-grams of words already seen in that response; 0 if shorter",
     ),
     "distinct_answers": Info("texts", "mean number of different response texts in a group"),
-    "grader_failures": Info("samples", "samples masked because their grader failed or timed out"),
+    "grader_failures": Info("samples", "samples masked because their grader failed twice"),
+    "grader_timeouts": Info("samples", "samples whose grading took too long; their reward is 0"),
     "train_tokens": Info("tokens", "prompt and response tokens in one pass of the updates"),
     "packing_waste": Info("share of tokens", "slots of the training rows that hold no token"),
 }

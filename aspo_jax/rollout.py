@@ -10,7 +10,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from aspo_jax.data import pack
-from aspo_jax.rewards import Scorer, Submission, Verdict, repetition
+from aspo_jax.rewards import (
+    Grading,
+    RewardError,
+    Shape,
+    Submission,
+    Verdict,
+    repetition,
+    unshaped,
+)
 from aspo_jax.sampler import Completion, Request, Sampler
 from aspo_jax.structs import Minibatch, Prompt, Rows
 
@@ -63,8 +71,18 @@ class Rollout(NamedTuple):
 
     @property
     def is_valid_PG(self) -> np.ndarray:
-        """True where the grader did not fail."""
+        """True where the sample may be learned from."""
         return self.grid(lambda s: s.verdict.is_valid, bool)
+
+    @property
+    def is_failed_PG(self) -> np.ndarray:
+        """True where the grader could not do its work."""
+        return self.grid(lambda s: s.verdict.reason in ("crash", "bad_gold"), bool)
+
+    @property
+    def is_timeout_PG(self) -> np.ndarray:
+        """True where running or grading the answer took too long."""
+        return self.grid(lambda s: s.verdict.reason == "timeout", bool)
 
     @property
     def is_right_PG(self) -> np.ndarray:
@@ -112,32 +130,88 @@ def draw(
     *,
     domain: int,
     retry: int = 0,
+    finished: Callable[[Completion], None] = lambda completion: None,
 ) -> list[Completion]:
-    """Sample every prompt ``samples_per_prompt`` times; completions in the order of the prompts."""
+    """Sample every prompt ``samples_per_prompt`` times; completions in the order of the prompts.
+
+    finished: is called with each completion as soon as it is there.
+    """
     requests = [
         Request(tokens, (domain, prompt.draw, retry, g))
         for prompt in prompts
         for tokens in [codec.encode(prompt.text)]
         for g in range(samples_per_prompt)
     ]
-    return sorted(sampler.sample(requests), key=lambda completion: completion.request)
+    completions = []
+    for completion in sampler.sample(requests):
+        finished(completion)
+        completions.append(completion)
+    return sorted(completions, key=lambda completion: completion.request)
+
+
+def submitter(
+    grading: Grading,
+    codec: Codec,
+    prompts: Sequence[Prompt],
+    samples_per_prompt: int,
+    *,
+    domain: int,
+    iteration: int = 0,
+) -> Callable[[Completion], None]:
+    """Hands a completion to the graders while others are still being sampled (`draw`)."""
+
+    def submit(c: Completion) -> None:
+        p, g = divmod(c.request, samples_per_prompt)
+        prompt = prompts[p]
+        submission = Submission(
+            prompt.kind,
+            codec.decode(c.tokens_T),
+            prompt.answer,
+            c.is_finished,
+            len(c.tokens_T),
+            prompt.text,
+            f"{domain} {prompt.draw} {g}",
+            iteration,
+        )
+        grading.submit(c.request, submission)
+
+    return submit
 
 
 def judge(
-    scorer: Scorer, codec: Codec, prompts: Sequence[Prompt], completions: Sequence[Completion]
+    grading: Grading,
+    codec: Codec,
+    prompts: Sequence[Prompt],
+    completions: Sequence[Completion],
+    shape: Shape = unshaped,
 ) -> Rollout:
-    """Have every completion graded; ``completions`` as `draw` returns them."""
+    """Wait for the verdicts of all ``completions``, which `submitter` handed in and `draw` sorted.
+
+    shape: sees the groups of this process only.
+    """
     G = len(completions) // len(prompts)
+    judged = grading.results()
+    groups = [judged[start : start + G] for start in range(0, len(judged), G)]
+    verdicts = [verdict for group in shape(groups) for verdict in group]
     asked = [prompt for prompt in prompts for _ in range(G)]
-    texts = [codec.decode(completion.tokens_T) for completion in completions]
-    submissions = [
-        Submission(prompt.kind, text, prompt.answer, c.is_finished, len(c.tokens_T))
-        for prompt, text, c in zip(asked, texts, completions, strict=True)
-    ]
-    prompt_tokens = [codec.encode(prompt.text) for prompt in prompts for _ in range(G)]
-    verdicts = scorer.score(submissions)
+    prompt_tokens = [codec.encode(prompt.text) for prompt in asked]
+    texts = [submission.text for submission, _ in judged]
     samples = map(Sample, asked, prompt_tokens, completions, texts, verdicts)
     return Rollout(list(samples), G)
+
+
+def check_failures(rollout: Rollout, largest_share: float) -> None:
+    """Refuse to train on a rollout of which too much was masked because graders failed.
+
+    Raises:
+        RewardError: the share is above the largest; with the numbers and what to look at.
+    """
+    failed = sum(sample.verdict.reason == "crash" for sample in rollout.samples)
+    if failed > largest_share * len(rollout.samples):
+        raise RewardError(
+            f"the graders of {failed} of {len(rollout.samples)} samples failed twice, more than "
+            f"Reward.max_failures = {largest_share:g} allows; their own messages are above"
+        )
 
 
 class BatchShape(NamedTuple):
@@ -247,6 +321,8 @@ class Outcomes(NamedTuple):
 
     reward_PG: np.ndarray
     is_valid_PG: np.ndarray
+    is_failed_PG: np.ndarray
+    is_timeout_PG: np.ndarray
     is_right_PG: np.ndarray
     is_finished_PG: np.ndarray
     length_PG: np.ndarray
@@ -261,6 +337,8 @@ def gather_outcomes(rollout: Rollout, peers: Peers = ALONE, total: int | None = 
     own = Outcomes(
         reward_PG=rollout.reward_PG,
         is_valid_PG=rollout.is_valid_PG,
+        is_failed_PG=rollout.is_failed_PG,
+        is_timeout_PG=rollout.is_timeout_PG,
         is_right_PG=rollout.is_right_PG,
         is_finished_PG=rollout.is_finished_PG,
         length_PG=rollout.length_PG,
@@ -359,7 +437,8 @@ def _figures(outcomes: Outcomes, advantage_PG: np.ndarray) -> dict[str, Any]:
         "truncated": 1.0 - o.is_finished_PG.mean(),
         "repetition": o.repetition_PG.mean(dtype=np.float64),
         "distinct_answers": o.distinct_PG.mean(),
-        "grader_failures": (~o.is_valid_PG).sum(),
+        "grader_failures": o.is_failed_PG.sum(),
+        "grader_timeouts": o.is_timeout_PG.sum(),
     }
 
 

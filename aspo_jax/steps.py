@@ -18,7 +18,7 @@ from aspo_jax.console import Console
 from aspo_jax.figures import dynamics
 from aspo_jax.metrics import Clock, Log, read_metrics
 from aspo_jax.records import Silent, before_and_after, write_transcripts
-from aspo_jax.rollout import assemble, draw, judge, transcripts
+from aspo_jax.rollout import assemble, check_failures, draw, judge, submitter, transcripts
 from aspo_jax.sampler import TRAIN
 from aspo_jax.structs import Minibatch, TrainState, merge_metrics
 
@@ -51,14 +51,17 @@ def roll_out(run: Run, state: TrainState) -> tuple[list[Minibatch], dict[str, An
     """
     m, train, clock = run.machines, run.config.train, run.clock
     prompts = next(m.prompts)
-    with clock("sample"):
-        m.sampler.start(state.params)
-        completions = draw(
-            m.sampler, m.policy.codec, prompts, train.samples_per_prompt, domain=TRAIN
-        )
-        m.sampler.release()
-    with clock("grade"):
-        rollout = judge(m.scorer, m.policy.codec, prompts, completions)
+    codec, G = m.policy.codec, train.samples_per_prompt
+    iteration = prompts[0].draw // train.prompts_per_step
+    with m.scorer.begin() as grading:
+        hand_in = submitter(grading, codec, prompts, G, domain=TRAIN, iteration=iteration)
+        with clock("sample"):
+            m.sampler.start(state.params)
+            completions = draw(m.sampler, codec, prompts, G, domain=TRAIN, finished=hand_in)
+            m.sampler.release()
+        with clock("grade"):
+            rollout = judge(grading, codec, prompts, completions, m.reward_shape)
+    check_failures(rollout, run.config.reward.max_failures)
     minibatches, figures = assemble(rollout, m.advantage, m.shape, m.peers)
     with clock("score"):
         placed = [m.learner.place(part) for part in minibatches]

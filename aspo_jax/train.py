@@ -35,6 +35,7 @@ from aspo_jax.data import DataError
 from aspo_jax.metrics import Clock, Log, profile
 from aspo_jax.model import AttentionError, ModelFolderError
 from aspo_jax.records import Silent, claim_folder, lock_folder
+from aspo_jax.rewards import RewardError
 from aspo_jax.steps import (
     Run,
     evaluate,
@@ -49,7 +50,8 @@ from aspo_jax.warmstart import WarmStartError, warm_start
 
 USER_ERRORS = (
     *(AttentionError, CheckpointError, ConfigError, DataError, ModelFolderError, RunFolderError),
-    *(RunLocked, WarmStartError, runtime.MeshError, runtime.LaunchError, runtime.PeerError),
+    *(RewardError, RunLocked, WarmStartError),
+    *(runtime.MeshError, runtime.LaunchError, runtime.PeerError),
 )
 
 

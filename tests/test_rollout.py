@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from aspo_jax.losses import count_totals, group_mean, group_zscore
-from aspo_jax.rewards import Submission, Verdict
+from aspo_jax.rewards import RewardError, Submission, Verdict, mask_truncated, unshaped
 from aspo_jax.rollout import (
     BatchShape,
     Codec,
@@ -18,9 +18,11 @@ from aspo_jax.rollout import (
     Rollout,
     assemble,
     batch_shape,
+    check_failures,
     draw,
     fill,
     judge,
+    submitter,
     transcripts,
 )
 from aspo_jax.sampler import TRAIN, Completion
@@ -31,7 +33,7 @@ CODEC = Codec(
     decode=lambda ids: "".join(chr(i) for i in ids),
 )
 RIGHT, WRONG = Verdict(1.0, "match"), Verdict(0.0, "mismatch")
-FAILED = Verdict(0.0, "timeout", is_valid=False)
+FAILED = Verdict(0.0, "crash", is_valid=False)
 
 
 def prompt(number: int) -> Prompt:
@@ -58,21 +60,35 @@ class FakeSampler:
             yield completion(number, f"answer {number}", number % 2 == 0)
 
 
-class FakeScorer:
+class FakeGrading:
+    """Knows its verdicts beforehand; submissions may come in any order."""
+
     def __init__(self, verdicts):
         self.verdicts = verdicts
+        self.submissions = {}
 
-    def score(self, submissions):
-        self.submissions = list(submissions)
-        return self.verdicts
+    def submit(self, number, submission):
+        self.submissions[number] = submission
+
+    def results(self):
+        return [(s, self.verdicts[n]) for n, s in sorted(self.submissions.items())]
+
+
+def judged(verdicts, prompts, answers, shape=unshaped) -> tuple[Rollout, FakeGrading]:
+    """The rollout, and what its graders saw."""
+    grading: Any = FakeGrading(verdicts)
+    G = len(answers) // len(prompts)
+    submit = submitter(grading, CODEC, prompts, G, domain=TRAIN, iteration=3)
+    for answer in reversed(answers):
+        submit(answer)
+    return judge(grading, CODEC, prompts, answers, shape), grading
 
 
 def rollout_of(verdicts: list[list[Verdict]]) -> Rollout:
     """One row of verdicts per prompt; every answer has a text and a length of its own."""
     P, G = len(verdicts), len(verdicts[0])
     answers = [completion(i, "abcdefgh"[: 1 + i % 8], i != 0) for i in range(P * G)]
-    scorer = FakeScorer([v for row in verdicts for v in row])
-    return judge(scorer, CODEC, [prompt(p) for p in range(P)], answers)  # pyright: ignore
+    return judged([v for row in verdicts for v in row], [prompt(p) for p in range(P)], answers)[0]
 
 
 def shape_of(rollout: Rollout, minibatches: int, **changes) -> BatchShape:
@@ -92,7 +108,9 @@ def shape_of(rollout: Rollout, minibatches: int, **changes) -> BatchShape:
 def test_every_prompt_is_drawn_by_its_identity_and_answers_come_back_in_order():
     sampler = FakeSampler()
     prompts = [prompt(2), prompt(0)]
-    got = draw(sampler, CODEC, prompts, 3, domain=TRAIN, retry=7)
+    seen: list[Completion] = []
+    got = draw(sampler, CODEC, prompts, 3, domain=TRAIN, retry=7, finished=seen.append)
+    assert [c.request for c in seen] == list(reversed(range(6)))  # as they finish
     assert [c.request for c in got] == list(range(6))
     assert [r.identity for r in sampler.requests] == [
         (TRAIN, p.draw, 7, g) for p in prompts for g in range(3)
@@ -102,12 +120,11 @@ def test_every_prompt_is_drawn_by_its_identity_and_answers_come_back_in_order():
 
 def test_graders_see_the_text_the_answer_and_how_it_ended():
     answers = [completion(0, "one"), completion(1, "two!", False)]
-    scorer = FakeScorer([RIGHT, WRONG])
-    rollout = judge(scorer, CODEC, [prompt(1)], answers)  # pyright: ignore[reportArgumentType]
-    assert scorer.submissions == [
-        Submission("countdown", "one", {"n": 1}, True, 3),
-        Submission("countdown", "two!", {"n": 1}, False, 4),
-    ]
+    rollout, grading = judged([RIGHT, WRONG], [prompt(1)], answers)
+    assert grading.submissions == {
+        0: Submission("countdown", "one", {"n": 1}, True, 3, "qq", f"{TRAIN} 101 0", 3),
+        1: Submission("countdown", "two!", {"n": 1}, False, 4, "qq", f"{TRAIN} 101 1", 3),
+    }
     assert rollout.samples_per_prompt == 2
     assert rollout.reward_PG.tolist() == [[1, 0]] and rollout.is_right_PG.tolist() == [
         [True, False]
@@ -115,6 +132,20 @@ def test_graders_see_the_text_the_answer_and_how_it_ended():
     assert rollout.length_PG.tolist() == [[3, 4]]
     assert rollout.distinct_P.tolist() == [2] and rollout.distinct_right_P.tolist() == [1]
     assert rollout.is_finished_PG.tolist() == [[True, False]]
+
+
+def test_a_shape_may_mask_a_sample_without_calling_its_grader_a_failure():
+    answers = [completion(0, "one"), completion(1, "two!", False)]
+    rollout, _ = judged([RIGHT, RIGHT], [prompt(1)], answers, mask_truncated())
+    assert rollout.is_valid_PG.tolist() == [[True, False]]
+    assert not rollout.is_failed_PG.any()
+
+
+def test_too_many_failed_graders_stop_the_run():
+    rollout = rollout_of([[RIGHT, FAILED], [WRONG, RIGHT]])
+    check_failures(rollout, 0.25)
+    with pytest.raises(RewardError, match="1 of 4 samples failed twice.*Reward.max_failures = 0.2"):
+        check_failures(rollout, 0.2)
 
 
 # --- rows ---------------------------------------------------------------------------------------
@@ -252,6 +283,7 @@ def test_figures_by_hand():
             "repetition": 0.0,
             "distinct_answers": 2.0,
             "grader_failures": 0,
+            "grader_timeouts": 0,
             "train_tokens": 3,
             "packing_waste": 1 - 3 / 48,
         }

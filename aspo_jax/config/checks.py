@@ -17,6 +17,7 @@ def factory_problems(
         *(("Objective.penalties", "objective", name) for name in objective.penalties),
         ("Objective.advantage", "advantage", objective.advantage),
         ("Objective.aggregate", "aggregate", objective.aggregate),
+        *(("Reward.shapes", "shape", name) for name in config.reward.shapes),
     ]
     for key, kind, name in used:
         known = factories[kind]

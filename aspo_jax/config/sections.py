@@ -122,7 +122,23 @@ class Reward:
     """How completions are judged."""
 
     workers: int = setting(1, "processes", "grading processes", ge=1)
-    timeout_s: float = setting(5.0, "seconds", "time allowed per answer", gt=0)
+    timeout_s: float = setting(5.0, "seconds", "time allowed per answer (not programs)", gt=0)
+    function: str | None = setting(
+        None, "", "judges answers of kind 'custom': 'package.module:function'"
+    )
+    sandbox: Literal["auto", "namespaces", "landlock", "rlimits"] = setting(
+        "auto", "", "for programs; auto: the safest that holds; rlimits stops accidents only"
+    )
+    test_timeout_s: float = setting(6.0, "seconds", "time allowed per test of a program", gt=0)
+    test_memory_mib: int = setting(1024, "MiB", "memory of a program under test", ge=64)
+    program_timeout_s: float = setting(
+        60.0, "seconds", "time allowed for all tests of a program", gt=0
+    )
+    max_tests: int = setting(0, "tests", "tests drawn per program; 0 = all", ge=0)
+    max_failures: float = setting(
+        0.05, "share", "stop if the graders of more samples of a step fail", ge=0, le=1
+    )
+    shapes: tuple[str, ...] = setting((), "", "shape factories, applied after the ramp")
     overlong_buffer: int = setting(0, "tokens", "length of the overlong ramp; 0 = off", ge=0)
     overlong_factor: float = setting(1.0, "reward", "penalty at the end of the ramp", ge=0)
 

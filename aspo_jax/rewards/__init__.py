@@ -1,24 +1,48 @@
 """Rewards: what an answer is worth, with a reason and never an exception.
 
-    with build_scorer(workers=2, timeout_s=5.0, shape=overlong_ramp(24, 4, 1.0)) as scorer:
+    with build_scorer(workers=2, rules=Rules(timeout_s=5.0), kinds=("math", "code")) as scorer:
         verdicts = scorer.score(submissions)     # one Verdict per Submission, in their order
 
 Graders run in worker processes that can be killed, so that no text a policy writes can stall or
-end the trainer. Nothing here imports jax or numpy: a worker starts in some 50 ms.
+end the trainer; programs run in sandboxes below them. Nothing here imports jax or numpy.
+docs/rewards.md says what is covered and what is not.
 """
 
-from aspo_jax.rewards.graders import GRADERS
-from aspo_jax.rewards.pool import Scorer, build_scorer
-from aspo_jax.rewards.shaping import overlong_ramp, repetition, unshaped
-from aspo_jax.rewards.verdict import REASONS, Submission, Verdict
+from aspo_jax.rewards.graders import KINDS, Rules, find_problem
+from aspo_jax.rewards.pool import Grading, Scorer, build_scorer, choose_sandbox
+from aspo_jax.rewards.shaping import (
+    SHAPES,
+    Shape,
+    chain,
+    curriculum_budget,
+    format_reward,
+    grpo_lambda,
+    mask_truncated,
+    overlong_ramp,
+    repetition,
+    unshaped,
+)
+from aspo_jax.rewards.verdict import REASONS, RewardError, Submission, Verdict
 
 __all__ = [
-    "GRADERS",
+    "KINDS",
     "REASONS",
+    "SHAPES",
+    "Grading",
+    "RewardError",
+    "Rules",
     "Scorer",
+    "Shape",
     "Submission",
     "Verdict",
     "build_scorer",
+    "chain",
+    "choose_sandbox",
+    "curriculum_budget",
+    "find_problem",
+    "format_reward",
+    "grpo_lambda",
+    "mask_truncated",
     "overlong_ramp",
     "repetition",
     "unshaped",

@@ -35,7 +35,7 @@ def _is_natural(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _read_gold(answer: Any) -> _Gold | None:
+def read_gold(answer: Any) -> _Gold | None:
     """``{"numbers": [3, 3, 6, 7], "target": 7, "operations": "+-"}``; None for anything else."""
     if not isinstance(answer, dict) or not answer.keys() >= set(_Gold._fields):
         return None
@@ -78,7 +78,7 @@ def _last_value(text: str, gold: _Gold) -> int | None:
 
 def grade(text: str, answer: Any, is_finished: bool) -> Verdict:
     """1 for a right answer, 0 for any other; see the module's rules and `verdict.Reason`."""
-    gold = _read_gold(answer)
+    gold = read_gold(answer)
     if gold is None:
         return Verdict(0.0, "bad_gold", is_valid=False)
     if not is_finished:

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 
 _PIPE_READ = 1 << 16
+_GRACE_S = 0.5
 
 
 class WorkerProcess:
@@ -73,7 +74,13 @@ class WorkerProcess:
         return lines
 
     def kill(self) -> int:
-        """End it and all processes of its group; returns its exit status."""
+        """End it and all processes of its group; returns its exit status.
+
+        It is asked first: what it started outside its group (sandboxes) it has to end itself.
+        """
+        self._process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_GRACE_S)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         status = self._process.wait()

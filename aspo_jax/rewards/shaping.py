@@ -1,18 +1,62 @@
-"""What is added to a verdict's reward, and what is measured on a text besides."""
+"""What is done to verdicts before advantages see them, and what is measured on a text besides.
+
+A `Shape` is a pure function from the judged groups of a step, one group of samples per prompt, to
+their verdicts. `chain` composes; lengths are in tokens; a verdict that is not valid is left alone.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+import statistics
+from collections.abc import Callable, Sequence
 
 from aspo_jax.rewards.verdict import Submission, Verdict
 
-Shape = Callable[[Submission, Verdict], Verdict]
+Judged = tuple[Submission, Verdict]
+Groups = Sequence[Sequence[Judged]]
+Shape = Callable[[Groups], list[list[Verdict]]]
 
 
-def unshaped(submission: Submission, verdict: Verdict) -> Verdict:
-    """The verdict itself."""
-    return verdict
+def unshaped(groups: Groups) -> list[list[Verdict]]:
+    """The verdicts themselves."""
+    return [[verdict for _, verdict in group] for group in groups]
+
+
+def chain(*shapes: Shape) -> Shape:
+    """One shape after the other."""
+
+    def shape(groups: Groups) -> list[list[Verdict]]:
+        verdicts = unshaped(groups)
+        for apply in shapes:
+            verdicts = apply(
+                [
+                    [(submission, v) for (submission, _), v in zip(group, shaped, strict=True)]
+                    for group, shaped in zip(groups, verdicts, strict=True)
+                ]
+            )
+        return verdicts
+
+    return shape
+
+
+def _each(change: Callable[[Submission, Verdict], Verdict]) -> Shape:
+    """A shape that looks at one valid sample at a time."""
+
+    def shape(groups: Groups) -> list[list[Verdict]]:
+        return [[change(s, v) if v.is_valid else v for s, v in group] for group in groups]
+
+    return shape
+
+
+def _plus(verdict: Verdict, amount: float) -> Verdict:
+    return dataclasses.replace(verdict, reward=verdict.reward + amount)
+
+
+def _check(name: str, **conditions: tuple[float, bool, str]) -> None:
+    for argument, (value, is_fine, expected) in conditions.items():
+        if not is_fine:
+            raise ValueError(f"{name}: {argument} is {value}, expected {expected}")
 
 
 def overlong_ramp(max_tokens: int, buffer: int, factor: float) -> Shape:
@@ -22,27 +66,137 @@ def overlong_ramp(max_tokens: int, buffer: int, factor: float) -> Shape:
 
     Nothing up to ``max_tokens - buffer`` tokens, then down to ``-factor`` at the limit. The
     official ASPO code runs it with buffer 16 and factor 1, so that a truncated wrong answer earns
-    -1 and a truncated right one 0. ``buffer=0`` turns it off. Invalid verdicts are left alone.
+    -1 and a truncated right one 0. ``buffer=0`` turns it off.
 
     Raises:
         ValueError: a buffer outside 0..max_tokens, or a negative factor.
     """
-    if not 0 <= buffer <= max_tokens:
-        raise ValueError(
-            f"overlong_ramp: buffer is {buffer}, expected 0 (off) to max_tokens = {max_tokens}"
-        )
-    if not factor >= 0:
-        raise ValueError(f"overlong_ramp: factor is {factor}, expected a number >= 0")
+    _check(
+        "overlong_ramp",
+        buffer=(buffer, 0 <= buffer <= max_tokens, f"0 (off) to max_tokens = {max_tokens}"),
+        factor=(factor, factor >= 0, "a number >= 0"),
+    )
     if buffer == 0:
         return unshaped
 
-    def shape(submission: Submission, verdict: Verdict) -> Verdict:
+    def fine(submission: Submission, verdict: Verdict) -> Verdict:
         excess = submission.response_tokens - (max_tokens - buffer)
-        if excess <= 0 or not verdict.is_valid:
-            return verdict
-        return dataclasses.replace(verdict, reward=verdict.reward - factor * excess / buffer)
+        return _plus(verdict, -factor * max(0, excess) / buffer)
+
+    return _each(fine)
+
+
+def mask_truncated() -> Shape:
+    """Leave cut-off answers out of the update (overlong filtering, 2503.14476, section 3.4)."""
+
+    def mask(submission: Submission, verdict: Verdict) -> Verdict:
+        return verdict if submission.is_finished else dataclasses.replace(verdict, is_valid=False)
+
+    return _each(mask)
+
+
+def grpo_lambda(top: float = 0.2, alpha: float = 0.6) -> Shape:
+    """Fine the length of right answers where most answers are right (GRPO-lambda, 2505.18086).
+
+        reward - alpha * sigmoid((length - mean) / std)
+
+    with the mean and standard deviation of the lengths of the group's right answers, in the
+    ``top`` share of groups, ranked by their share of right answers; ties go by the order of
+    the prompts. Wrong answers are left alone, as are all answers of the other groups. A ``std`` of
+    0 counts as 1.
+
+    Raises:
+        ValueError: top or alpha outside 0..1.
+    """
+    _check(
+        "grpo_lambda",
+        top=(top, 0 <= top <= 1, "a share from 0 to 1"),
+        alpha=(alpha, 0 <= alpha <= 1, "a number from 0 to 1"),
+    )
+
+    def shape(groups: Groups) -> list[list[Verdict]]:
+        ranked = sorted(range(len(groups)), key=lambda p: -_share_right(groups[p]))
+        chosen = set(ranked[: int(top * len(groups))])
+        plain = unshaped(groups)
+        return [
+            _fine_length(group, alpha) if p in chosen else plain[p]
+            for p, group in enumerate(groups)
+        ]
 
     return shape
+
+
+def _is_right(verdict: Verdict) -> bool:
+    return verdict.is_valid and verdict.reason == "match"
+
+
+def _share_right(group: Sequence[Judged]) -> float:
+    return sum(_is_right(verdict) for _, verdict in group) / max(1, len(group))
+
+
+def _fine_length(group: Sequence[Judged], alpha: float) -> list[Verdict]:
+    lengths = [s.response_tokens for s, verdict in group if _is_right(verdict)]
+    if not lengths:
+        return [verdict for _, verdict in group]
+    mean, std = statistics.fmean(lengths), statistics.pstdev(lengths) or 1.0
+    return [
+        _plus(verdict, -alpha / (1 + math.exp((mean - s.response_tokens) / std)))
+        if _is_right(verdict)
+        else verdict
+        for s, verdict in group
+    ]
+
+
+def curriculum_budget(
+    start: int = 256, decay: float = 0.9, every: int = 10, weight: float = 0.1
+) -> Shape:
+    """Pay for lengths near a budget that shrinks as training goes on (2508.08940).
+
+        reward + weight * max(0, 1 - |length - B| / B)      B = max(1, start * decay^(i // every))
+
+    at iteration i. The budget's schedule is the paper's; the triangle and the defaults of decay,
+    every and weight are ours, for the paper's were not to be had.
+
+    Raises:
+        ValueError: a budget or period below 1, a decay outside (0, 1].
+    """
+    _check(
+        "curriculum_budget",
+        start=(start, start >= 1, "at least 1 token"),
+        decay=(decay, 0 < decay <= 1, "a number above 0 and at most 1"),
+        every=(every, every >= 1, "at least 1 iteration"),
+    )
+
+    def pay(submission: Submission, verdict: Verdict) -> Verdict:
+        budget = max(1.0, start * decay ** (submission.iteration // every))
+        gap = abs(submission.response_tokens - budget) / budget
+        return _plus(verdict, weight * max(0.0, 1.0 - gap))
+
+    return _each(pay)
+
+
+def format_reward(weight: float = 0.1) -> Shape:
+    """Pay for one thinking block with an answer after it (the format reward of 2501.12948).
+
+    The opening tag may be missing, for many chat templates end the prompt with it.
+    """
+
+    def pay(submission: Submission, verdict: Verdict) -> Verdict:
+        thought, _, said = submission.text.partition("</think>")
+        thought = thought.strip().removeprefix("<think>")
+        has_more = any("think>" in part for part in (thought, said))
+        is_formed = bool(thought.strip() and said.strip()) and not has_more
+        return _plus(verdict, weight) if is_formed else verdict
+
+    return _each(pay)
+
+
+SHAPES = {
+    "curriculum_budget": curriculum_budget,
+    "format_reward": format_reward,
+    "grpo_lambda": grpo_lambda,
+    "mask_truncated": mask_truncated,
+}
 
 
 def repetition(text: str, n: int = 20) -> float:

@@ -1,8 +1,9 @@
-"""A grader process: ``python -m aspo_jax.rewards.worker LIMIT_S``, JSON lines over its pipes.
+"""A grader process: ``python -m aspo_jax.rewards.worker KINDS RULES LIMIT_S``, JSON lines.
 
-In: one object per line, the fields of `Submission`. Out: ``"ready"`` once, then for each line, in
-order and as soon as it is judged, ``[reward, reason, is_valid]``. It ends when its input ends, so
-it cannot outlive the trainer; an answer that it is then still busy with is ended by the alarm.
+In: one object per line, the fields of `Submission`. Out: ``"ready"`` once, or ``{"error": why}``
+and the end, then for each line, in order and as soon as it is judged, ``[reward, reason,
+is_valid]``. It ends when its input ends, so it cannot outlive the trainer; an answer that it is
+then still busy with is ended by the alarm. What it started ends with it.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import signal
 import sys
 import traceback
 from collections.abc import Mapping
+from types import FrameType
 from typing import TextIO
 
-from aspo_jax.rewards.graders import GRADERS, Grader
-from aspo_jax.rewards.verdict import Submission, Verdict
+from aspo_jax.rewards.graders import Grader, Rules, open_graders
+from aspo_jax.rewards.verdict import RewardError, Submission, Verdict
 
 
 def _claim_stdout() -> TextIO:
@@ -29,14 +31,18 @@ def _claim_stdout() -> TextIO:
 
 def _judge(graders: Mapping[str, Grader], submission: Submission) -> Verdict:
     try:
-        grade = graders[submission.kind]
-        return grade(submission.text, submission.answer, submission.is_finished)
+        return graders[submission.kind](submission)
     except Exception:  # a grader's own fault: this sample's, not its neighbours'
         traceback.print_exc()
         return Verdict(0.0, "crash", is_valid=False)
 
 
-def serve(graders: Mapping[str, Grader], limit_s: float) -> None:
+def _leave(*_: int | FrameType | None) -> None:
+    """On SIGTERM: an exception, so that whatever is under way takes down what it started."""
+    raise SystemExit(1)
+
+
+def serve(graders: Mapping[str, Grader], limit_s: float, replies: TextIO | None = None) -> None:
     """Judge what comes in until the input ends.
 
     limit_s: seconds after which a single answer ends the process. The pool kills it earlier; this
@@ -45,7 +51,8 @@ def serve(graders: Mapping[str, Grader], limit_s: float) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # no Python handler: it must end C code too
-    with _claim_stdout() as replies:
+    signal.signal(signal.SIGTERM, _leave)
+    with replies or _claim_stdout() as replies:
         print(json.dumps("ready"), file=replies, flush=True)
         for line in sys.stdin.buffer:
             signal.setitimer(signal.ITIMER_REAL, limit_s)
@@ -54,5 +61,16 @@ def serve(graders: Mapping[str, Grader], limit_s: float) -> None:
             print(json.dumps(dataclasses.astuple(verdict)), file=replies, flush=True)
 
 
+def main(kinds: str, rules: str, limit_s: str) -> int:
+    replies = _claim_stdout()
+    try:
+        graders = open_graders(json.loads(kinds), Rules(**json.loads(rules)))
+    except RewardError as error:
+        print(json.dumps({"error": str(error)}), file=replies, flush=True)
+        return 1
+    serve(graders, float(limit_s), replies)
+    return 0
+
+
 if __name__ == "__main__":
-    serve(GRADERS, limit_s=float(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from aspo_jax.rewards import Scorer, Submission, Verdict, build_scorer, overlong_ramp
+from aspo_jax.rewards import Scorer, Submission, Verdict, build_scorer
 
-TIMEOUT = Verdict(0.0, "timeout", is_valid=False)
+TIMEOUT = Verdict(0.0, "timeout")  # wrong, and not masked
 CRASH = Verdict(0.0, "crash", is_valid=False)
 
 # The real worker with a grader that does what the text says.
@@ -20,7 +20,8 @@ OBEDIENT = """
     import ctypes, os, signal, subprocess, sys, time
     from aspo_jax.rewards import exact, worker
 
-    def grade(text, answer, is_finished):
+    def grade(s):
+        text, answer, is_finished = s.text, s.answer, s.is_finished
         if text == "hang": time.sleep(1e6)
         if text == "deaf": signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(1e6)
         if text == "spin":
@@ -32,14 +33,14 @@ OBEDIENT = """
         if text == "segfault": ctypes.string_at(0)
         if text == "kill": os.kill(os.getpid(), signal.SIGKILL)
         if text == "raise": raise ZeroDivisionError
-        if text == "recurse": grade.__call__(grade(text, answer, is_finished))
+        if text == "recurse": grade(s)
         if text == "close": os.closerange(0, 100); time.sleep(1e6)
         if text == "print": print("[1.0, 'match', true]\\n" * 9); sys.stdout.flush()
         if text == "once" and not os.path.exists(answer): open(answer, "w").close(); os._exit(1)
         if text == "once": return exact.grade(text, text, is_finished)
         return exact.grade(text, answer, is_finished)
 
-    worker.serve({"exact": grade}, float(sys.argv[1]))
+    worker.serve({"exact": grade}, float(sys.argv[1] if sys.argv[1][0].isdigit() else sys.argv[-1]))
 """
 
 
@@ -268,12 +269,6 @@ def test_workers_know_no_secrets(monkeypatch):
         environment = Path(f"/proc/{pids(scorer)[0]}/environ").read_bytes()
     names = {entry.partition(b"=")[0] for entry in environment.split(b"\0") if entry}
     assert names <= {b"PATH", b"LD_LIBRARY_PATH", b"PYTHONPATH"}
-
-
-def test_the_shape_is_applied():
-    submission = Submission("exact", "right", "right", True, 10)
-    with build_scorer(1, 30.0, overlong_ramp(10, 5, 1.0)) as scorer:
-        assert scorer.score([submission]) == [Verdict(0.0, "match")]
 
 
 def test_unknown_kinds_are_refused_by_name():

@@ -1,0 +1,78 @@
+"""Run a function in a child that can be killed and leaves nothing in this process.
+
+A fork of a process that has imported everything starts in a millisecond, ends with all that the
+function did to memory, caches and modules, and is killed at its time limit whatever it is busy
+with. For single-threaded processes only (grader processes; never the trainer).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Literal
+
+from aspo_jax.rewards import jail
+
+_EXHAUSTED, _FAULT = 3, 4
+_MEMORY = 2 * 2**30
+
+
+def in_child(
+    function: Callable[[], bool], limit_s: float
+) -> bool | Literal["timeout", "exhausted", "crash"]:
+    """What ``function`` returns, or why it did not: time, memory or depth, its own fault."""
+    incoming, outgoing = os.pipe()
+    parent, child = os.getpid(), os.fork()
+    if child == 0:
+        os.close(incoming)
+        _serve(function, outgoing, parent, limit_s)
+    os.close(outgoing)
+    try:
+        reply = _wait(incoming, limit_s)
+    finally:
+        os.kill(child, signal.SIGKILL)  # a zombie at worst: nobody has waited for it yet
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        os.close(incoming)
+    if reply is None:
+        return "timeout"
+    if reply in (b"true", b"false"):
+        return json.loads(reply)
+    # Out of memory shows as an exception, or as a segmentation fault in C code.
+    return "exhausted" if status in (_EXHAUSTED, -signal.SIGSEGV) else "crash"
+
+
+def _serve(function: Callable[[], bool], outgoing: int, parent: int, limit_s: float) -> None:
+    status = _FAULT
+    try:
+        jail.die_with_parent(parent)
+        jail.limit(cpu_s=int(limit_s) + 2, memory=_MEMORY, file=0, processes=None)
+        jail.restrict_where_possible(jail.python_folders())
+        os.write(outgoing, json.dumps(function()).encode("ascii"))
+        status = 0
+    except (MemoryError, RecursionError):
+        status = _EXHAUSTED
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _wait(incoming: int, limit_s: float) -> bytes | None:
+    """What the child wrote before it closed its end; None at the time limit."""
+    deadline, reply = time.monotonic() + limit_s, b""
+    poll = select.poll()
+    poll.register(incoming, select.POLLIN | select.POLLHUP)
+    while (left := deadline - time.monotonic()) > 0:
+        if poll.poll(1000 * left):
+            data = os.read(incoming, 64)
+            if not data:
+                return reply
+            reply += data
+    return None

@@ -1,0 +1,334 @@
+r"""One spelling for a mathematical answer, and its exact value where that is a plain number.
+
+`normalise` removes what carries no value (layout, units, text wrappers); `number` reads integers,
+decimals, fractions, mixed numbers, percentages and arithmetic on them as exact fractions. Both are
+linear in the text and know no sympy: most answers of a training batch are decided here.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from fractions import Fraction
+from typing import NamedTuple
+
+_INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]")
+_CHARACTERS = {
+    "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "×": r"\times ", "⋅": r"\cdot ",
+    "·": r"\cdot ", "∙": r"\cdot ", "÷": "/", "∕": "/", "⁄": "/", "π": r"\pi ", "∞": r"\infty ",
+    "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "∪": r"\cup ", "∩": r"\cap ",
+    "∈": r"\in ", "∅": r"\emptyset ", "°": r"^\circ ", "√": r"\sqrt ", "≈": r"\approx ",
+    "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}",
+    "¾": r"\frac{3}{4}", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "λ": r"\lambda ",
+    "γ": r"\gamma ", "φ": r"\phi ", "ω": r"\omega ", "Δ": r"\Delta ", "ℝ": r"\mathbb{R}",
+    "⟨": r"\langle ", "⟩": r"\rangle ", "ℤ": r"\mathbb{Z}",
+}  # fmt: skip
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n")
+_SUPERSCRIPT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+")
+_TRANSLATED = str.maketrans(_CHARACTERS)
+
+_LAYOUT = re.compile(
+    r"(?<!\\)\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits|quad|qquad|hfill"
+    r"|phantom\{[^{}]*\}|hspace\{[^{}]*\}|,|;|:|!|>)(?![a-zA-Z])"
+)
+_WRAPPER = re.compile(
+    r"\\(?:text(?:bf|it|rm|tt|sf|normal|sc)?|math(?:rm|bf|it|sf|tt|cal|normal)|mbox|hbox|bm"
+    r"|boldsymbol|emph|operatorname\*?|underline|textnormal|ensuremath)\s*\{([^{}]*)\}"
+)
+_DEGREES = re.compile(r"\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree)\b)|\\degree\b")
+_SHORT_FRACTION = re.compile(r"\\frac\s*(?:([0-9a-zA-Z])\s*(?=[0-9a-zA-Z{\\]))")
+_SHORT_DENOMINATOR = re.compile(r"(\\frac\{[^{}]*\})\s*([0-9a-zA-Z])")
+_SHORT_ROOT = re.compile(r"\\sqrt\s*([0-9a-zA-Z])")
+_UNIT_NAMES = (
+    r"cm|mm|km|kg|mg|ml|mi|ft|in|inch(?:es)?|feet|foot|yards?|miles?|meters?|metres?|centimeters?|"
+    r"kilometers?|liters?|litres?|grams?|kilograms?|pounds?|ounces?|seconds?|secs?|minutes?|mins?|"
+    r"hours?|hrs?|days?|weeks?|months?|years?|degrees?|radians?|units?|square|sq|cubic|cents?|"
+    r"dollars?|euros?|rupees?|mph|kph|points?|people|students?|ways?|times|apples?|books?|cats?|"
+    r"dogs?|toys?|coins?|cards?|marbles?|tickets?|boxes|pieces?|pages?|questions?|eggs?|games?|"
+    r"percent|percentage|pct|per|hour|m|s|g|L"
+)
+_UNITS = re.compile(
+    rf"(?<=[0-9}})!\]])\s+((?:(?:{_UNIT_NAMES})\b\.?"
+    r"(?:\s*\^\s*(?:\{\s*[23]\s*\}|[23]))?[\s/]*)+)$"
+)
+_WRAPPED_UNIT = re.compile(
+    r"(?<=[0-9}\])])\s*\\(?:text|mbox|mathrm|textrm|textbf|textit|textnormal|operatorname)\s*"
+    r"\{(?!\s*[ei]\s*\})[^{}0-9,]*\}(?:\s*\^\s*(?:\{\s*[23]\s*\}|[23]))?$"
+)
+_PERCENT_WORD = re.compile(r"\s*\b(?:percent(?:age)?|pct)\b\.?\s*$")
+_THOUSANDS = re.compile(r"(?<![\d.,(\[])\d{1,3}(?:(?:,|\{,\})\d{3})+(?!\d|,\d|\s*[)\]])")
+_SPACED_THOUSANDS = re.compile(r"(?<![\d.])(\d{1,3}(?:\s\d{3})+)(?![\d])")
+_DECIMAL_COMMA = re.compile(r"-?\d+(?:,|\{,\})\d+")
+_ASSIGNMENT = re.compile(
+    r"^\\?[a-zA-Z]+(?:_\{?\w+\}?)?(?:\([a-zA-Z]\))?\s*(?:=|\\approx)\s*(?=[^=])"
+)
+_MIXED = re.compile(r"(?<![\d.}])(\d+)(?:\s*\\frac\{(\d+)\}\{(\d+)\}|\s+(\d+)\s*/\s*(\d+))")
+_REPEATING = re.compile(r"(\d*)\.(\d*)\\overline\s*\{(\d+)\}")
+_NAMED_BY_LETTERS = re.compile(r"\\(?:overline|angle|triangle)\s*\{?\s*([A-Z]{2,3})\s*\}?")
+_TRAILING = re.compile(r"(?:[\s.,;:]|\\\\)+$")
+
+
+def clean(text: str) -> str:
+    """The same LaTeX with one spelling per sign: no invisible characters, no layout commands."""
+    text = _SUPERSCRIPT.sub(lambda m: "^{" + m[0].translate(_SUPERSCRIPTS) + "}", text)
+    text = unicodedata.normalize("NFKC", _INVISIBLE.sub("", text.translate(_TRANSLATED)))
+    text = text.translate(_TRANSLATED)
+    text = text.replace(r"\$", "").replace("$", "").replace(r"\%", "%").replace("£", "")
+    text = text.replace("€", "").replace("{:}", ":").replace(r"\(", "").replace(r"\)", "")
+    text = text.replace(r"\[", "").replace(r"\]", "")
+    text = re.sub(r"\\[dtc]frac(?![a-zA-Z])", r"\\frac", text)
+    text = re.sub(r"\\(?:leq|leqslant)(?![a-zA-Z])", r"\\le ", text)
+    text = re.sub(r"\\(?:geq|geqslant)(?![a-zA-Z])", r"\\ge ", text)
+    text = re.sub(r"\\neq(?![a-zA-Z])", r"\\ne ", text)
+    text = re.sub(r"\\varnothing(?![a-zA-Z])", r"\\emptyset ", text)
+    text = re.sub(r"(?<!\\)\\ ", " ", _LAYOUT.sub(" ", text)).replace("~", " ")
+    text = _SHORT_FRACTION.sub(r"\\frac{\1}", text)
+    text = _SHORT_DENOMINATOR.sub(r"\1{\2}", text)
+    text = _SHORT_ROOT.sub(r"\\sqrt{\1}", text)
+    return _TRAILING.sub("", re.sub(r"\s+", " ", text)).strip()
+
+
+def without_units(text: str) -> str:
+    r"""``5 cm``, ``5\text{ cm}^2`` as 5; ``5m`` stays, for m may be a variable."""
+    text = _UNITS.sub("", _PERCENT_WORD.sub("%", text))
+    return _WRAPPED_UNIT.sub("", text).strip()
+
+
+def unwrap(text: str) -> str:
+    r"""Contents of ``\text{}``, ``\mathrm{}`` and the like; degrees and trailing units dropped."""
+    for _ in range(4):  # wrappers in wrappers
+        text, count = _WRAPPER.subn(r" \1 ", text)
+        if not count:
+            break
+    text = _NAMED_BY_LETTERS.sub(r"\1", _DEGREES.sub("", text))
+    text = re.sub(r"\s+", " ", text).strip()
+    return _TRAILING.sub("", without_units(text)).strip()
+
+
+def plain_thousands(text: str) -> str:
+    """``1,234`` as 1234, but for the edge of a tuple or interval: ``(12,102)`` are two numbers."""
+    return _THOUSANDS.sub(lambda m: m[0].replace("{,}", "").replace(",", ""), text)
+
+
+def variable(text: str) -> str | None:
+    """``x`` of ``x = 5``; None where a text assigns nothing to a plain variable."""
+    found = re.match(r"\s*\\?([a-zA-Z]+(?:_\{?\w+\}?)?)\s*=(?!=)", clean(text))
+    return found[1] if found else None
+
+
+def normalise(text: str) -> str:
+    """The form in which two spellings of an answer are compared as strings."""
+    text = unwrap(clean(text))
+    text = _ASSIGNMENT.sub("", text)
+    text = plain_thousands(text)
+    text = re.sub(r"\^\{(\w)\}", r"^\1", re.sub(r"_\{(\w)\}", r"_\1", text))
+    text = re.sub(r"(?<=[\s(\[{,])\.(?=\d)|^\.(?=\d)|(?<=^-)\.(?=\d)", "0.", text)
+    text = re.sub(r"\s+", "", text)
+    while len(text) > 1 and text[0] == "{" and text[-1] == "}" and _encloses(text):
+        text = text[1:-1]
+    return text.lower() if re.fullmatch(r"[A-Za-z,]{2,}", text) else text
+
+
+def _encloses(text: str) -> bool:
+    """Whether the first bracket is closed by the last character."""
+    depth = 0
+    for i, character in enumerate(text):
+        depth += (character in "({[") - (character in ")}]")
+        if depth == 0:
+            return i == len(text) - 1
+    return False
+
+
+# --- plain numbers --------------------------------------------------------------------------------
+
+_DIGITS = 400  # longer numbers are left to others
+_BITS = 4096  # largest power that is worked out
+_DEPTH = 40
+_TOKEN = re.compile(
+    r"\s*(?:(?P<number>(?:\d+\.\d*|\.\d+|\d+)(?:[eE][-+]?\d{1,2}(?!\d))?)|(?P<frac>\\frac)"
+    r"|(?P<op>\\times(?![a-zA-Z])|\\cdot(?![a-zA-Z])|\\div(?![a-zA-Z])|\*\*|[-+*/^(){}!%]))"
+)
+_SAME = {"\\times": "*", "\\cdot": "*", "\\div": "/", "**": "^"}
+
+
+class Number(NamedTuple):
+    """An exact value and how it was written."""
+
+    value: Fraction
+    is_decimal: bool = False
+    is_percent: bool = False
+
+
+class _NotANumber(Exception):
+    pass
+
+
+def number(text: str) -> Number | None:
+    """The exact value of a text that is arithmetic on rational numbers; None for any other text."""
+    text = _ASSIGNMENT.sub("", unwrap(clean(text)))
+    text = plain_thousands(text)
+    if _DECIMAL_COMMA.fullmatch(text):
+        text = text.replace("{,}", ".").replace(",", ".")
+    if _SPACED_THOUSANDS.fullmatch(text.removeprefix("-")):
+        text = text.replace(" ", "")
+    text = _REPEATING.sub(_repeating, text)
+    text = _MIXED.sub(lambda m: f"({m[1]}+{m[2] or m[4]}/{m[3] or m[5]})", text)
+    try:
+        return _Reader(text).read()
+    except (_NotANumber, ZeroDivisionError):
+        return None
+
+
+def _repeating(found: re.Match[str]) -> str:
+    r"""``0.1\overline{6}`` as a fraction."""
+    whole, fixed, period = found.groups()
+    top = int(whole + fixed + period) - int(whole + fixed or "0")
+    return f"({top}/{(10 ** len(period) - 1) * 10 ** len(fixed)})"
+
+
+class _Reader:
+    """Recursive descent over a short text: sum > product > power > atom."""
+
+    def __init__(self, text: str):
+        if len(text) > 2 * _DIGITS:
+            raise _NotANumber
+        self._tokens: list[str] = []
+        self._is_decimal = False
+        place = 0
+        while place < len(text):
+            found = _TOKEN.match(text, place)
+            if found is None:
+                raise _NotANumber
+            token = found["number"] or found["frac"] or found["op"]
+            self._tokens.append(_SAME.get(token, token))
+            self._is_decimal |= found["number"] is not None and "." in token
+            place = found.end()
+        self._place = 0
+        self._depth = 0
+
+    def read(self) -> Number:
+        is_percent = self._tokens[-1:] == ["%"]
+        if is_percent:
+            self._tokens.pop()
+        value = self._sum()
+        if self._peek() is not None:
+            raise _NotANumber
+        return Number(value, self._is_decimal, is_percent)
+
+    def _peek(self) -> str | None:
+        return self._tokens[self._place] if self._place < len(self._tokens) else None
+
+    def _take(self, expected: str | None = None) -> str:
+        token = self._peek()
+        if token is None or (expected and token != expected):
+            raise _NotANumber
+        self._place += 1
+        return token
+
+    def _sum(self) -> Fraction:
+        self._depth += 1
+        if self._depth > _DEPTH:
+            raise _NotANumber
+        value = self._product()
+        while self._peek() in ("+", "-"):
+            value += self._product() if self._take() == "+" else -self._product()
+        self._depth -= 1
+        return value
+
+    def _product(self) -> Fraction:
+        value = self._signed()
+        while (token := self._peek()) is not None:
+            if token in "*/":
+                self._take()
+                factor = self._signed()
+                value = value * factor if token == "*" else value / factor
+            elif token in ("(", "\\frac"):  # 2(3), 2\frac{a}{b} with a sum in it
+                value *= self._power()
+            else:
+                break
+        return value
+
+    def _signed(self) -> Fraction:
+        sign = 1
+        while self._peek() in ("+", "-"):
+            sign = -sign if self._take() == "-" else sign
+        return sign * self._power()
+
+    def _power(self) -> Fraction:
+        base = self._atom()
+        while self._peek() == "!":
+            self._take()
+            base = _factorial(base)
+        if self._peek() != "^":
+            return base
+        self._take()
+        is_negative = self._peek() == "-"
+        if is_negative:
+            self._take()
+        exponent = -self._power() if is_negative else self._power()
+        return _raise_to(base, exponent)
+
+    def _atom(self) -> Fraction:
+        token = self._take()
+        if token == "\\frac":
+            return self._group() / self._group()
+        if token in "({":
+            value = self._sum()
+            self._take(")" if token == "(" else "}")
+            return value
+        if not token[-1].isdigit() and not token[0].isdigit():
+            raise _NotANumber
+        if len(token) > _DIGITS:
+            raise _NotANumber
+        return Fraction(token.replace(".e", "e").rstrip("."))
+
+    def _group(self) -> Fraction:
+        self._take("{")
+        value = self._sum()
+        self._take("}")
+        return value
+
+
+def _raise_to(base: Fraction, exponent: Fraction) -> Fraction:
+    bits = max(base.numerator.bit_length(), base.denominator.bit_length())
+    if exponent.denominator != 1 or bits * abs(exponent.numerator) > _BITS:
+        raise _NotANumber
+    return base**exponent.numerator
+
+
+def _factorial(n: Fraction) -> Fraction:
+    if n.denominator != 1 or not 0 <= n <= 100:
+        raise _NotANumber
+    value = 1
+    for factor in range(2, n.numerator + 1):
+        value *= factor
+    return Fraction(value)
+
+
+_ABSOLUTE = Fraction(1, 10**6)
+_RELATIVE = Fraction(1, 10**5)
+
+
+def are_close(a: Fraction, b: Fraction) -> bool:
+    """Whether a decimal stands for a value: six places, and five digits where it is small."""
+    gap = abs(a - b)
+    return gap <= _ABSOLUTE and gap <= _RELATIVE * max(abs(a), abs(b))
+
+
+def are_equal_numbers(gold: Number, given: Number) -> bool:
+    """Exact, but for decimals (`are_close`) and percent signs (28 % is 28 and 0.28)."""
+    if gold.is_percent and not given.is_percent:
+        return _equal(gold, given) or (given.is_decimal and _equal(_share(gold), given))
+    if given.is_percent and not gold.is_percent:
+        return _equal(gold, given) or _equal(gold, _share(given))
+    return _equal(gold, given)
+
+
+def _share(percentage: Number) -> Number:
+    return Number(percentage.value / 100, percentage.is_decimal)
+
+
+def _equal(a: Number, b: Number) -> bool:
+    if a.is_decimal or b.is_decimal:
+        return are_close(a.value, b.value)
+    return a.value == b.value

@@ -1,0 +1,278 @@
+r"""Grader ``math``: the final answer equals a gold answer, as mathematics and not as text.
+
+Three looks, each dearer than the one before: equal strings after `latex.normalise`; exact values
+where both are plain numbers (`latex.number`), which decides either way; else Math-Verify, part by
+part, in a child process with a time limit. Two of Math-Verify's errors are kept out: numbers of
+different bases are different, and numbers without a decimal point are equal only where they are.
+
+Gold answers: a string, a number, or a list of those, any of which will do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from aspo_jax.rewards.answers import find_answer, last_box
+from aspo_jax.rewards.fork import in_child
+from aspo_jax.rewards.latex import (
+    are_equal_numbers,
+    clean,
+    normalise,
+    number,
+    plain_thousands,
+    unwrap,
+    variable,
+    without_units,
+)
+from aspo_jax.rewards.verdict import Verdict
+
+_LONGEST = 1500  # characters of an answer, beyond four times the gold's
+
+
+def read_golds(answer: Any) -> list[str]:
+    """The gold answers as strings; empty if there is none that can be used."""
+    listed = answer if isinstance(answer, list) else [answer]
+    usable = (str, int, float)
+    golds = [_gold(a) for a in listed if isinstance(a, usable) and not isinstance(a, bool)]
+    return [gold for gold in golds if normalise(gold)] if len(golds) == len(listed) else []
+
+
+def _gold(answer: str | int | float) -> str:
+    text = str(answer).rpartition("####")[2].strip()
+    return last_box(text) or text
+
+
+def grade(text: str, answer: Any, is_finished: bool, limit_s: float = 5.0) -> Verdict:
+    """1 for an answer equal to a gold, else 0 and why; a text that was cut off is judged as it is.
+
+    limit_s: seconds for the semantic comparison, after which the answer is wrong: ``timeout``.
+    """
+    golds = read_golds(answer)
+    if not golds:
+        return Verdict(0.0, "bad_gold", is_valid=False)
+    found = find_answer(text)
+    if found is None:
+        return Verdict(0.0, "no_answer" if is_finished else "truncated")
+    given = found.text
+    if len(given) > _LONGEST + 4 * max(map(len, golds)):  # before anything whose cost grows with it
+        return Verdict(0.0, "mismatch")
+    verdicts = [compare_cheaply(gold, given) for gold in golds]
+    if True in verdicts:
+        return Verdict(1.0, "match")
+    open_golds = [gold for gold, said in zip(golds, verdicts, strict=True) if said is None]
+    if not open_golds:
+        return Verdict(0.0, "mismatch")
+    result = in_child(lambda: any(_means(gold, given) for gold in open_golds), limit_s)
+    if isinstance(result, bool):
+        return Verdict(1.0, "match") if result else Verdict(0.0, "mismatch")
+    return Verdict(0.0, result, is_valid=result != "crash")
+
+
+def compare_cheaply(gold: str, given: str) -> bool | None:
+    """Whether two answers are equal as strings or as plain numbers; None where that is open."""
+    names = variable(gold), variable(given)
+    if None not in names and names[0] != names[1]:
+        return None
+    if normalise(gold) == normalise(given):
+        return True
+    if (based := _compare_bases(gold, given)) is not None:
+        return based
+    a, b = number(gold), number(given)
+    if a is not None and b is not None:
+        return are_equal_numbers(a, b)
+    if _is_choice(gold) and _is_choice(given):
+        return _choice(gold) == _choice(given)
+    return None
+
+
+_BASED = re.compile(r"([0-9A-Za-z]+)_\{?([0-9]+)\}?")
+
+
+def _compare_bases(gold: str, given: str) -> bool | None:
+    a, b = (_BASED.fullmatch(normalise(text)) for text in (gold, given))
+    if a is not None and b is not None:
+        return a[1].upper() == b[1].upper() and a[2] == b[2]
+    return None
+
+
+_CHOICE = re.compile(r"[(\[]?([A-Ja-j])[)\].:]?(?![a-zA-Z0-9])")
+
+
+def _is_choice(text: str) -> bool:
+    return _CHOICE.fullmatch(unwrap(clean(text))) is not None
+
+
+def _choice(text: str) -> str:
+    found = _CHOICE.fullmatch(unwrap(clean(text)))
+    return found[1].upper() if found else ""
+
+
+# --- semantic, in the child -----------------------------------------------------------------------
+
+_OPEN, _CLOSE = "([{", ")]}"
+_SET = re.compile(r"^\\\{(.*)\\\}$", re.DOTALL)
+_MATRIX = re.compile(
+    r"^\\begin\{[pb]?(?:matrix|array)\}(?:\{[lcr|]*\})?((?:(?!\\begin).)*)\\end\{[pb]?(?:matrix|array)\}$",
+    re.DOTALL,
+)
+_AND = re.compile(r"\s*,?\s*(?:\\text\s*\{\s*)?\b(?:and|or)\b\s*\}?\s*")
+
+
+def split(text: str) -> tuple[str, list[str]] | None:
+    """The kind of brackets (a matrix: its shape) and the parts of a list; None for other texts."""
+    text = _AND.sub(",", clean(text)).strip()
+    if (matrix := _MATRIX.match(text)) is not None:
+        rows = [row.split("&") for row in matrix[1].split(r"\\") if row.strip()]
+        shape = f"{len(rows)} x {[len(row) for row in rows]}"
+        return shape, [entry.strip() for row in rows for entry in row]
+    found = _SET.match(text)
+    kind, inner = ("{", found[1]) if found else ("", text)
+    if not found and text[:1] in ("(", "[") and text[-1:] in (")", "]"):
+        if not _is_one_group(text):
+            return None
+        kind, inner = text[0] + text[-1], text[1:-1]
+    parts = _parts(inner)
+    return (kind, parts) if parts is not None and (len(parts) > 1 or kind == "{") else None
+
+
+def _is_one_group(text: str) -> bool:
+    depth = 0
+    for i, character in enumerate(text):
+        depth += (character in _OPEN) - (character in _CLOSE)
+        if depth == 0:
+            return i == len(text) - 1
+    return False
+
+
+def _parts(text: str) -> list[str] | None:
+    """The text cut at its outer commas."""
+    parts, depth, start = [], 0, 0
+    for i, character in enumerate(text):
+        depth += (character in _OPEN) - (character in _CLOSE)
+        if depth < 0:
+            return None
+        if character in ",;" and depth == 0:
+            parts.append(text[start:i].strip())
+            start = i + 1
+    parts.append(text[start:].strip())
+    return parts if depth == 0 and all(parts) else None
+
+
+def _means(gold: str, given: str) -> bool:
+    """`are_equal`; a text that makes sympy stumble means nothing."""
+    try:
+        return are_equal(gold, given)
+    except (MemoryError, RecursionError):
+        raise
+    except Exception:
+        return False
+
+
+def are_equal(gold: str, given: str) -> bool:
+    """Whether two answers mean the same. May take any time: call it in a child."""
+    said = compare_cheaply(gold, given)
+    if said is not None:
+        return said
+    a, b = split(gold), split(given)
+    if a is not None and b is not None and len(a[1]) == len(b[1]):
+        if a[0] in ("{", "") and b[0] in ("{", ""):
+            return _equal_in_any_order(a[1], b[1])
+        if _fits(a[0], b[0]):
+            return all(map(are_equal, a[1], b[1]))
+        return False
+    return _equal_to_math_verify(gold, given)
+
+
+def _fits(gold: str, given: str) -> bool:
+    """Whether brackets may stand for each other: a tuple may be written without any."""
+    return gold == given or {gold, given} == {"()", ""}
+
+
+def _equal_in_any_order(golds: Sequence[str], given: Sequence[str]) -> bool:
+    left = list(given)
+    for gold in golds:
+        match = next((text for text in left if are_equal(gold, text)), None)
+        if match is None:
+            return False
+        left.remove(match)
+    return True
+
+
+def _parse(text: str) -> list[Any]:
+    from math_verify import LatexExtractionConfig, parse
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # "Timeout is disabled": ours is on
+    # LaTeX only: the other kind of extraction hands text to sympy's parse_expr, which evaluates it.
+    # Units are ours to remove (`prepare`): theirs include the variables m, s and t.
+    spelling = dataclasses.replace(LatexExtractionConfig().normalization_config, units=False)
+    config = [LatexExtractionConfig(boxed_match_priority=0, normalization_config=spelling)]
+    return parse(rf"\boxed{{{text}}}", config, parsing_timeout=0)
+
+
+def _equal_to_math_verify(gold: str, given: str) -> bool:
+    from math_verify import verify
+
+    golds, givens = _parse(prepare(gold)), _parse(prepare(given))
+    for a in golds:
+        for b in givens:
+            said = _compare_constants(a, b, "." in gold or "." in given)
+            if said is not None:
+                if said:
+                    return True
+                continue
+            if verify(a, b, strict=True, timeout_seconds=0, allow_set_relation_comp=True):
+                return True
+    return False
+
+
+_TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
+_IN_DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))")
+
+
+def prepare(text: str) -> str:
+    """What Math-Verify is given: one spelling per sign, angles in radians, plain thousands."""
+    text = without_units(plain_thousands(clean(text)))
+    if _TRIGONOMETRY.search(text):
+        text = _IN_DEGREES.sub(r"(\1 \\cdot \\frac{\\pi}{180})", text)
+    return text
+
+
+def _compare_constants(a: Any, b: Any, is_decimal: bool) -> bool | None:
+    """Numbers without variables, to 50 digits; None where one is not such a number."""
+    import sympy
+
+    a, b = (_with_imaginary_unit(x) for x in (a, b))
+    if not all(isinstance(x, sympy.Expr) and x.is_number for x in (a, b)):
+        return None
+    x, y = (sympy.N(value.doit(), 50) for value in (a, b))
+    if not all(value.is_number and value.is_finite for value in (x, y)):
+        return None
+    scale = max(abs(x), abs(y))
+    if abs(x - y) <= scale * sympy.Float("1e-30", 50):
+        return True
+    if is_decimal:
+        return bool(abs(x - y) <= 1e-6 and abs(x - y) <= 1e-5 * scale)
+    return False
+
+
+def _with_imaginary_unit(x: Any) -> Any:
+    """``i`` as a number where it is the only variable."""
+    import sympy
+
+    names = [symbol.name for symbol in getattr(x, "free_symbols", ())]
+    return x.subs(next(iter(x.free_symbols)), sympy.I) if names == ["i"] else x
+
+
+def warm_up() -> None:
+    """Import what the comparison needs and fill its caches, for all children to inherit."""
+    for gold, given in (
+        (r"\frac{x}{2}+1", r"\frac{x+2}{2}"),
+        (r"(1,\sqrt{2})", r"(1, 2^{1/2})"),
+        (r"x \ge 5", r"[5,\infty)"),
+        (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\3\end{pmatrix}"),
+    ):
+        are_equal(gold, given)

@@ -1,0 +1,74 @@
+"""Python values as JSON and back: the only thing that leaves a sandbox besides text.
+
+Exact builtin types only. An object that lies about its equality cannot be written, and what is read
+is made of builtins whatever was sent. Subclasses of dict (Counter, defaultdict) are dicts.
+"""
+
+from __future__ import annotations
+
+import json
+
+TYPE_CHECKING = False  # typing is slow to import, and this runs once per test
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+_PLAIN = (type(None), bool, int, float, str)
+_COLLECTIONS: dict[str, Callable[[list], Any]] = {
+    "list": list,
+    "tuple": tuple,
+    "set": set,
+    "frozenset": frozenset,
+}
+
+
+def _tag(value: Any) -> Any:
+    kind = type(value)
+    if kind in _PLAIN:
+        return value
+    if kind.__name__ in _COLLECTIONS and _COLLECTIONS[kind.__name__] is kind:
+        return {kind.__name__: [_tag(item) for item in value]}
+    if dict in kind.__mro__:
+        return {"dict": [[_tag(k), _tag(v)] for k, v in dict.items(value)]}
+    if kind is range:
+        return {"range": [value.start, value.stop, value.step]}
+    if kind is complex:
+        return {"complex": [value.real, value.imag]}
+    if kind is bytes:
+        return {"bytes": value.hex()}
+    raise TypeError(f"a {kind.__name__} is no plain value")
+
+
+def _untag(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind in _COLLECTIONS:
+        return _COLLECTIONS[kind]([_untag(item) for item in content])
+    if kind == "dict":
+        return {_untag(k): _untag(v) for k, v in content}
+    if kind == "range":
+        return range(*content)
+    if kind == "complex":
+        return complex(*content)
+    if kind == "bytes":
+        return bytes.fromhex(content)
+    raise ValueError(f"unknown kind of value {kind!r}")
+
+
+def encode(value: Any) -> str:
+    """One line of JSON.
+
+    Raises:
+        TypeError, ValueError, RecursionError: not a plain value, or one without end.
+    """
+    return json.dumps(_tag(value))
+
+
+def decode(line: str | bytes) -> Any:
+    """The value of a line.
+
+    Raises:
+        ValueError, TypeError, RecursionError: not what `encode` writes.
+    """
+    return _untag(json.loads(line))
