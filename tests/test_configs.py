@@ -104,7 +104,8 @@ def test_variants_differ_from_the_official_run_only_as_their_names_say(name):
     changed = {key for key in other if other[key] != base.get(key)}
     rule = {"Objective.name", "Objective.penalties", "Objective.aggregate"}
     rule |= {key for key in changed if key.split(".")[0] == other["Objective.name"]}
-    code = {"Data.train_path", "Data.eval_path", "Reward.timeout_s"}
+    code = {"Data.train_path", "Data.eval_path", "Reward.max_tests"}
+    code |= {"Reward.test_timeout_s", "Reward.program_timeout_s"}
     code |= {"Evaluate.prompts", "Evaluate.samples"}
     small = {"Model.path", "Train.iterations", "Train.row_tokens"}
     small |= {"Sampler.max_response_tokens", "Sampler.slots"}
