@@ -120,8 +120,8 @@ def budgets(config: Config, shape: ModelConfig, programs: Programs) -> dict[str,
     added = {
         UPDATE: _update_parts(config, shape, programs, mesh),
         SCORE: _head_parts(config, shape, mesh),
-        PREFILL: _sampling_parts(config, programs, programs.local),
-        DECODE: _sampling_parts(config, programs, programs.local),
+        PREFILL: _sampling_parts(config, programs),
+        DECODE: _sampling_parts(config, programs),
     }
     work = _work(config, shape, programs, mesh)
     return {
@@ -184,20 +184,17 @@ def _head_parts(config: Config, shape: ModelConfig, mesh: Any) -> list[Part]:
 
 
 def cache_bytes(programs: Programs, local: Any) -> float:
-    """The key-value cache and the drawn tokens of one sequence, on each chip that shares it."""
-    decoding = programs.by_name[DECODE].arguments[1]
-    arrays = [
-        x for x in jax.tree.leaves(decoding) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-    ]
-    total = sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
-    return total / decoding.token_N.shape[0] / local.shape["tensor"]
+    """The pages of one sequence of full length, on each chip that shares them."""
+    _, cache, rows, *_ = programs.by_name[DECODE].arguments
+    parts, _, pages = cache.key_EYXKSC.shape[:3]
+    total = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(cache))
+    return total / (parts * pages) * rows.table_JN.shape[0] / local.shape["tensor"]
 
 
-def _sampling_parts(config: Config, programs: Programs, local: Any) -> list[Part]:
-    slots = programs.by_name[DECODE].arguments[1].token_N.shape[0]
-    per_chip = slots * local.shape["tensor"] / local.size
-    cached = per_chip * cache_bytes(programs, local)
-    return [Part(CACHE, cached, f"lower Sampler.slots, now {config.sampler.slots}")]
+def _sampling_parts(config: Config, programs: Programs) -> list[Part]:
+    cache = programs.by_name[DECODE].arguments[1]
+    remedy = f"lower Sampler.slots, now {config.sampler.slots}, or Sampler.cache_tokens"
+    return [Part(CACHE, shard_bytes(cache), remedy)]
 
 
 # --- arithmetic and traffic -------------------------------------------------------------------
@@ -249,18 +246,21 @@ def _training_work(
 
 def _sampling_work(config: Config, shape: ModelConfig, programs: Programs) -> dict[str, Work]:
     t, s, chips = config.train, config.sampler, programs.mesh.size
-    prompt, longest = s.max_prompt_tokens, s.max_prompt_tokens + s.max_response_tokens
+    prompt, longest = s.max_prompt_tokens - 1, s.max_prompt_tokens + s.max_response_tokens
     waves = math.ceil(t.prompts_per_step * t.samples_per_prompt / s.slots)
     weights = shard_bytes(programs.by_name[DECODE].arguments[0])
-    cache = _sampling_parts(config, programs, programs.local)[0].bytes
+    # Prompts are read once each, and by every host some of them at once.
+    together = programs.by_name[PREFILL].arguments[2].shape[0] * chips // programs.local.size
+    per_sequence = cache_bytes(programs, programs.local)
+    per_chip = s.slots * programs.local.shape["tensor"] / chips
 
-    def flops(tokens: float, pairs: float) -> float:
-        """Per chip: tokens and pairs of each slot, the output layer once each."""
-        layers = 2.0 * layer_weights(shape) * tokens + attention_flops(shape, pairs)
-        return s.slots * (layers + head_flops(shape, 1)) / chips
+    def layers(tokens: float, pairs: float) -> float:
+        return 2.0 * layer_weights(shape) * tokens + attention_flops(shape, pairs)
 
-    filled = weights + cache * prompt / longest
+    read = together * layers(prompt, causal_pairs(prompt)) / chips
+    step = s.slots * (layers(1, longest) + head_flops(shape, 1)) / chips
+    filled = per_sequence * prompt / longest * together * per_chip / s.slots
     return {
-        PREFILL: Work(flops(prompt, causal_pairs(prompt)), filled, waves),
-        DECODE: Work(flops(1, longest), weights + cache, waves * s.max_response_tokens),
+        PREFILL: Work(read, weights + filled, math.ceil(t.prompts_per_step / together)),
+        DECODE: Work(step, weights + per_sequence * per_chip, waves * s.max_response_tokens),
     }

@@ -5,10 +5,12 @@ Below this file no function sees a config; each takes values.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -79,7 +81,15 @@ from aspo_jax.rollout import (
     judge,
     submitter,
 )
-from aspo_jax.sampler import EVALUATE, BatchSampler, Limits, Sampler, Truncation, make_publish
+from aspo_jax.sampler import (
+    EVALUATE,
+    EVERYTHING,
+    Choice,
+    Limits,
+    PagedSampler,
+    Sampler,
+    make_publish,
+)
 
 FACTORIES = {
     "objective": losses.OBJECTIVES,
@@ -367,37 +377,80 @@ def build_reward_shape(config: Config) -> Shape:
 # --- sampling and evaluation ------------------------------------------------------------------
 
 
-def build_sampler(config: Config, policy: Policy, mesh: Mesh) -> BatchSampler:
-    """The sampler of training rollouts, on this process's own devices."""
-    s, local = config.sampler, runtime.local_mesh(mesh)
-    slots = s.slots // build_peers().count
+def build_sampler(
+    config: Config, policy: Policy, mesh: Mesh, choice: Choice = EVERYTHING
+) -> PagedSampler:
+    """A sampler on this process's own devices; by default that of training rollouts."""
+    local = runtime.local_mesh(mesh)
     model = build_sampling_network(config, policy.model.config, local)
-    return BatchSampler(
+    stop_ids = (policy.tokenizer.eos_token_id, *config.sampler.stop_ids)
+    strings = config.sampler.stop_strings
+    return PagedSampler(
         model,
         policy.head,
-        Limits(s.max_prompt_tokens, s.max_response_tokens, slots, policy.tokenizer.eos_token_id),
+        build_limits(config, local, build_peers().count, stop_ids),
         local,
         seed=config.run.seed,
-        truncation=Truncation(s.top_k, s.top_p),
+        choice=choice,
+        stops=functools.partial(stop_length, policy.codec, strings) if strings else None,
         publish=make_publish(model, mesh, local, config.model.dtype),
     )
+
+
+def build_limits(config: Config, local: Mesh, processes: int, stop_ids: tuple[int, ...]) -> Limits:
+    """Shapes of one process's sampler; it reads as many prompts at once as fill its rows.
+
+    Raises:
+        ConfigError: the cache is too small for one sequence.
+    """
+    s, parts = config.sampler, local.shape["data"] * local.shape["fsdp"]
+    slots = s.slots // processes
+    prompts = math.ceil(slots / config.train.samples_per_prompt / parts) * parts
+    limits = Limits(
+        s.max_prompt_tokens,
+        s.max_response_tokens,
+        slots,
+        stop_ids,
+        prompts=prompts,
+        page=min(s.page, s.max_response_tokens),
+        cache_tokens=s.cache_tokens and s.cache_tokens // processes,
+        cache_type=s.cache_type,
+    )
+    try:
+        limits.pool_pages(parts)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return limits
+
+
+def stop_length(codec: Codec, strings: Sequence[str], tokens: Sequence[int]) -> int | None:
+    """How many of the tokens it takes until their text holds one of the strings, if it does."""
+
+    def is_over(count: int) -> bool:
+        text = codec.decode(tokens[:count])
+        return any(string in text for string in strings)
+
+    if not is_over(len(tokens)):
+        return None
+    return bisect.bisect_left(range(len(tokens) + 1), True, key=is_over)
 
 
 def build_sampling_network(
     config: Config, shape: ModelConfig, local: Mesh, platform: str | None = None
 ) -> Model:
-    """The network as the sampler runs it: prompts padded on the left, any attention that can."""
+    """The network as the sampler runs it: prompts padded to a bucket, any attention that can."""
     train, model = config.train, config.model
     sampling = dataclasses.replace(
         config,
         train=dataclasses.replace(train, pack=True),
         model=dataclasses.replace(model, attention="auto"),
     )
-    return build_network(sampling, shape, local, config.sampler.max_prompt_tokens, platform)
+    longest = build_limits(config, local, 1, ()).buckets[-1]
+    return build_network(sampling, shape, local, longest, platform)
 
 
 def build_evaluate(
-    config: Config, policy: Policy, sampler: BatchSampler, scorer: Scorer, mesh: Mesh
+    config: Config, policy: Policy, sampler: PagedSampler, scorer: Scorer, mesh: Mesh
 ) -> Callable[[Any], tuple[Scores, Rollout]]:
     """Held-out evaluation with paired sampling keys: every call draws with the same randomness.
 
@@ -410,9 +463,11 @@ def build_evaluate(
             f"processes; expected at least {peers.count}"
         )
     own = held_out[peers.index :: peers.count]
-    if config.evaluate.temperature != policy.head.temperature:
-        head = policy.head._replace(temperature=config.evaluate.temperature)
-        sampler = build_sampler(config, policy._replace(head=head), mesh)
+    e = config.evaluate
+    choice = Choice(e.top_k, e.top_p, e.min_p, is_greedy=e.temperature == 0)
+    if not choice.is_whole or e.temperature != policy.head.temperature:
+        head = policy.head._replace(temperature=e.temperature or 1.0)
+        sampler = build_sampler(config, policy._replace(head=head), mesh, choice)
 
     def evaluate(params: Any) -> tuple[Scores, Rollout]:
         codec, k = policy.codec, config.evaluate.samples

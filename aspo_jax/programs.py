@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from aspo_jax import losses
 from aspo_jax.build import (
     build_goal,
+    build_limits,
     build_network,
     build_optimizer,
     build_sampling_network,
@@ -32,7 +32,6 @@ from aspo_jax.data import CHARACTERS, build_character_tokenizer
 from aspo_jax.head import Head
 from aspo_jax.learner import build_learner
 from aspo_jax.model import (
-    RULES,
     Attention,
     Model,
     ModelConfig,
@@ -42,7 +41,7 @@ from aspo_jax.model import (
     shardings,
 )
 from aspo_jax.rollout import BatchShape, fill
-from aspo_jax.sampler import BatchSampler, Limits, Truncation, identity_keys
+from aspo_jax.sampler import PagedSampler
 from aspo_jax.structs import Minibatch, OldPolicy
 
 UPDATE, SCORE, PREFILL, DECODE = "update", "old and reference log-probs", "prefill", "decode"
@@ -139,7 +138,7 @@ def programs(
     by_name = {
         UPDATE: Program(learner.step, (state, dataclasses.replace(minibatch, old=old))),
         SCORE: Program(learner.old_policy, (params, reference, minibatch)),
-        **_sampling(config, shape, local, platform, config.sampler.slots // hosts),
+        **_sampling(config, shape, local, platform, hosts),
     }
     return Programs(by_name, mesh, local, model.attention, batch, has_reference)
 
@@ -181,47 +180,23 @@ def _old_policy(minibatch: Minibatch, has_reference: bool) -> OldPolicy:
 
 
 def _sampling(
-    config: Config, shape: ModelConfig, local: Any, platform: str, slots: int
+    config: Config, shape: ModelConfig, local: Any, platform: str, hosts: int
 ) -> dict[str, Program]:
     """Prefill and decode of one host, with weights as they are published to its sampler."""
-    s = config.sampler
     model = build_sampling_network(config, shape, local, platform)
-    sampler = BatchSampler(
+    sampler = PagedSampler(
         model,
         _head(config, shape, local),
-        Limits(s.max_prompt_tokens, s.max_response_tokens, slots, eos_id=0),
+        build_limits(config, local, hosts, stop_ids=(0,)),
         local,
         seed=config.run.seed,
-        truncation=Truncation(s.top_k, s.top_p),
     )
     weights = published(abstract_params(model, local), config.model.dtype)
-    rows = batch_sharding(local)
-
-    def of_rows(x: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows)
-
-    token_NP = jax.ShapeDtypeStruct((slots, s.max_prompt_tokens), jnp.int32)
-    length_N = jax.ShapeDtypeStruct((slots,), jnp.int32)
-    identity_N4 = jax.ShapeDtypeStruct((slots, 4), jnp.uint32)
-    key_N = jax.eval_shape(lambda x: identity_keys(0, x), identity_N4)
-    prompts = tuple(map(of_rows, (token_NP, length_N, key_N)))
-    decoding = _placed(jax.eval_shape(sampler.prefill, weights, *prompts), local)
+    prefill, decode = sampler.shapes()
     return {
-        PREFILL: Program(sampler.prefill, (weights, *prompts)),
-        DECODE: Program(sampler.decode, (weights, decoding)),
+        PREFILL: Program(sampler.prefill, (weights, *prefill)),
+        DECODE: Program(sampler.decode, (weights, *decode)),
     }
-
-
-def _placed(decoding: Any, local: Any) -> Any:
-    """Rows over the data axes and key/value heads over the tensor axis, as the names say."""
-    axes = {"N": RULES["batch"], "K": RULES["kv_heads"]}
-
-    def of(path: Any, x: Any) -> jax.ShapeDtypeStruct:
-        dimensions = path[-1].name.rpartition("_")[2] if x.ndim else ""
-        spec = PartitionSpec(*(axes.get(letter) for letter in dimensions))
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(local, spec))
-
-    return jax.tree_util.tree_map_with_path(of, decoding)
 
 
 def published(params: Any, dtype: Any) -> Any:

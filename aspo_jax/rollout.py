@@ -378,7 +378,9 @@ def _examples(
             sample = rollout.samples[own * G + g]
             c = sample.completion
             advantage = float(advantage_PG[p, g])
-            examples.append(Example(sample.prompt_tokens, c.tokens_T, advantage, c.logp_T, group))
+            examples.append(
+                Example(sample.prompt_tokens, c.tokens_T, advantage, c.policy_logp_T, group)
+            )
     return examples
 
 

@@ -3,9 +3,10 @@
 Dimension key; a tensor's name ends in its dimensions (Shazeer's convention):
 
     B rows of tokens      T predicted positions    N sequences (samples)   P prompts
-    G samples per prompt  S cache slots            V vocabulary            D model width
+    G samples per prompt  S slots of a cache page  V vocabulary            D model width
     H query heads         K key/value heads        C head width            F feed-forward width
-    Y layers              M micro-batches
+    Y layers              M micro-batches          A prompts at once       J pages of a row
+    X pages of a cache    E parts of the devices
 
 Alignment: index ``t`` means *the token that was predicted*. A sequence of L tokens occupies L-1
 slots: the model reads ``input = x[:-1]``, and ``logp``, ``advantage``, ``is_response``, ... at

@@ -76,7 +76,7 @@ def cache_key(config: Config) -> str:
     """Digest of everything that the warm-started weights depend on."""
     used = ("Run.seed", "Countdown.", "Model.", "WarmStart.", "Sampler.", "Train.row_tokens")
     used_of_evaluate = tuple(f"Evaluate.{x}" for x in ("prompts", "samples", "seed", "temperature"))
-    unused = ("WarmStart.cache", "Sampler.slots")
+    unused = ("WarmStart.cache", "Sampler.slots", "Sampler.cache_tokens", "Sampler.max_gap")
     relevant = {
         name: value
         for name, value in config.bindings().items()

@@ -25,7 +25,7 @@ from aspo_jax.rollout import (
     submitter,
     transcripts,
 )
-from aspo_jax.sampler import TRAIN, Completion
+from aspo_jax.sampler import LENGTH, STOP, TRAIN, Completion
 from aspo_jax.structs import Prompt, Rows
 
 CODEC = Codec(
@@ -42,7 +42,8 @@ def prompt(number: int) -> Prompt:
 
 def completion(request: int, text: str, is_finished: bool = True) -> Completion:
     logp = -0.25 * np.arange(1, len(text) + 1, dtype=np.float32)
-    return Completion(request, np.array(CODEC.encode(text)), logp, is_finished)
+    ending = STOP if is_finished else LENGTH
+    return Completion(request, np.array(CODEC.encode(text)), logp, ending)
 
 
 class FakeSampler:

@@ -39,6 +39,7 @@ def factory_problems(
 def cross_checks(config: Config, places: Mapping[str, str]) -> Iterator[str]:
     """Settings that contradict each other, with both numbers and the remedy."""
     yield from _check_sizes(config, places)
+    yield from _check_sampler(config, places)
     yield from _check_model(config, places)
     yield from _check_data(config, places)
     yield from _check_runtime(config, places)
@@ -107,6 +108,25 @@ def _check_sizes(config: Config, places: Mapping[str, str]) -> Iterator[str]:
             f"{at('Reward.overlong_buffer', places)}Reward.overlong_buffer ="
             f" {config.reward.overlong_buffer} is longer than Sampler.max_response_tokens ="
             f" {sampler.max_response_tokens}; set it to at most {sampler.max_response_tokens}"
+        )
+
+
+def _check_sampler(config: Config, places: Mapping[str, str]) -> Iterator[str]:
+    for field, off in (("top_k", 0), ("top_p", 1.0)):
+        value = getattr(config.sampler, field)
+        if value != off:
+            key = f"Sampler.{field}"
+            yield (
+                f"{at(key, places)}{key} = {value} biases training: tokens would be drawn from a"
+                " part of the distribution, renormalised, while importance ratios compare the"
+                " whole, and no rule here corrects for that; set it to"
+                f" {off} (Evaluate.{field} is for evaluation)"
+            )
+    evaluate = config.evaluate
+    if evaluate.temperature == 0 and (evaluate.top_k, evaluate.top_p, evaluate.min_p) != (0, 1, 0):
+        yield (
+            f"{at('Evaluate.temperature', places)}Evaluate.temperature = 0 always takes the"
+            " likeliest token; Evaluate.top_k, top_p and min_p then mean nothing, leave them out"
         )
 
 

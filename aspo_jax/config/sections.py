@@ -110,11 +110,35 @@ class Sampler:
     """How completions are drawn."""
 
     temperature: float = setting(1.0, "", "sampling temperature in training", gt=0)
-    top_k: int = setting(0, "tokens", "draw from the k likeliest; 0 = off", ge=0)
-    top_p: float = setting(1.0, "share", "draw from the likeliest mass p; 1 = off", gt=0, le=1)
+    top_k: int = setting(0, "tokens", "only 0 = off: biases training, see Evaluate.top_k", ge=0)
+    top_p: float = setting(
+        1.0, "share", "only 1 = off: biases training, see Evaluate.top_p", gt=0, le=1
+    )
     max_prompt_tokens: int = setting(..., "tokens", "longest prompt", ge=1)
     max_response_tokens: int = setting(..., "tokens", "longest response", ge=1)
     slots: int = setting(..., "sequences", "sequences decoded at once", ge=1)
+    stop_ids: tuple[int, ...] = setting((), "", "ids that end a response, as the tokenizer's does")
+    stop_strings: tuple[str, ...] = setting((), "", "texts that end a response")
+    page: int = setting(64, "tokens", "positions in a page of the key-value cache", ge=1)
+    cache_tokens: int | None = setting(
+        None,
+        "tokens",
+        "positions in all pages; None: every slot at full length. With fewer, sequences that find "
+        "no page are drawn again later",
+        ge=1,
+    )
+    cache_type: Literal["int8"] | None = setting(
+        None, "", "type of the cached keys and values; None: Model.dtype"
+    )
+    max_gap: float = setting(
+        0.1,
+        "nats",
+        "stop when the sampler's log-probabilities are on average this far from the trainer's",
+        gt=0,
+    )
+    nonfinite: Literal["stop", "drop"] = setting(
+        "stop", "", "samples that ended in a distribution that is not finite: stop, or go without"
+    )
 
 
 @section
@@ -202,7 +226,14 @@ class Evaluate:
     prompts: int = setting(128, "prompts", "held-out prompts", ge=1)
     samples: int = setting(16, "samples", "completions per prompt: the k of avg@k", ge=1)
     seed: int = setting(1, "", "seed of the paired sampling keys", ge=0)
-    temperature: float = setting(1.0, "", "sampling temperature in evaluation", gt=0)
+    temperature: float = setting(
+        1.0, "", "sampling temperature in evaluation; 0: always the likeliest token", ge=0
+    )
+    top_k: int = setting(0, "tokens", "draw from the k likeliest; 0 = off", ge=0)
+    top_p: float = setting(1.0, "share", "draw from the likeliest mass p; 1 = off", gt=0, le=1)
+    min_p: float = setting(
+        0.0, "share", "draw from tokens this share as likely as the likeliest; 0 = off", ge=0, le=1
+    )
 
 
 @section

@@ -4,6 +4,9 @@ from aspo_jax.model.attention import Attention as Attention
 from aspo_jax.model.attention import AttentionError as AttentionError
 from aspo_jax.model.attention import choose_attention as choose_attention
 from aspo_jax.model.cache import Cache as Cache
+from aspo_jax.model.cache import Decode as Decode
+from aspo_jax.model.cache import Prefill as Prefill
+from aspo_jax.model.cache import cache_specs as cache_specs
 from aspo_jax.model.hf import load_params as load_params
 from aspo_jax.model.hf_config import ModelFolderError as ModelFolderError
 from aspo_jax.model.hf_config import parse_model_config as parse_model_config
@@ -23,12 +26,15 @@ __all__ = [
     "Attention",
     "AttentionError",
     "Cache",
+    "Decode",
     "Model",
     "ModelConfig",
     "ModelFolderError",
+    "Prefill",
     "Yarn",
     "batch_sharding",
     "build_model",
+    "cache_specs",
     "choose_attention",
     "load_params",
     "parse_model_config",

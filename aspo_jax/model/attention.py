@@ -46,28 +46,16 @@ class Attention(NamedTuple):
 # --- every query against every key ------------------------------------------------------------
 
 
-def masked(
-    q_BTHC: Array, keys: Array, values: Array, is_visible_BTS: Array, layout: str = "bskc"
-) -> Array:
-    """Attention under any mask, all T x S scores at once; a query without a key gets finite values.
-
-    layout: the axes of ``keys`` and ``values``: batch, slot, key head, feature ("skbc": a cache's).
-    """
-    B, T, H, C = q_BTHC.shape
-    K = keys.shape[layout.index("k")]
-    q_BTKgC = q_BTHC.reshape(B, T, K, H // K, C) * C**-0.5
-    wide = jnp.float32
-    score = jnp.einsum(f"btkgc,{layout}->bkgts", q_BTKgC, keys, preferred_element_type=wide)
-    score = jnp.where(is_visible_BTS[:, None, None], score, MASKED)
-    weight = jax.nn.softmax(score, axis=-1).astype(values.dtype)
-    return jnp.einsum(f"bkgts,{layout}->btkgc", weight, values).reshape(B, T, H, C)
-
-
 def dense(q_BTHC: Array, k_BTKC: Array, v_BTKC: Array, segment_BT: Array) -> Array:
     """The definition; memory O(T^2)."""
-    T = q_BTHC.shape[1]
+    B, T, H, C = q_BTHC.shape
+    q_BTKgC = _heads(q_BTHC, k_BTKC)
     is_same_BTT = segment_BT[:, :, None] == segment_BT[:, None, :]
-    return masked(q_BTHC, k_BTKC, v_BTKC, is_same_BTT & jnp.tri(T, dtype=bool))
+    is_visible_BTT = is_same_BTT & jnp.tri(T, dtype=bool)
+    score = jnp.einsum("btkgc,bskc->bkgts", q_BTKgC, k_BTKC, preferred_element_type=jnp.float32)
+    score = jnp.where(is_visible_BTT[:, None, None], score, MASKED)
+    weight = jax.nn.softmax(score, axis=-1).astype(v_BTKC.dtype)
+    return jnp.einsum("bkgts,bskc->btkgc", weight, v_BTKC).reshape(B, T, H, C)
 
 
 # --- block by block, exact, with O(T) memory --------------------------------------------------

@@ -16,8 +16,8 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
-from aspo_jax.model.attention import DENSE, SAVED, Attention, masked
-from aspo_jax.model.cache import Cache, empty_cache
+from aspo_jax.model.attention import DENSE, SAVED, Attention
+from aspo_jax.model.cache import Cache, Decode, Prefill, empty_cache
 from aspo_jax.model.sharding import batch_sharding, partition_spec
 
 _POLICIES = jax.checkpoint_policies
@@ -81,12 +81,13 @@ class Model(NamedTuple):
     """A network as pure functions.
 
     init: key -> params (float32).
-    apply: (params, token_BT, position_BT, segment_BT, cache=None, *, fresh=False) ->
-        (hidden_BTD, cache). Hidden states are after the final norm; `aspo_jax.head` turns them into
-        a distribution. A token attends to earlier tokens of its own segment; segment 0 is padding.
-        With a cache, the new tokens are written behind the slots filled so far; ``fresh`` says that
-        there are none, so that a long prompt need not be compared with every empty slot.
-    empty_cache: (rows, slots) -> Cache.
+    apply: (params, token_BT, position_BT, segment_BT, cache=None) -> (hidden_BTD, cache). Hidden
+        states are after the final norm; `aspo_jax.head` turns them into a distribution. A token
+        attends to earlier tokens of its own segment; segment 0 is padding. A cache stores the new
+        tokens: as `Prefill` their prompt, as `Decode` one more token of each row, which attends to
+        all that the cache holds of its row instead.
+    empty_cache: (parts of the devices, pages, slots of a page, type=that of the activations) ->
+        Cache.
     unembedding: params -> weight_VD of the vocabulary projection (the embedding where tied).
     partition_specs: () -> tree of PartitionSpecs shaped as the params.
     """
@@ -95,7 +96,7 @@ class Model(NamedTuple):
     attention: Attention
     init: Callable[[Array], Any]
     apply: Callable[..., tuple[Array, Any]]
-    empty_cache: Callable[[int, int], Cache]
+    empty_cache: Callable[..., Cache]
     unembedding: Callable[[Any], Array]
     partition_specs: Callable[[], Any]
 
@@ -279,72 +280,45 @@ def build_model(
     # Short stacks run unrolled: on a CPU, slicing stacked layers costs more than a loop saves.
     unroll = config.layers if config.layers <= 4 else 1
 
-    def apply(
-        params, token_BT, position_BT, segment_BT, cache: Cache | None = None, *, fresh=False
-    ):
+    def apply(params, token_BT, position_BT, segment_BT, cache: Prefill | Decode | None = None):
         hidden_BTD = by_rows(params["embed"].astype(dtype)[token_BT])
         rotary = rotary_BTC(position_BT, config)
-        is_visible_BTS = None if cache is None or fresh else _visible(segment_BT, cache)
 
-        def write(cached_YSKNC, new_BTKC, y, filled):
-            new_1TKBC = new_BTKC.transpose(1, 2, 0, 3)[None]
-            return jax.lax.dynamic_update_slice(cached_YSKNC, new_1TKBC, (y, filled, 0, 0, 0))
+        def fresh(q, k, v):
+            return attention.attend(q, k, v, segment_BT)
 
         def layer(carry, xs):
-            hidden_BTD, key_YSKNC, value_YSKNC = carry
+            hidden_BTD, cache = carry
             layer_params, y = xs
 
             def attend(q, k, v):
-                nonlocal key_YSKNC, value_YSKNC
-                if cache is not None:
-                    key_YSKNC = write(key_YSKNC, k, y, cache.filled)
-                    value_YSKNC = write(value_YSKNC, v, y, cache.filled)
-                if is_visible_BTS is None:
-                    return attention.attend(q, k, v, segment_BT)
-                return masked(q, key_YSKNC[y], value_YSKNC[y], is_visible_BTS, layout="skbc")
+                nonlocal cache
+                if cache is None:
+                    return fresh(q, k, v)
+                cache, out = cache.attend(y, q, k, v, fresh)
+                return out
 
             hidden_BTD = block.apply({"params": layer_params}, hidden_BTD, rotary, attend)
-            return (by_rows(hidden_BTD), key_YSKNC, value_YSKNC), None
+            return (by_rows(hidden_BTD), cache), None
 
-        keys_values: Any = (None, None) if cache is None else (cache.key_YSKNC, cache.value_YSKNC)
-        (hidden_BTD, *keys_values), _ = jax.lax.scan(
+        (hidden_BTD, cache), _ = jax.lax.scan(
             jax.checkpoint(layer, policy=REMAT[remat]),
-            (hidden_BTD, *keys_values),
+            (hidden_BTD, cache),
             (params["layers"], jnp.arange(config.layers)),
             unroll=unroll,
         )
-        hidden_BTD = jax.checkpoint(final_norm)(params["norm"], hidden_BTD)
-        return hidden_BTD, cache and _written(cache, segment_BT, *keys_values)
+        return jax.checkpoint(final_norm)(params["norm"], hidden_BTD), cache
 
     return Model(
         config=config,
         attention=attention,
         init=init,
         apply=apply,
-        empty_cache=lambda rows, slots: empty_cache(
-            config.layers, rows, slots, config.kv_heads, config.head_dim, dtype
+        empty_cache=lambda parts, pages, slots, kind=dtype: empty_cache(
+            config.layers, parts, pages, config.kv_heads, slots, config.head_dim, kind
         ),
         unembedding=lambda params: params["embed" if config.tie_embeddings else "head"],
         partition_specs=lambda: jax.tree.map(
             partition_spec, axes, is_leaf=lambda x: isinstance(x, tuple)
         ),
-    )
-
-
-def _visible(segment_BT: Array, cache: Cache) -> Array:
-    """Which slots of the cache, the new tokens' own included, each new token may attend to."""
-    key_segment_BS = jax.lax.dynamic_update_slice(cache.segment_NS, segment_BT, (0, cache.filled))
-    query_slot_T = cache.filled + jnp.arange(segment_BT.shape[1])
-    is_causal_TS = query_slot_T[:, None] >= jnp.arange(key_segment_BS.shape[1])
-    return is_causal_TS & (segment_BT[:, :, None] == key_segment_BS[:, None, :])
-
-
-def _written(cache: Cache, segment_BT: Array, key_YSKNC: Array, value_YSKNC: Array) -> Cache:
-    """The cache with the new tokens' slots filled."""
-    start = (0, cache.filled)
-    return Cache(
-        key_YSKNC=key_YSKNC,
-        value_YSKNC=value_YSKNC,
-        segment_NS=jax.lax.dynamic_update_slice(cache.segment_NS, segment_BT, start),
-        filled=cache.filled + segment_BT.shape[1],
     )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from toy import CONFIG, VOCAB, random_params, toy_model
 
-from aspo_jax.model import ModelConfig, build_model
+from aspo_jax.model import Decode, ModelConfig, Prefill, build_model
 from aspo_jax.model.hf import names_table
 from aspo_jax.model.qwen import rotary_BTC, rotate
 
@@ -95,27 +95,56 @@ def test_padding_on_either_side_and_packing_change_nothing(full, params):
 
 @pytest.mark.parametrize("layers", [2, 5], ids=["unrolled", "scanned"])
 def test_prefill_and_decode_are_the_full_forward(layers):
-    """Prompts of two lengths, padded on the left, then a block of tokens and single ones."""
+    """Two samples of one prompt and one of another, their pages all over the pool."""
     model = toy_model(layers=layers)
     params = random_params(model)
-    token_NT = np.random.RandomState(2).randint(VOCAB, size=(2, T))
-    position_NT = np.arange(T) - np.array([[0], [3]])
-    segment_NT = (position_NT >= 0).astype(np.int32)
-    position_NT = np.maximum(position_NT, 0)
+    token_NT = np.random.RandomState(2).randint(VOCAB, size=(3, T))
+    length_N = np.array([5, 5, 2])  # of the prompts; the last token of each is decoded
+    token_NT[1, :5] = token_NT[0, :5]
+    ones_NT = np.ones((3, T), np.int32)
+    position_NT = np.tile(np.arange(T), (3, 1))
     apply = jax.jit(model.apply)
-    whole_NTD, _ = apply(params, token_NT, position_NT, segment_NT)
+    whole_NTD, _ = apply(params, token_NT, position_NT, ones_NT)
 
-    cache = model.empty_cache(2, T + 3)  # slots never filled must not matter
-    parts = []
-    for block in (slice(0, 5), slice(5, 8), slice(8, 9), slice(9, 10)):
-        arrays = (x[:, block] for x in (token_NT, position_NT, segment_NT))
-        hidden, cache = apply(params, *arrays, cache)
-        parts.append(hidden)
-    assert cache.filled == T
-    is_real = segment_NT == 1
-    np.testing.assert_allclose(
-        np.concatenate(parts, axis=1)[is_real], np.asarray(whole_NTD)[is_real], atol=1e-5
-    )
+    cache = model.empty_cache(1, 12, 3)
+    cache = jax.tree.map(lambda x: x.at[:].set(7.0), cache)  # what pages held before is no matter
+    page_AJ = jnp.array([[4, 9], [2, 0]])
+    segment_AT = (np.arange(6) < (length_N[[0, 2]] - 1)[:, None]).astype(np.int32)
+    prompts = Prefill(cache, page_AJ)
+    cache = apply(params, token_NT[[0, 2], :6], position_NT[:2, :6], segment_AT, prompts)[1].cache
+    table_JN = jnp.array([[4, 4, 2], [9, 9, 1], [3, 10, 5], [8, 11, 7], [0, 0, 6]])
+    for drawn in range(T - 5):
+        at_N = length_N - 1 + drawn
+        rows = Decode(cache, table_JN, jnp.asarray(length_N - 1), jnp.full(3, drawn), jnp.int32(5))
+        token_N1 = token_NT[np.arange(3), at_N][:, None]
+        hidden, rows = apply(params, token_N1, at_N[:, None], ones_NT[:, :1], rows)
+        cache = rows.cache
+        np.testing.assert_allclose(hidden[:, 0], whole_NTD[np.arange(3), at_N], atol=1e-5)
+
+
+def test_what_is_not_finite_reaches_those_who_read_it_only():
+    """0 * NaN is NaN: a page that one row broke must not break the row that gets it next."""
+    model = toy_model()
+    params = random_params(model)
+    is_bad_V1 = np.arange(VOCAB)[:, None] == 5
+    broken = params | {"embed": np.where(is_bad_V1, np.nan, params["embed"])}
+    apply = jax.jit(model.apply)
+
+    def decode(params, tokens, pages, own, cache):
+        table_JN = jnp.array([pages])
+        rows = Decode(cache, table_JN, jnp.zeros(2, int), jnp.full(2, own), jnp.int32(1))
+        token_N1, one = np.array(tokens)[:, None], np.ones((2, 1), np.int32)
+        out, rows = apply(params, token_N1, own * one, one, rows)
+        return np.asarray(out[:, 0]), rows.cache
+
+    empty = model.empty_cache(1, 2, 4)
+    clean, _ = decode(params, [6, 6], [2, 1], 0, empty)
+    out, cache = decode(broken, [5, 6], [1, 2], 1, empty)
+    assert np.isnan(out[0]).all() and np.isfinite(out[1]).all()
+    reread, _ = decode(params, [6, 6], [1, 2], 2, cache)
+    assert np.isnan(reread[0]).all() and np.isfinite(reread[1]).all()
+    swapped, _ = decode(params, [6, 6], [2, 1], 0, cache)
+    np.testing.assert_array_equal(swapped, clean)
 
 
 def rotary(width: int, theta: float) -> ModelConfig:
@@ -161,10 +190,9 @@ def test_rematerialisation_changes_no_gradient(params):
 def test_bfloat16_computes_what_float32_does_roughly_and_keeps_float32_gradients(full, params):
     half = build_model(CONFIG, dtype=jnp.bfloat16)
     segment_1T, position_1T = segments_and_positions("1111111111")
-    cache = half.empty_cache(1, T)
-    assert cache.key_YSKNC.dtype == jnp.bfloat16
-    hidden_1TD, cache = jax.jit(half.apply)(params, TOKEN_1T, position_1T, segment_1T, cache)
-    assert hidden_1TD.dtype == cache.key_YSKNC.dtype == jnp.bfloat16
+    prompts = Prefill(half.empty_cache(1, 1, T), jnp.ones((1, 1), jnp.int32))
+    hidden_1TD, prompts = jax.jit(half.apply)(params, TOKEN_1T, position_1T, segment_1T, prompts)
+    assert hidden_1TD.dtype == prompts.cache.key_EYXKSC.dtype == jnp.bfloat16
     exact_1TD = full(params, TOKEN_1T, position_1T, segment_1T)
     error = np.abs(np.asarray(hidden_1TD, np.float32) - exact_1TD)
     assert 0 < error.mean() < 0.05

@@ -1,0 +1,121 @@
+"""How the next id is chosen: truncation, one random number by identity, log-probabilities.
+
+    p_v = softmax(z)_v, tail dropped and renormalised;   y = first v with p_1 + ... + p_v > u
+
+One uniform number u per position, not one per id: random bits for a whole vocabulary cost more than
+the softmax. u is `fold_in` of seed, identity and position, so that a draw follows nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from aspo_jax.head import FORBIDDEN
+
+_CHUNK = 128  # ids whose masses are added up before one of them is looked for
+
+
+class Choice(NamedTuple):
+    """Restrict each draw to likely ids, or take the likeliest.
+
+    top_k: the k likeliest ids (0: all). top_p: the likeliest mass p of what top_k left.
+    min_p: ids at least this share as likely as the likeliest. is_greedy: no draw, the likeliest.
+    """
+
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    is_greedy: bool = False
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether ids are drawn from the whole softmax."""
+        return self == EVERYTHING
+
+
+EVERYTHING = Choice()
+GREEDY = Choice(is_greedy=True)
+
+
+class Chosen(NamedTuple):
+    """Ids and their log-probabilities: where drawn from, and under the whole softmax.
+
+    is_finite_N: False where the distribution was not; what else is said of that row means nothing.
+    """
+
+    token_N: Array
+    logp_N: Array
+    full_logp_N: Array
+    is_finite_N: Array
+
+
+def truncate(logp_NV: Array, choice: Choice) -> Array:
+    """Log-probabilities with the tail of the distribution forbidden; not renormalised."""
+    if choice.top_k > 0:
+        kth_N1 = jax.lax.top_k(logp_NV, choice.top_k)[0][:, -1:]
+        logp_NV = jnp.where(logp_NV < kth_N1, FORBIDDEN, logp_NV)
+    if choice.top_p < 1.0:
+        sorted_NV = jnp.flip(jnp.sort(logp_NV, axis=-1), axis=-1)
+        p_NV = jax.nn.softmax(sorted_NV, axis=-1)
+        mass_before_NV = jnp.cumsum(p_NV, axis=-1) - p_NV
+        is_kept_NV = mass_before_NV < choice.top_p
+        floor_N1 = jnp.min(jnp.where(is_kept_NV, sorted_NV, jnp.inf), axis=-1, keepdims=True)
+        logp_NV = jnp.where(logp_NV < floor_N1, FORBIDDEN, logp_NV)
+    if choice.min_p > 0.0:
+        floor_N1 = jnp.max(logp_NV, axis=-1, keepdims=True) + jnp.log(choice.min_p)
+        logp_NV = jnp.where(logp_NV < floor_N1, FORBIDDEN, logp_NV)
+    return logp_NV
+
+
+def choose(z_NV: Array, key_N: Array, choice: Choice) -> Chosen:
+    """The next id of each row from its logits and its own key."""
+    top_N = jnp.max(z_NV, axis=-1)
+    e_NV = jnp.exp(z_NV - top_N[:, None])
+    lse_N = top_N + jnp.log(jnp.sum(e_NV, axis=-1))
+    kept_lse_N = lse_N
+    if not choice.is_whole and not choice.is_greedy:
+        is_kept_NV = truncate(z_NV - lse_N[:, None], choice) > FORBIDDEN / 2
+        e_NV = jnp.where(is_kept_NV, e_NV, 0.0)
+        kept_lse_N = top_N + jnp.log(jnp.sum(e_NV, axis=-1))
+    if choice.is_greedy:
+        token_N = jnp.argmax(z_NV, axis=-1)
+    else:
+        token_N = jax.vmap(_draw)(e_NV, jax.vmap(jax.random.uniform)(key_N))
+    z_N = jnp.take_along_axis(z_NV, token_N[:, None], axis=-1)[:, 0]
+    logp_N = jnp.zeros_like(z_N) if choice.is_greedy else z_N - kept_lse_N
+    return Chosen(token_N.astype(jnp.int32), logp_N, z_N - lse_N, jnp.isfinite(lse_N))
+
+
+def _draw(weight_V: Array, u: Array) -> Array:
+    """The first id up to which the share u of the mass lies; never one without mass."""
+    V = weight_V.shape[0]
+    weight_cv = jnp.pad(weight_V, (0, -V % _CHUNK)).reshape(-1, _CHUNK)
+    mass_c = jnp.sum(weight_cv, axis=-1)
+    sum_c = jnp.cumsum(mass_c)
+    at = u * sum_c[-1]
+    chunk = _first_beyond(sum_c, mass_c, at)
+    weight_v = weight_cv[chunk]
+    before = sum_c[chunk] - mass_c[chunk]
+    return chunk * _CHUNK + _first_beyond(before + jnp.cumsum(weight_v), weight_v, at)
+
+
+def _first_beyond(sum_n: Array, mass_n: Array, at: Array) -> Array:
+    """The first place with mass whose sum is beyond ``at``; if rounding hid it the last one."""
+    number_n = jnp.arange(mass_n.shape[0])
+    last = jnp.max(jnp.where(mass_n > 0, number_n, 0))
+    return jnp.min(jnp.where((sum_n > at) & (mass_n > 0), number_n, last))
+
+
+def identity_keys(seed: int, identity_N4: Array) -> Array:
+    """One key per request from the run's seed and the request's identity."""
+
+    def fold(key, identity_4):
+        for part in identity_4:
+            key = jax.random.fold_in(key, part)
+        return key
+
+    return jax.vmap(fold, in_axes=(None, 0))(jax.random.key(seed), identity_N4)

@@ -1,0 +1,146 @@
+"""The two programs that run on the devices: prompts into pages, and rows of tokens from them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from aspo_jax.head import Head, logits
+from aspo_jax.model import Cache, Decode, Model, Prefill
+from aspo_jax.sampler.choice import Choice, choose, identity_keys
+from aspo_jax.structs import struct
+
+GOING, STOPPED, CUT, BROKEN = range(4)  # what `Drawn.ending_N` says of a row
+
+
+@struct
+class Rows:
+    """The rows of a decode call, arrays of the host or the devices; the host knows it all.
+
+    token_N: the last token of each row, not yet in its pages. drawn_N: response tokens so far.
+    prompt_N: prompt tokens in the prompt's pages, all but the last. limit_N: longest response.
+    identity_N4: of the request. table_JN: page numbers, see `Decode`.
+    """
+
+    token_N: Any
+    drawn_N: Any
+    prompt_N: Any
+    limit_N: Any
+    is_live_N: Any
+    identity_N4: Any
+    table_JN: Any
+
+
+@struct
+class Drawn:
+    """What a call drew: the first ``drawn_N`` - earlier ``drawn_N`` entries of each row are its.
+
+    full_logp_NT: None where it is ``logp_NT``. steps: positions decoded, [].
+    """
+
+    token_NT: Array
+    logp_NT: Array
+    full_logp_NT: Array | None
+    drawn_N: Array
+    ending_N: Array
+    steps: Array
+
+
+class Device(NamedTuple):
+    """What the programs close over; ``block``: positions that a decode call can draw."""
+
+    model: Model
+    head: Head
+    choice: Choice
+    stop_ids: tuple[int, ...]
+    seed: int
+    block: int
+
+    def prefill(self, params, cache: Cache, token_AT: Array, length_A: Array, page_AJ: Array):
+        """Fill pages with the first ``length_A`` tokens of prompts; returns the cache."""
+        A, T = token_AT.shape
+        position_AT = jnp.broadcast_to(jnp.arange(T), (A, T))
+        segment_AT = (position_AT < length_A[:, None]).astype(jnp.int32)
+        prompts = Prefill(cache, page_AJ)
+        return self.model.apply(params, token_AT, position_AT, segment_AT, prompts)[1].cache
+
+    def decode(
+        self, params, cache: Cache, rows: Rows, steps: Array, enough: Array
+    ) -> tuple[Cache, Drawn]:
+        """Draw up to ``steps`` tokens for each live row; until no more than ``enough`` are live."""
+        key_N = identity_keys(self.seed, rows.identity_N4)
+        empty_NT = jnp.zeros((rows.token_N.shape[0], self.block), jnp.float32)
+        drawn = Drawn(
+            token_NT=empty_NT.astype(jnp.int32),
+            logp_NT=empty_NT,
+            full_logp_NT=None if self.choice.is_whole else empty_NT,
+            drawn_N=rows.drawn_N,
+            ending_N=jnp.zeros_like(rows.drawn_N),
+            steps=jnp.zeros((), jnp.int32),
+        )
+
+        def is_live_N(drawn: Drawn) -> Array:
+            return rows.is_live_N & (drawn.ending_N == GOING)
+
+        def is_going(carry):
+            live = jnp.sum(is_live_N(carry[2]), dtype=jnp.int32)
+            return (carry[2].steps < steps) & (live > enough)
+
+        def advance(carry):
+            cache, token_N, drawn = carry
+            hidden_ND, cache = self._read(params, cache, rows, token_N, drawn, is_live_N(drawn))
+            z_NV = logits(self.head, self.model.unembedding(params), hidden_ND)
+            key_now_N = jax.vmap(jax.random.fold_in)(key_N, drawn.drawn_N)
+            chosen = choose(z_NV, key_now_N, self.choice)
+            now_N = is_live_N(drawn) & chosen.is_finite_N
+            token_N = jnp.where(now_N, chosen.token_N, token_N)
+            return cache, token_N, self._note(drawn, chosen, is_live_N(drawn), rows.limit_N)
+
+        cache, _, drawn = jax.lax.while_loop(is_going, advance, (cache, rows.token_N, drawn))
+        return cache, drawn
+
+    def _read(self, params, cache, rows: Rows, token_N, drawn: Drawn, is_live_N):
+        """Hidden state after the last token of each row, and the cache with that token in it."""
+        S = cache.key_EYXKSC.shape[4]
+        # A row that has ended has no slot for another token: it writes over its own first one.
+        own_N = jnp.where(is_live_N, drawn.drawn_N, 0)
+        pages_N = -(-rows.prompt_N // S) + own_N // S + 1
+        growing = Decode(
+            cache=cache,
+            table_JN=rows.table_JN,
+            prompt_N=rows.prompt_N,
+            own_N=own_N,
+            pages=jnp.max(jnp.where(is_live_N, pages_N, 0)),
+        )
+        position_N1 = (rows.prompt_N + own_N)[:, None]
+        hidden_N1D, growing = self.model.apply(
+            params, token_N[:, None], position_N1, jnp.ones_like(position_N1), growing
+        )
+        return hidden_N1D[:, 0], growing.cache
+
+    def _note(self, drawn: Drawn, chosen: Any, is_live_N: Array, limit_N: Array) -> Drawn:
+        """The call's record with one more token of each live row."""
+        is_drawn_N = is_live_N & chosen.is_finite_N
+        drawn_N = drawn.drawn_N + is_drawn_N
+        is_stop_N = jnp.isin(chosen.token_N, jnp.asarray(self.stop_ids, jnp.int32))
+        ending_N = jnp.select(
+            [~is_live_N, ~chosen.is_finite_N, is_stop_N, drawn_N >= limit_N],
+            [drawn.ending_N, BROKEN, STOPPED, CUT],
+            GOING,
+        )
+
+        def write(x_NT: Array, x_N: Array) -> Array:
+            return jax.lax.dynamic_update_slice(x_NT, x_N[:, None], (0, drawn.steps))
+
+        full = drawn.full_logp_NT
+        return Drawn(
+            token_NT=write(drawn.token_NT, chosen.token_N),
+            logp_NT=write(drawn.logp_NT, chosen.logp_N),
+            full_logp_NT=None if full is None else write(full, chosen.full_logp_N),
+            drawn_N=drawn_N,
+            ending_N=ending_N,
+            steps=drawn.steps + 1,
+        )

@@ -1,0 +1,69 @@
+"""The seam between what wants completions and what makes them: every engine fits behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+TRAIN, EVALUATE, WARM_START = range(3)  # domains of random draws
+STOP, LENGTH, NONFINITE = "stop", "length", "nonfinite"  # why a completion ended
+
+
+class Request(NamedTuple):
+    """One completion to sample.
+
+    tokens: prompt token ids.
+    identity: (domain, draw index, retry round, sample index), each a non-negative 32-bit integer.
+    max_tokens: longest response; None: the sampler's own limit. 0 asks for nothing and gets it.
+    """
+
+    tokens: Sequence[int]
+    identity: tuple[int, int, int, int]
+    max_tokens: int | None = None
+
+
+class Completion(NamedTuple):
+    """What the policy wrote.
+
+    request: position of its request among those given to `sample`.
+    tokens_T: ids, the one that ended the text included.
+    logp_T: log-probability of each id under the distribution it was drawn from.
+    ending: `STOP`: the policy ended the text itself, with a stop id or a stop string; `LENGTH`: it
+        was cut at the limit; `NONFINITE`: the next distribution was not finite.
+    full_logp_T: log-probability of each id under the whole softmax at the head's temperature, which
+        is what the trainer computes; None where it is ``logp_T``, nothing being truncated.
+    """
+
+    request: int
+    tokens_T: np.ndarray
+    logp_T: np.ndarray
+    ending: str
+    full_logp_T: np.ndarray | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the policy ended the text itself."""
+        return self.ending == STOP
+
+    @property
+    def policy_logp_T(self) -> np.ndarray:
+        """Log-probabilities to compare with the trainer's: those of the whole softmax."""
+        return self.logp_T if self.full_logp_T is None else self.full_logp_T
+
+
+class Sampler(Protocol):
+    """An engine that samples from a policy; it knows tokens, not texts or rewards."""
+
+    def start(self, params: Any) -> None:
+        """Use these parameters from now on."""
+        ...
+
+    def release(self) -> None:
+        """Forget them: until the next `start` their memory is the update's."""
+        ...
+
+    def sample(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """Yield one completion per request, in the order in which they finish."""
+        ...
