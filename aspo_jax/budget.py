@@ -186,7 +186,7 @@ def _head_parts(config: Config, shape: ModelConfig, mesh: Any) -> list[Part]:
 def cache_bytes(programs: Programs, local: Any) -> float:
     """The pages of one sequence of full length, on each chip that shares them."""
     _, cache, rows, *_ = programs.by_name[DECODE].arguments
-    parts, _, pages = cache.key_EYXKSC.shape[:3]
+    parts, _, _, pages = cache.key_EKYXSC.shape[:4]
     total = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(cache))
     return total / (parts * pages) * rows.table_JN.shape[0] / local.shape["tensor"]
 

@@ -20,7 +20,6 @@ from aspo_jax.head import Head, logp_and_entropy
 from aspo_jax.losses import Aggregate, Objective, Totals, count_totals, entropy_bonus, policy_loss
 from aspo_jax.model import Model, batch_sharding, shardings
 from aspo_jax.structs import (
-    Max,
     Mean,
     Metrics,
     Minibatch,
@@ -329,15 +328,8 @@ def _constrain(tree: Any, shardings: Any) -> Any:
 def _token_metrics(tokens: Tokens) -> Metrics:
     is_response = tokens.is_response_BT
     count = jnp.sum(is_response, dtype=jnp.float32)
-    gap_BT = jnp.abs(tokens.old_logp_BT - jnp.asarray(tokens.sampler_logp_BT))
-    gap_BT = jnp.where(is_response, gap_BT, 0.0)
 
     def mean(x_BT):
         return Mean(jnp.sum(jnp.where(is_response, x_BT, 0.0)), count)
 
-    return {
-        "entropy": mean(tokens.entropy_BT),
-        "old_entropy": mean(tokens.old_entropy_BT),
-        "sampler_gap_mean": mean(gap_BT),
-        "sampler_gap_max": Max(jnp.max(gap_BT)),
-    }
+    return {"entropy": mean(tokens.entropy_BT), "old_entropy": mean(tokens.old_entropy_BT)}

@@ -69,6 +69,9 @@ _ROLLOUT = {
     "distinct_answers": Info("texts", "mean number of different response texts in a group"),
     "grader_failures": Info("samples", "samples masked because their grader failed twice"),
     "grader_timeouts": Info("samples", "samples whose grading took too long; their reward is 0"),
+    "sampler_failures": Info(
+        "samples", "samples masked because they ended in a distribution that is not finite"
+    ),
     "train_tokens": Info("tokens", "prompt and response tokens in one pass of the updates"),
     "packing_waste": Info("share of tokens", "slots of the training rows that hold no token"),
 }
@@ -89,6 +92,9 @@ _UPDATE = {
     ),
     "sampler_gap_max": Info(
         "nats", "the largest such gap; a correctness alarm, about 1e-5 in float32"
+    ),
+    "sampler_gap_outside": Info(
+        "share of tokens", "response tokens whose two probabilities have a ratio beyond 1 +- 0.2"
     ),
     "ref_kl": Info("nats", "mean estimated KL divergence from the reference policy"),
     "grad_norm": Info("", "global norm of the gradient before clipping, mean over the updates"),

@@ -19,7 +19,7 @@ from aspo_jax.rewards import (
     repetition,
     unshaped,
 )
-from aspo_jax.sampler import Completion, Request, Sampler
+from aspo_jax.sampler import NONFINITE, Completion, Request, Sampler
 from aspo_jax.structs import Minibatch, Prompt, Rows
 
 
@@ -71,8 +71,13 @@ class Rollout(NamedTuple):
 
     @property
     def is_valid_PG(self) -> np.ndarray:
-        """True where the sample may be learned from."""
-        return self.grid(lambda s: s.verdict.is_valid, bool)
+        """True where the sample may be learned from: neither grader nor sampler failed."""
+        return self.grid(lambda s: s.verdict.is_valid, bool) & ~self.is_broken_PG
+
+    @property
+    def is_broken_PG(self) -> np.ndarray:
+        """True where sampling ended in a distribution that is not finite."""
+        return self.grid(lambda s: s.completion.ending == NONFINITE, bool)
 
     @property
     def is_failed_PG(self) -> np.ndarray:
@@ -323,6 +328,7 @@ class Outcomes(NamedTuple):
     is_valid_PG: np.ndarray
     is_failed_PG: np.ndarray
     is_timeout_PG: np.ndarray
+    is_broken_PG: np.ndarray
     is_right_PG: np.ndarray
     is_finished_PG: np.ndarray
     length_PG: np.ndarray
@@ -339,6 +345,7 @@ def gather_outcomes(rollout: Rollout, peers: Peers = ALONE, total: int | None = 
         is_valid_PG=rollout.is_valid_PG,
         is_failed_PG=rollout.is_failed_PG,
         is_timeout_PG=rollout.is_timeout_PG,
+        is_broken_PG=rollout.is_broken_PG,
         is_right_PG=rollout.is_right_PG,
         is_finished_PG=rollout.is_finished_PG,
         length_PG=rollout.length_PG,
@@ -441,6 +448,7 @@ def _figures(outcomes: Outcomes, advantage_PG: np.ndarray) -> dict[str, Any]:
         "distinct_answers": o.distinct_PG.mean(),
         "grader_failures": o.is_failed_PG.sum(),
         "grader_timeouts": o.is_timeout_PG.sum(),
+        "sampler_failures": o.is_broken_PG.sum(),
     }
 
 

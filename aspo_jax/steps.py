@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from aspo_jax import runtime
+from aspo_jax.agreement import SamplingError, gap_metrics
 from aspo_jax.build import Machines, save_policy
 from aspo_jax.checkpoint import Checkpoints
 from aspo_jax.config import Config
@@ -71,7 +72,32 @@ def roll_out(run: Run, state: TrainState) -> tuple[list[Minibatch], dict[str, An
             for part, old_policy in zip(placed, old, strict=True)
         ]
         jax.block_until_ready(minibatches)
-    return minibatches, figures
+    return minibatches, figures | check_agreement(run.config, minibatches, figures)
+
+
+def check_agreement(
+    config: Config, minibatches: Sequence[Minibatch], figures: dict[str, Any]
+) -> dict[str, Any]:
+    """How far the sampler's log-probabilities are from the old policy's.
+
+    Raises:
+        SamplingError: too far, or samples are broken and the config says to stop then.
+    """
+    s, broken = config.sampler, figures["rollout/sampler_failures"]
+    if broken and s.nonfinite == "stop":
+        raise SamplingError(
+            f"{broken:.0f} samples ended in a distribution that is not finite; the weights or the "
+            "sampler are broken. Sampler.nonfinite = 'drop' goes on without such samples"
+        )
+    gaps = reduce(_merge, (_gap_metrics(part.rows, part.old) for part in minibatches))
+    mean = gaps["sampler_gap_mean"]
+    if float(mean.total) > s.max_gap * float(mean.count):
+        raise SamplingError(
+            f"the sampler's log-probabilities are {float(mean.total) / float(mean.count):.3g} nats "
+            f"from the trainer's on average, expected at most Sampler.max_gap = {s.max_gap}; "
+            f"`python -m aspo_jax.check --config {config.name}` shows where"
+        )
+    return {f"update/{name}": gap for name, gap in gaps.items()}
 
 
 def update(
@@ -104,6 +130,7 @@ def speeds(config: Config, figures: dict[str, float], laps: dict[str, float]) ->
 
 
 _merge = jax.jit(merge_metrics)
+_gap_metrics = jax.jit(gap_metrics)
 
 
 def evaluate(run: Run, state: TrainState, iteration: int) -> None:

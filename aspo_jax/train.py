@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import jax
 
 from aspo_jax import runtime
+from aspo_jax.agreement import SamplingError
 from aspo_jax.build import FACTORIES, build_machines, parameter_count
 from aspo_jax.checkpoint import (
     EXIT_SAVED,
@@ -50,7 +51,7 @@ from aspo_jax.warmstart import WarmStartError, warm_start
 
 USER_ERRORS = (
     *(AttentionError, CheckpointError, ConfigError, DataError, ModelFolderError, RunFolderError),
-    *(RewardError, RunLocked, WarmStartError),
+    *(RewardError, RunLocked, SamplingError, WarmStartError),
     *(runtime.MeshError, runtime.LaunchError, runtime.PeerError),
 )
 
@@ -109,9 +110,11 @@ def train(config: Config, console: Console, stop: StopRequest) -> int:
                     save(run, state, done, position)
             with stop.interruptible():
                 evaluate(run, state, done)
-        except Interrupted:
+        except (Interrupted, SamplingError) as reason:
             save(run, state, done, position)
             runtime.on_main(checkpoints.wait)
+            if isinstance(reason, SamplingError):
+                raise
             console.note(f"stopped after {done} iterations, saved; the same command goes on")
             return EXIT_SAVED
         log.close()

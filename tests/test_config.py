@@ -227,6 +227,12 @@ BAD_FLAGS = [
      " + - *, each once, such as '+-'"),
     (["Sampler.temperature=0"], "--set #1: Sampler.temperature = 0: expected a number > 0,"
      " found 0"),
+    (["Sampler.top_p=0.9"], "--set #1: Sampler.top_p = 0.9 biases training: tokens would be drawn"
+     " from a part of the distribution, renormalised, while importance ratios compare the whole,"
+     " and no rule here corrects for that; set it to 1.0 (Evaluate.top_p is for evaluation)"),
+    (["Evaluate.temperature=0", "Evaluate.min_p=0.1"], "--set #1: Evaluate.temperature = 0 always"
+     " takes the likeliest token; Evaluate.top_k, top_p and min_p then mean nothing, leave them"
+     " out"),
     (["Reward.overlong_buffer=30"], "--set #1: Reward.overlong_buffer = 30 is longer than"
      " Sampler.max_response_tokens = 24; set it to at most 24"),
     (["Runtime.fsdp=-1"], "only one mesh axis may be -1 (the rest), found Runtime.data = -1,"

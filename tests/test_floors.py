@@ -14,12 +14,12 @@ import aspo_jax
 
 PACKAGE = Path(aspo_jax.__file__).parent
 FLOORS = [  # top to bottom; strangers on one floor do not import each other
-    ["train", "plan", "export"],
+    ["train", "plan", "export", "check"],
     ["plot", "steps", "warmstart", "budget"],
     ["programs"],
     ["build"],
     ["rollout", "learner", "evaluation", "figures", "records"],
-    ["runtime", "topology", "sampler", "checkpoint", "metrics", "console"],
+    ["runtime", "topology", "sampler", "checkpoint", "metrics", "console", "agreement"],
     ["head"],
     ["losses", "model", "rewards", "data"],
     ["structs", "config"],

@@ -285,6 +285,7 @@ def test_figures_by_hand():
             "distinct_answers": 2.0,
             "grader_failures": 0,
             "grader_timeouts": 0,
+            "sampler_failures": 0,
             "train_tokens": 3,
             "packing_waste": 1 - 3 / 48,
         }

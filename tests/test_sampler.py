@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from toy import BOS, EOS, HEAD, IS_ALLOWED_V, PAD, VOCAB, on, random_params, toy_mesh, toy_model
 
+from aspo_jax.build import stop_length
 from aspo_jax.head import logits
 from aspo_jax.learner import forward
-from aspo_jax.rollout import BatchShape, Example, fill
+from aspo_jax.rollout import BatchShape, Codec, Example, fill
 from aspo_jax.sampler import (
     EVALUATE,
     GREEDY,
@@ -239,6 +240,14 @@ def test_stop_strings_cut_where_they_are_complete_whatever_the_block(params, com
             assert len(c.logp_T) == len(c.tokens_T)
             assert c.ending == (whole.ending if count is None else STOP)
         assert 0 < cut < len(got)
+
+
+def test_a_stop_string_is_complete_after_the_shortest_text_that_holds_it():
+    codec = Codec(encode=lambda text: [ord(c) for c in text], decode=lambda x: "".join(map(chr, x)))
+    tokens = codec.encode("so long, long ago")
+    assert stop_length(codec, ("ago", "ong"), tokens) == len("so long")
+    assert stop_length(codec, ("ago",), tokens) == len(tokens)
+    assert stop_length(codec, ("never",), tokens) is None
 
 
 # --- rows, pages, prompts -----------------------------------------------------------------------

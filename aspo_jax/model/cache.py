@@ -29,21 +29,23 @@ from aspo_jax.structs import struct
 class Cache:
     """The pool. With int8 pages a number is its scale times an integer; else scales are None.
 
-    key_EYXKSC, value_EYXKSC: per part of the devices, layer, page, key/value head, slot, feature.
-        Each part E of the devices holds the pages of its own rows.
-    key_scale_EYXKS, value_scale_EYXKS: float32.
+    key_EKYXSC, value_EKYXSC: per part of the devices, key/value head, layer, page, slot, feature.
+        Each part E of the devices holds the pages of its own rows. A page of one head is one piece
+        and a token of it another: with the heads within the page a TPU would copy the pool at every
+        token.
+    key_scale_EKYXS, value_scale_EKYXS: float32.
     """
 
-    key_EYXKSC: Array
-    value_EYXKSC: Array
-    key_scale_EYXKS: Array | None
-    value_scale_EYXKS: Array | None
+    key_EKYXSC: Array
+    value_EKYXSC: Array
+    key_scale_EKYXS: Array | None
+    value_scale_EKYXS: Array | None
 
     def keys_values(self) -> tuple[tuple[Array, Array | None], tuple[Array, Array | None]]:
         """Keys and values, each with its scales."""
         return (
-            (self.key_EYXKSC, self.key_scale_EYXKS),
-            (self.value_EYXKSC, self.value_scale_EYXKS),
+            (self.key_EKYXSC, self.key_scale_EKYXS),
+            (self.value_EKYXSC, self.value_scale_EKYXS),
         )
 
 
@@ -54,7 +56,7 @@ def empty_cache(
 
     dtype: of the numbers; int8 adds a scale per position and head.
     """
-    shape = (parts, layers, pages + 1, kv_heads, slots)
+    shape = (parts, kv_heads, layers, pages + 1, slots)
     is_int8 = jnp.dtype(dtype) == jnp.int8
     return Cache(
         *(jnp.zeros((*shape, head_dim), dtype) for _ in range(2)),
@@ -64,9 +66,7 @@ def empty_cache(
 
 def cache_specs(cache: Any) -> Any:
     """Parts over the data axes, key/value heads over the tensor axis; shaped as the cache."""
-    return jax.tree.map(
-        lambda x: PartitionSpec(RULES["batch"], None, None, RULES["kv_heads"]), cache
-    )
+    return jax.tree.map(lambda x: PartitionSpec(RULES["batch"], RULES["kv_heads"]), cache)
 
 
 @struct
@@ -81,18 +81,19 @@ class Prefill:
 
     def attend(self, y: Array, q_ATHC, k_ATKC, v_ATKC, fresh: Callable) -> tuple[Prefill, Array]:
         """Layer y: the new tokens' attention to each other; their keys and values into pages."""
-        E = self.cache.key_EYXKSC.shape[0]
+        E = self.cache.key_EKYXSC.shape[0]
         A, J = self.page_AJ.shape
         page_Em = self.page_AJ.reshape(E, -1)
 
         def paged(x_ATKC: Array) -> Array:
             _, T, K, C = x_ATKC.shape
-            x_AJKSC = x_ATKC.reshape(A, J, T // J, K, C).swapaxes(2, 3)
-            return x_AJKSC.reshape(E, -1, K, T // J, C)
+            return x_ATKC.reshape(E, -1, T // J, K, C).transpose(0, 3, 1, 2, 4)
 
-        def put(pool_EYX: Array, x_Em: Array) -> Array:
-            set_pages = jax.vmap(lambda p_YX, page, x: p_YX.at[y, page].set(x))
-            return set_pages(pool_EYX, page_Em, x_Em)
+        def put(pool_EKYX: Array, x_EKm: Array) -> Array:
+            def set_pages(pool_YX, x_m, page_m):
+                return pool_YX.at[y, page_m].set(x_m)
+
+            return _each(set_pages, pool_EKYX, x_EKm, numbers=(page_Em,))
 
         cache = _stored(self.cache, (paged(k_ATKC), paged(v_ATKC)), put)
         return dataclasses.replace(self, cache=cache), fresh(q_ATHC, k_ATKC, v_ATKC)
@@ -117,17 +118,19 @@ class Decode:
     def attend(self, y: Array, q_N1HC, k_N1KC, v_N1KC, fresh: Callable) -> tuple[Decode, Array]:
         """Layer y: put the new token's key and value into its page; attend to all of the row's."""
         del fresh  # for tokens that attend to each other only
-        E, S = self.cache.key_EYXKSC.shape[0], self.cache.key_EYXKSC.shape[4]
+        E, S = self.cache.key_EKYXSC.shape[0], self.cache.key_EKYXSC.shape[4]
         of_prompt_N = -(-self.prompt_N // S)
         place_N = of_prompt_N + self.own_N // S
         page_N = jnp.take_along_axis(self.table_JN, place_N[None], axis=0)[0]
         page_En, slot_En = (x.reshape(E, -1) for x in (page_N, self.own_N % S))
 
-        def put(pool_EYX: Array, x_En: Array) -> Array:
-            set_slots = jax.vmap(lambda p_YX, page, slot, x: p_YX.at[y, page, :, slot].set(x))
-            return set_slots(pool_EYX, page_En, slot_En, x_En)
+        def put(pool_EKYX: Array, x_EKn: Array) -> Array:
+            def set_slots(pool_YX, x_n, page_n, slot_n):
+                return pool_YX.at[y, page_n, slot_n].set(x_n)
 
-        new = (x.reshape(E, -1, *x.shape[2:]) for x in (k_N1KC, v_N1KC))
+            return _each(set_slots, pool_EKYX, x_EKn, numbers=(page_En, slot_En))
+
+        new = (x.reshape(E, -1, *x.shape[2:]).swapaxes(1, 2) for x in (k_N1KC, v_N1KC))
         cache = _stored(self.cache, tuple(new), put)
 
         def is_filled_NS(j: Array) -> Array:
@@ -148,38 +151,50 @@ def _over_pages(
 ) -> Array:
     """Attention of one query per row to the pages of its row, page after page."""
     N, _, H, C = q_N1HC.shape
-    E, K = cache.key_EYXKSC.shape[0], cache.key_EYXKSC.shape[3]
+    E, K = cache.key_EKYXSC.shape[:2]
     dtype = q_N1HC.dtype
-    q_EnKgC = (q_N1HC * C**-0.5).reshape(E, N // E, K, H // K, C)
+    q_EKngC = (q_N1HC * C**-0.5).reshape(E, N // E, K, H // K, C).swapaxes(1, 2)
     table_JEn = table_JN.reshape(-1, E, N // E)
 
-    def page_of(pool_EYX: Array, scale_EYX: Array | None, j: Array) -> Array:
-        def take(x_EYX: Array) -> Array:
-            return jax.vmap(lambda x_YX, page: x_YX[y, page])(x_EYX, table_JEn[j])
+    def page_of(pool_EKYX: Array, scale_EKYX: Array | None, j: Array) -> Array:
+        def take(x_EKYX: Array) -> Array:
+            return _each(lambda x_YX, page_n: x_YX[y, page_n], x_EKYX, numbers=(table_JEn[j],))
 
-        if scale_EYX is None:
-            return take(pool_EYX)
-        return (take(pool_EYX) * take(scale_EYX)[..., None]).astype(dtype)
+        if scale_EKYX is None:
+            return take(pool_EKYX)
+        return (take(pool_EKYX) * take(scale_EKYX)[..., None]).astype(dtype)
 
     def add(j, carry):
         top, mass, total = carry
-        k_EnKSC, v_EnKSC = (page_of(*pool, j) for pool in cache.keys_values())
+        k_EKnSC, v_EKnSC = (page_of(*pool, j) for pool in cache.keys_values())
         score = jnp.einsum(
-            "enkgc,enksc->enkgs", q_EnKgC, k_EnKSC, preferred_element_type=jnp.float32
+            "ekngc,eknsc->ekngs", q_EKngC, k_EKnSC, preferred_element_type=jnp.float32
         )
-        score = jnp.where(is_filled_NS(j).reshape(E, N // E, 1, 1, -1), score, MASKED)
+        score = jnp.where(is_filled_NS(j).reshape(E, 1, N // E, 1, -1), score, MASKED)
         new_top = jnp.maximum(top, jnp.max(score, axis=-1))
         p, shrink = jnp.exp(score - new_top[..., None]), jnp.exp(top - new_top)
         part = jnp.einsum(
-            "enkgs,enksc->enkgc", p.astype(dtype), v_EnKSC, preferred_element_type=jnp.float32
+            "ekngs,eknsc->ekngc", p.astype(dtype), v_EKnSC, preferred_element_type=jnp.float32
         )
         mass = mass * shrink + jnp.sum(p, axis=-1)
         return new_top, mass, total * shrink[..., None] + part
 
-    rows = q_EnKgC.shape[:-1]
-    nothing = (jnp.full(rows, MASKED), jnp.zeros(rows), jnp.zeros(q_EnKgC.shape, jnp.float32))
+    rows = q_EKngC.shape[:-1]
+    nothing = (jnp.full(rows, MASKED), jnp.zeros(rows), jnp.zeros(q_EKngC.shape, jnp.float32))
     _, mass, total = jax.lax.fori_loop(0, pages, add, nothing)
-    return (total / mass[..., None]).astype(dtype).reshape(N, 1, H, C)
+    out_EnKgC = (total / mass[..., None]).astype(dtype).swapaxes(1, 2)
+    return out_EnKgC.reshape(N, 1, H, C)
+
+
+def _each(of_head: Callable, pool_EKYX: Array, *arrays: Array, numbers: tuple[Array, ...]) -> Array:
+    """``of_head`` for every head of every part of the devices; page and slot numbers have E only.
+
+    Each head gets its own copy of the numbers: a write of all heads at once would be one piece, and
+    a TPU would copy the pool to have the pieces together.
+    """
+    K = pool_EKYX.shape[1]
+    own = [jnp.broadcast_to(x[:, None], (x.shape[0], K, *x.shape[1:])) for x in numbers]
+    return jax.vmap(jax.vmap(of_head))(pool_EKYX, *arrays, *own)
 
 
 def _stored(cache: Cache, new: tuple[Array, ...], put: Callable[[Array, Array], Array]) -> Cache:

@@ -104,7 +104,7 @@ class Device(NamedTuple):
 
     def _read(self, params, cache, rows: Rows, token_N, drawn: Drawn, is_live_N):
         """Hidden state after the last token of each row, and the cache with that token in it."""
-        S = cache.key_EYXKSC.shape[4]
+        S = cache.key_EKYXSC.shape[4]
         # A row that has ended has no slot for another token: it writes over its own first one.
         own_N = jnp.where(is_live_N, drawn.drawn_N, 0)
         pages_N = -(-rows.prompt_N // S) + own_N // S + 1

@@ -8,6 +8,7 @@ every row and comes back sooner when enough rows have ended while others wait.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -49,13 +50,14 @@ class Limits(NamedTuple):
 
     @property
     def buckets(self) -> tuple[int, ...]:
-        """Lengths to which prompts are padded: whole pages, a quarter of the longest and all."""
-        whole = [self.pages(length) * self.page for length in self._prompt_lengths()]
-        return tuple(sorted({max(length, self.page) for length in whole}))
+        """Lengths to which prompts are padded: a quarter, a half and all of the longest.
 
-    def _prompt_lengths(self) -> list[int]:
+        Whole pages; long ones in multiples of 128 too, as the attention kernels of a TPU want them.
+        """
         longest = self.max_prompt_tokens - 1  # the last token is the first to be decoded
-        return [longest // 4, longest // 2, longest]
+        unit = self.page if longest <= 128 else math.lcm(self.page, 128)
+        sizes = (longest // 4, longest // 2, longest)
+        return tuple(sorted({max(-(-size // unit), 1) * unit for size in sizes}))
 
     def pages(self, tokens: int) -> int:
         return -(-tokens // self.page)
@@ -90,7 +92,8 @@ class Stats:
 
     calls, steps: decode calls and the positions that they decoded. live: rows with a sequence,
     summed over the steps; busy_steps, busy_live: the same while requests were waiting.
-    prefilled: prompt tokens computed. evicted: rows put back for want of pages.
+    prefills, prefilled: calls of the prefill program and the prompt tokens that they read.
+    evicted: rows put back for want of pages.
     """
 
     calls: int = 0

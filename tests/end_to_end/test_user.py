@@ -119,3 +119,12 @@ def test_own_model_and_own_prompts(runs, finished, tmp_path):
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     _, err = runs.run(folder, *flags, expect=2)
     assert f"error: {data}:2: found kind 'exakt', expected one of" in err
+
+
+def test_a_sampler_that_disagrees_stops_the_run_and_loses_nothing(runs, finished, tmp_path):
+    """A limit below rounding: the run saves itself; with a sound one it ends as if untouched."""
+    folder = tmp_path / "run"
+    _, err = runs.run(folder, "Sampler.max_gap=1e-12", expect=2)
+    assert "nats from the trainer's on average, expected at most Sampler.max_gap = 1e-12" in err
+    runs.run(folder, "Run.accept_changes=True")
+    assert metrics(folder) == metrics(finished.folder)

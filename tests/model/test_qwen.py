@@ -192,7 +192,7 @@ def test_bfloat16_computes_what_float32_does_roughly_and_keeps_float32_gradients
     segment_1T, position_1T = segments_and_positions("1111111111")
     prompts = Prefill(half.empty_cache(1, 1, T), jnp.ones((1, 1), jnp.int32))
     hidden_1TD, prompts = jax.jit(half.apply)(params, TOKEN_1T, position_1T, segment_1T, prompts)
-    assert hidden_1TD.dtype == prompts.cache.key_EYXKSC.dtype == jnp.bfloat16
+    assert hidden_1TD.dtype == prompts.cache.key_EKYXSC.dtype == jnp.bfloat16
     exact_1TD = full(params, TOKEN_1T, position_1T, segment_1T)
     error = np.abs(np.asarray(hidden_1TD, np.float32) - exact_1TD)
     assert 0 < error.mean() < 0.05

@@ -1,0 +1,157 @@
+"""Sample, score again with the trainer's forward pass, and say how far the two are apart.
+
+    python -m aspo_jax.check --config configs/aspo_math_1p5b.gin [--prompts 8]
+
+Once in float32, where they must agree to 1e-4 nats on every token, and once as the run would have
+it (``Model.dtype``, ``Sampler.cache_type``), where the mean must be below ``Sampler.max_gap``. The
+prompts are the held-out ones, the weights those of ``Model.path``, or new ones without it.
+
+Exit status: 0 they agree, 1 they do not, 2 a mistake in the arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from aspo_jax import runtime
+from aspo_jax.agreement import EXACT, Gap, by_position
+from aspo_jax.build import (
+    FACTORIES,
+    Policy,
+    build_goal,
+    build_optimizer,
+    build_sampler,
+    check_shares,
+    held_out_prompts,
+    load_policy,
+    new_policy,
+)
+from aspo_jax.config import Config, ConfigError, read_config
+from aspo_jax.data import DataError
+from aspo_jax.learner import build_learner
+from aspo_jax.model import AttentionError, ModelFolderError, load_params, shardings
+from aspo_jax.rollout import BatchShape, Example, draw, fill
+from aspo_jax.sampler import EVALUATE
+from aspo_jax.structs import Minibatch
+
+USER_ERRORS = (
+    *(AttentionError, ConfigError, DataError, ModelFolderError),
+    *(runtime.MeshError, runtime.LaunchError),
+)
+
+
+def as_dtype(config: Config, dtype: str, cache_type: Any) -> Config:
+    """The config with other types of computation and cache."""
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, dtype=dtype),
+        sampler=dataclasses.replace(config.sampler, cache_type=cache_type),
+    )
+
+
+def gaps(config: Config, mesh: Mesh, prompts: int) -> list[Gap]:
+    """Gaps of ``Train.samples_per_prompt`` samples of each prompt, see `by_position`."""
+    policy, params = _policy_and_params(config, mesh)
+    held_out = held_out_prompts(config, policy.tokenizer)[:prompts]
+    group = config.train.samples_per_prompt
+    sampler = build_sampler(config, policy, mesh)
+    sampler.start(params)
+    completions = draw(sampler, policy.codec, held_out, group, domain=EVALUATE)
+    sampler.release()
+    tokens = [policy.codec.encode(prompt.text) for prompt in held_out for _ in range(group)]
+    examples = [
+        Example(prompt, c.tokens_T, 1.0, c.policy_logp_T, 0)
+        for prompt, c in zip(tokens, completions, strict=True)
+    ]
+    t = config.train
+    microbatches = math.ceil(len(examples) / t.rows_per_microbatch)
+    shape = BatchShape(1, microbatches, t.rows_per_microbatch, t.row_tokens, t.pack)
+    return _rescored(config, policy, params, fill(examples, shape), mesh)
+
+
+def _policy_and_params(config: Config, mesh: Mesh) -> tuple[Policy, Any]:
+    if config.model.path is None:
+        policy = new_policy(config, mesh)
+        weights = shardings(mesh, policy.model.partition_specs())
+        init = jax.jit(policy.model.init, out_shardings=weights)
+        return policy, init(jax.random.key(config.run.seed))
+    policy = load_policy(config, config.model.path, mesh)
+    weights = shardings(mesh, policy.model.partition_specs())
+    return policy, load_params(config.model.path, policy.model.config, shardings=weights)
+
+
+def _rescored(
+    config: Config, policy: Policy, params: Any, part: Minibatch, mesh: Mesh
+) -> list[Gap]:
+    goal, optimizer = build_goal(config), build_optimizer(config)[0]
+    learner = build_learner(policy.model, policy.head, goal, optimizer, mesh)
+    old = learner.old_policy(params, None, learner.place(part))
+    rows: Any = part.rows
+    log_ratio_MBT = rows.sampler_logp_BT - np.asarray(old.old_logp_BT)
+    is_response_MBT = rows.is_response_BT
+    return list(
+        by_position(log_ratio_MBT[is_response_MBT], rows.response_position_BT[is_response_MBT])
+    )
+
+
+def report(title: str, found: Sequence[Gap]) -> str:
+    """A Markdown table of gaps by response position."""
+    lines = [
+        f"### {title}",
+        "",
+        "| response positions | tokens | mean gap, nats | largest | ratio outside 1 +- 0.2 |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for gap in found:
+        lines.append(
+            f"| {gap.first} to {gap.last} | {gap.tokens:,} | {gap.mean:.2e} | {gap.largest:.2e} "
+            f"| {gap.outside:.2%} |"
+        )
+    return "\n".join([*lines, ""])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m aspo_jax.check",
+        description=(__doc__ or "").partition("\n")[0],
+    )
+    parser.add_argument("--config", default=None, metavar="PATH", help="as for aspo_jax.train")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="Section.field=value", help="may be repeated"
+    )
+    parser.add_argument("--prompts", type=int, default=8, help="held-out prompts to sample")
+    a = parser.parse_args(argv)
+    words = ["--config", a.config] if a.config else []
+    try:
+        config = read_config([*words, *(w for s in a.set for w in ("--set", s))], FACTORIES)
+        mesh = runtime.start(**dataclasses.asdict(config.runtime))
+        check_shares(config, mesh)
+        exact = gaps(as_dtype(config, "float32", None), mesh, a.prompts)
+        print(report("float32", exact))
+        as_run = gaps(config, mesh, a.prompts)
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    cache = config.sampler.cache_type or config.model.dtype
+    print(report(f"the run's types: {config.model.dtype}, cache {cache}", as_run))
+    limit, agree = config.sampler.max_gap, "agree"
+    if exact[0].largest > EXACT or as_run[0].mean > limit:
+        agree = "DISAGREE"
+    print(
+        f"sampler and trainer {agree}: float32 largest {exact[0].largest:.1e} (limit {EXACT:.0e}), "
+        f"as the run has it mean {as_run[0].mean:.1e} (limit Sampler.max_gap = {limit})"
+    )
+    return 0 if agree == "agree" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""The rival of `sampler.py` from transformers: `generate` in torch on the CPU, its own process.
+
+    python benchmarks/sampler_torch_worker.py FOLDER
+
+`AutoModelForCausalLM.generate` as it comes (dynamic cache, sdpa attention), float32, sampling from
+the whole softmax. A batch runs until its longest answer ends, which is just where the schedule says
+(``max_new_tokens``; the stop id is never drawn). Files, commands and answers are those of
+`sampler_tunix_worker.py`.
+"""
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ANSWERS = sys.stdout
+sys.stdout = sys.stderr  # libraries print; the pipe is for answers
+
+
+def say(message: dict[str, Any]) -> None:
+    print(json.dumps(message), file=ANSWERS, flush=True)
+
+
+def main(folder: str) -> int:
+    try:
+        import torch
+        import transformers
+        from transformers import AutoModelForCausalLM
+    except ImportError as error:
+        say({"absent": str(error)})
+        return 0
+    task = json.loads(Path(folder, "task.json").read_text())
+    torch.set_num_threads(task["threads"])
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None
+    say({"versions": {m.__name__: m.__version__ for m in (transformers, torch)}})
+    pad = task["pad"]
+    for line in sys.stdin:
+        requests = json.loads(line)
+        start = time.perf_counter()
+        for first in range(0, len(requests), task["rows"]):
+            batch = requests[first : first + task["rows"]]
+            size = max(len(prompt) for prompt, _ in batch)
+            ids = torch.tensor([[pad] * (size - len(prompt)) + prompt for prompt, _ in batch])
+            with torch.inference_mode():
+                model.generate(
+                    input_ids=ids,
+                    attention_mask=(ids != pad).long(),
+                    max_new_tokens=max(length for _, length in batch),
+                    do_sample=True,
+                    temperature=1.0,
+                    top_k=0,
+                    top_p=1.0,
+                    suppress_tokens=[pad, task["stop"]],
+                    pad_token_id=pad,
+                )
+        seconds = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        say({"seconds": seconds, "peak_mib": peak})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
