@@ -30,7 +30,6 @@ import json
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -43,6 +42,7 @@ import jax.numpy as jnp
 import numpy as np
 from machine import header, table
 from main_job import matmul_peak
+from rivals import Rival
 
 from aspo_jax import runtime
 from aspo_jax.head import Head
@@ -125,35 +125,8 @@ class Ours:
 # --- rivals -----------------------------------------------------------------------------------
 
 
-class Rival:
-    """Another system in a process of its own; ``versions`` is None where it is absent."""
-
-    def __init__(self, python: str, worker: str, folder: Path):
-        script = Path(__file__).with_name(worker)
-        self.process = subprocess.Popen(
-            [python, str(script), str(folder)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        hello = self._read()
-        self.missing, self.versions = hello.get("absent"), hello.get("versions")
-        self.peak_mib = 0.0
-
-    def _read(self) -> dict[str, Any]:
-        assert self.process.stdout
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError("a rival's process ended; its error is above")
-        return json.loads(line)
-
-    def seconds(self, schedule: Schedule) -> float:
-        assert self.process.stdin
-        self.process.stdin.write(json.dumps(schedule) + "\n")
-        self.process.stdin.flush()
-        answer = self._read()
-        self.peak_mib = answer["peak_mib"]
-        return answer["seconds"]
+def timer(rival: Rival) -> Seconds:
+    return lambda schedule: rival.ask(schedule)["seconds"]
 
 
 @contextlib.contextmanager
@@ -164,14 +137,12 @@ def rivals(params: Any, pythons: dict[str, tuple[str, str]]) -> Iterator[dict[st
         save_model(folder, params, SHAPE, lambda _: None, eos_token_id=STOP)
         task = {"rows": ROWS, "prompt": PROMPT, "cap": CAP, "pad": PAD, "stop": STOP}
         (folder / "task.json").write_text(json.dumps(task | {"threads": os.cpu_count()}))
-        started = {who: Rival(*where, folder) for who, where in pythons.items()}
+        started = {who: Rival(script, folder, python) for who, (python, script) in pythons.items()}
         try:
             yield started
         finally:
             for rival in started.values():
-                assert rival.process.stdin
-                rival.process.stdin.close()
-                rival.process.wait()
+                rival.close()
 
 
 # --- the machine's bound ----------------------------------------------------------------------
@@ -396,9 +367,9 @@ def main() -> int:
         for name, rival in found.items():
             print(f"{name}: {rival.versions or 'left out, ' + str(rival.missing)}\n", flush=True)
         present = {name: rival for name, rival in found.items() if rival.versions}
-        systems = {"aspo_jax": ours.seconds} | {n: r.seconds for n, r in present.items()}
+        systems = {"aspo_jax": ours.seconds} | {n: timer(r) for n, r in present.items()}
         first, taken = race(systems, workloads, a.rounds)
-        peaks = {name: rival.peak_mib for name, rival in present.items()}
+        peaks = {n: r.ask(workloads["prompts"])["peak_mib"] for n, r in present.items()}
     peaks["aspo_jax"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     again = measure_machine()
     machine = Machine(max(machine.flops, again.flops), max(machine.bandwidth, again.bandwidth))

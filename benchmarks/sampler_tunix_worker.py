@@ -8,7 +8,7 @@ id, so the step at which a batch is over is set to just that, and the buffers st
 (one compilation). What packages it needs: see `tunix_worker.py`.
 
 FOLDER holds the network as `transformers` writes it and ``task.json`` (`sampler.py`). Commands come
-as JSON lines ``[[prompt, length], ...]``; the answer is ``{"seconds", "peak_mib"}``.
+as JSON lines ``[[[prompt, length], ...]]``; the answer is ``{"seconds", "peak_mib"}``.
 """
 # pyright: reportMissingImports=false
 
@@ -23,7 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tunix_worker import load_model, say
+from rivals import own_output
+from tunix_worker import load_model
 
 
 class Ids:
@@ -71,6 +72,7 @@ def build_sampler(folder: Path, task: dict[str, Any], mesh: Any) -> Any:
 
 
 def main(folder: str) -> int:
+    say = own_output()
     try:
         import jax
 
@@ -83,7 +85,7 @@ def main(folder: str) -> int:
     sampler = build_sampler(Path(folder), task, mesh)
     say({"versions": {n: importlib.metadata.version(n) for n in ("google-tunix", "jax")}})
     for line in sys.stdin:
-        requests = json.loads(line)
+        (requests,) = json.loads(line)
         start = time.perf_counter()
         for first in range(0, len(requests), task["rows"]):
             batch = requests[first : first + task["rows"]]
