@@ -26,6 +26,11 @@ def _version(package: str) -> str:
         return f"{package} absent"
 
 
+def peak_mib() -> float:
+    """Largest resident memory of this process, MiB; not that of the process that started it."""
+    return int(_first("/proc/self/status", "VmHWM").split()[0]) / 2**10
+
+
 def header(title: str, command: str, packages: Sequence[str]) -> str:
     """Title, date, machine, load of the machine at the start, versions and command, as Markdown."""
     model = _first("/proc/cpuinfo", "model name") or platform.machine()

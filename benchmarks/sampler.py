@@ -28,7 +28,6 @@ import argparse
 import contextlib
 import json
 import os
-import resource
 import statistics
 import sys
 import tempfile
@@ -40,7 +39,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from machine import header, table
+from machine import header, peak_mib, table
 from main_job import matmul_peak
 from rivals import Rival
 
@@ -370,7 +369,7 @@ def main() -> int:
         systems = {"aspo_jax": ours.seconds} | {n: timer(r) for n, r in present.items()}
         first, taken = race(systems, workloads, a.rounds)
         peaks = {n: r.ask(workloads["prompts"])["peak_mib"] for n, r in present.items()}
-    peaks["aspo_jax"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    peaks["aspo_jax"] = peak_mib()
     again = measure_machine()
     machine = Machine(max(machine.flops, again.flops), max(machine.bandwidth, again.bandwidth))
     size = 4.0 * sum(x.size for x in jax.tree.leaves(params))

@@ -12,12 +12,12 @@ the whole softmax. A batch runs until its longest answer ends, which is just whe
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from machine import peak_mib
 from rivals import own_output
 
 
@@ -57,8 +57,7 @@ def main(folder: str) -> int:
                     pad_token_id=pad,
                 )
         seconds = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-        say({"seconds": seconds, "peak_mib": peak})
+        say({"seconds": seconds, "peak_mib": peak_mib()})
     return 0
 
 

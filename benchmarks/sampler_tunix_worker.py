@@ -17,12 +17,12 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
-import resource
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from machine import peak_mib
 from rivals import own_output
 from tunix_worker import load_model
 
@@ -102,8 +102,7 @@ def main(folder: str) -> int:
                 )
             jax.block_until_ready(out.padded_prompt_tokens)
         seconds = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-        say({"seconds": seconds, "peak_mib": peak})
+        say({"seconds": seconds, "peak_mib": peak_mib()})
     return 0
 
 
