@@ -255,12 +255,22 @@ def test_a_stop_string_is_complete_after_the_shortest_text_that_holds_it():
 
 def test_few_programs_few_calls_and_full_rows(params):
     """40 samples of uneven length in 4 rows: rows are refilled while others wait."""
-    sampler = build(params)
+    traced = []
+
+    def apply(params, token_BT, *arrays):
+        traced.append(token_BT.shape)
+        return MODEL.apply(params, token_BT, *arrays)
+
+    sampler = PagedSampler(MODEL._replace(apply=apply), HEAD, LIMITS, toy_mesh(), seed=3)
+    sampler.start(params)
     requests = [Request(PROMPTS[d % 3], (TRAIN, d, 0, g)) for d in range(5) for g in range(8)]
-    for _ in range(2):
-        tokens = sum(len(c.tokens_T) for c in sampler.sample(requests))
-    assert sampler.decode._cache_size() == 1
-    assert sampler.prefill._cache_size() <= len(LIMITS.buckets)
+    first = list(sampler.sample(requests))
+    shapes = list(traced)
+    decode, prefill = (LIMITS.slots, 1), {(LIMITS.prompts, size) for size in LIMITS.buckets}
+    assert decode in shapes and set(shapes) <= {decode, *prefill}
+    tokens = sum(len(c.tokens_T) for c in sampler.sample(requests))
+    assert traced == shapes, "the second time compiled something"
+    assert tokens == sum(len(c.tokens_T) for c in first)
     stats = sampler.stats
     assert stats.live == tokens and stats.calls < tokens / 4
     assert stats.busy_live >= 0.95 * stats.busy_steps * LIMITS.slots

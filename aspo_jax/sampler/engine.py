@@ -119,7 +119,8 @@ class PagedSampler:
 
     ``publish`` makes of the params given to `start` those that the model here computes with.
     ``stops(tokens) -> length or None``: how many of the tokens complete a stop string, if any do.
-    ``prefill`` and ``decode`` are the jitted programs; ``stats`` is of the latest `sample`.
+    ``prefill`` and ``decode`` are the jitted programs, ``rows`` the shardings of what they are given
+    per row; ``stats`` is of the latest `sample`.
     """
 
     def __init__(
@@ -146,7 +147,7 @@ class PagedSampler:
         self._cache = cache = shardings(mesh, cache_specs(jax.eval_shape(empty)))
         weights = shardings(mesh, model.partition_specs())
         rows, pages = batch_sharding(mesh), batch_sharding(mesh, leading=1)
-        self._rows = Rows(rows, rows, rows, rows, rows, rows, table_JN=pages)
+        self.rows = Rows(rows, rows, rows, rows, rows, rows, table_JN=pages)
         self.empty = jax.jit(empty, out_shardings=cache)
         self.prefill: Any = jax.jit(
             device.prefill,
@@ -157,7 +158,7 @@ class PagedSampler:
         self.decode: Any = jax.jit(
             device.decode,
             donate_argnums=1,
-            in_shardings=(weights, cache, self._rows, None, None),
+            in_shardings=(weights, cache, self.rows, None, None),
             out_shardings=(cache, None),
         )
 
@@ -169,14 +170,14 @@ class PagedSampler:
         kinds = {"is_live_N": "bool", "identity_N4": "uint32"}
         of_rows = {
             name: shape(sizes.get(name, (N,)), kinds.get(name, "int32"), sharding=sharding)
-            for name, sharding in vars(self._rows).items()
+            for name, sharding in vars(self.rows).items()
         }
         cache = jax.tree.map(
             lambda x, sharding: shape(x.shape, x.dtype, sharding=sharding),
             *(jax.eval_shape(self.empty), self._cache),
         )
         prompts = [
-            shape(size, "int32", sharding=self._rows.token_N)
+            shape(size, "int32", sharding=self.rows.token_N)
             for size in ((A, T), (A,), (A, limits.pages(T)))
         ]
         number = shape((), "int32")
@@ -269,9 +270,9 @@ class _Session:
             token_AT[row, : len(read)] = read
             length_A[row] = len(read)
             page_AJ[row, : len(group.pages)] = group.pages
-        self.cache = self.sampler.prefill(
-            self.sampler.params, self.cache, token_AT, length_A, page_AJ
-        )
+        # One of several processes has to say where its arrays go.
+        prompts = jax.device_put((token_AT, length_A, page_AJ), self.sampler.rows.token_N)
+        self.cache = self.sampler.prefill(self.sampler.params, self.cache, *prompts)
         self.stats.prefills += 1
         self.stats.prefilled += int(length_A.sum())
 
@@ -290,8 +291,9 @@ class _Session:
         # One row alone is not worth the way to the host and back, all of them would be a waste.
         enough = max(len(seats) - max(limits.slots // 16, 1), 0) if is_busy else 0
         before = {row: seat.drawn for row, seat in seats.items()}
+        rows = jax.device_put(self._rows(seats), self.sampler.rows)
         self.cache, drawn = self.sampler.decode(
-            *(self.sampler.params, self.cache, self._rows(seats)),
+            *(self.sampler.params, self.cache, rows),
             *(np.int32(limits.block), np.int32(enough)),
         )
         yield from self._hand_out(seats, jax.device_get(drawn))

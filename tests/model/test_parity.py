@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy import bits
+from toy import bits, toy_mesh
 
+from aspo_jax.head import Head
 from aspo_jax.model import (
     Model,
     ModelConfig,
@@ -22,6 +23,7 @@ from aspo_jax.model import (
     read_model_config,
     save_model,
 )
+from aspo_jax.sampler import GREEDY, Limits, PagedSampler, Request
 
 torch: Any = pytest.importorskip("torch")
 transformers: Any = pytest.importorskip("transformers")
@@ -170,32 +172,19 @@ def test_logits_of_plain_padded_packed_and_far_rows(pair):
             assert error <= 1e-4 * np.abs(expected).max(), (b, segment, error)
 
 
-def greedy(model: Model, params: Any, rows: Any, count: int) -> np.ndarray:
-    """The likeliest token, ``count`` times, with the cache: [B, count]."""
-
-    @jax.jit
-    def run(params, token_BT, position_BT, segment_BT):
-        B, T = token_BT.shape
-        unembedding_VD = model.unembedding(params)
-        hidden, cache = model.apply(
-            params, token_BT, position_BT, segment_BT, model.empty_cache(B, T + count)
-        )
-
-        def step(carry, _):
-            hidden_BD, position_B, cache = carry
-            token_B = jnp.argmax(hidden_BD @ unembedding_VD.T, axis=-1)
-            ones = jnp.ones((B, 1), segment_BT.dtype)
-            hidden, cache = model.apply(params, token_B[:, None], position_B[:, None], ones, cache)
-            return (hidden[:, 0], position_B + 1, cache), token_B
-
-        start = (hidden[:, -1], position_BT[:, -1] + 1, cache)
-        return jax.lax.scan(step, start, None, length=count)[1].T
-
-    return np.asarray(run(params, *rows))
+def greedy(pair: Pair, prompts: list[np.ndarray], count: int) -> np.ndarray:
+    """The likeliest token, ``count`` times, by the sampler with its pages: [B, count]."""
+    limits = Limits(8, count, slots=2, stop_ids=(), prompts=2, page=16)
+    head = Head(1.0, np.ones(pair.model.config.vocab_size, bool))
+    sampler = PagedSampler(pair.model, head, limits, toy_mesh(), seed=0, choice=GREEDY)
+    sampler.start(pair.params)
+    requests = [Request(prompt.tolist(), (0, n, 0, 0)) for n, prompt in enumerate(prompts)]
+    drawn = sorted(sampler.sample(requests), key=lambda completion: completion.request)
+    return np.stack([completion.tokens_T for completion in drawn])
 
 
 def test_greedy_continuations_of_prompts_padded_on_the_left(pair):
-    rows = token_BT, _, segment_BT = rows_of(pair.model.config, [[8], [5]], 8, [0, 0])
+    token_BT, _, segment_BT = rows_of(pair.model.config, [[8], [5]], 8, [0, 0])
     with torch.no_grad():
         expected = pair.theirs.generate(
             input_ids=torch.tensor(token_BT),
@@ -205,7 +194,8 @@ def test_greedy_continuations_of_prompts_padded_on_the_left(pair):
             pad_token_id=0,
         ).numpy()[:, 8:]
     assert expected.shape == (2, 64)
-    np.testing.assert_array_equal(greedy(pair.model, pair.params, rows, 64), expected)
+    prompts = [row[mask > 0] for row, mask in zip(token_BT, segment_BT, strict=True)]
+    np.testing.assert_array_equal(greedy(pair, prompts, 64), expected)
 
 
 @pytest.mark.parametrize("keeps_source", [True, False], ids=["their config", "our config"])
