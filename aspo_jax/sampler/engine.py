@@ -119,8 +119,8 @@ class PagedSampler:
 
     ``publish`` makes of the params given to `start` those that the model here computes with.
     ``stops(tokens) -> length or None``: how many of the tokens complete a stop string, if any do.
-    ``prefill`` and ``decode`` are the jitted programs, ``rows`` the shardings of what they are given
-    per row; ``stats`` is of the latest `sample`.
+    ``prefill`` and ``decode`` are the jitted programs, ``rows`` the shardings of what each row
+    gives them; ``stats`` is of the latest `sample`.
     """
 
     def __init__(
