@@ -44,7 +44,8 @@ from aspo_jax.rollout import BatchShape, Example, fill
 from aspo_jax.runtime import make_mesh
 from aspo_jax.structs import Mean, Minibatch
 
-SEED, PROMPT, ROW, ROWS = 0, 64, 512, 2
+SEED, PROMPT, ROW = 0, 64, 512
+ROWS, TRL_ROWS = 1, 4  # of a micro-batch
 PAD, EOS = 0, 1
 CLIP = 0.2
 OPTIMIZER = {
@@ -228,7 +229,7 @@ def write_task(folder: Path, params: Any, arrays: dict[str, tuple[Sequences, np.
         "layouts": {"padded": {"tunix_budget": None}, "ragged": {"tunix_budget": ROW}},
         "optimizer": OPTIMIZER,
         "clip": CLIP,
-        "rows": ROWS,
+        "rows": TRL_ROWS,
         "pad": PAD,
         "eos": EOS,
     }
@@ -293,7 +294,7 @@ def main() -> int:
         for name, s in sequences.items():
             for who, rival in present.items():
                 print(f"- {compare(name, ours[name].first, rival.ask(name, 1), who)}", flush=True)
-            bound = Bound(ROWS * ROW)
+            bound = Bound(2 * ROW)
             contenders: dict[str, Callable[[], float]] = {"ours": ours[name].seconds}
             contenders |= {
                 who: lambda rival=rival, name=name: rival.ask(name, 1)["seconds"][0]
