@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +42,7 @@ from aspo_jax.model import (
     shardings,
 )
 from aspo_jax.rollout import BatchShape, fill
-from aspo_jax.sampler import PagedSampler
+from aspo_jax.sampler import PagedSampler, cast_matrices
 from aspo_jax.structs import Minibatch, OldPolicy
 
 UPDATE, SCORE, PREFILL, DECODE = "update", "old and reference log-probs", "prefill", "decode"
@@ -200,11 +201,9 @@ def _sampling(
 
 
 def published(params: Any, dtype: Any) -> Any:
-    """Shapes of the weights that the sampler holds: matrices in ``dtype``, norms in float32."""
-
-    def of(path: Any, x: Any) -> jax.ShapeDtypeStruct:
-        is_norm = "norm" in jax.tree_util.keystr(path)
-        kind = x.dtype if is_norm else jnp.dtype(dtype)
-        return jax.ShapeDtypeStruct(x.shape, kind, sharding=x.sharding)
-
-    return jax.tree_util.tree_map_with_path(of, params)
+    """Shapes of the weights that the sampler holds."""
+    return jax.tree.map(
+        lambda x, cast: jax.ShapeDtypeStruct(x.shape, cast.dtype, sharding=x.sharding),
+        params,
+        jax.eval_shape(partial(cast_matrices, dtype=dtype), params),
+    )

@@ -42,24 +42,16 @@ import numpy as np
 from machine import header, peak_mib, table
 from main_job import matmul_peak
 from rivals import Rival
+from train_step import SHAPE
 
 from aspo_jax import runtime
 from aspo_jax.head import Head
 from aspo_jax.learner import forward
-from aspo_jax.model import Model, ModelConfig, build_model, save_model
+from aspo_jax.model import Model, build_model, save_model
 from aspo_jax.model.flops import attention_flops, causal_pairs, head_flops, layer_weights
 from aspo_jax.rollout import BatchShape, Example, fill
 from aspo_jax.sampler import TRAIN, Completion, Limits, PagedSampler, Request, make_publish
 
-SHAPE = ModelConfig(
-    vocab_size=8192,
-    hidden_size=512,
-    intermediate_size=1408,
-    layers=8,
-    heads=8,
-    kv_heads=2,
-    head_dim=64,
-)
 PAD, STOP = 0, 1
 ROWS, PROMPT, CAP, GROUP = 32, 64, 256, 16
 LIMITS = Limits(PROMPT, CAP, ROWS, (STOP,), prompts=ROWS // GROUP)

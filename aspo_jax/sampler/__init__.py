@@ -19,6 +19,7 @@ from aspo_jax.sampler.device import Rows as Rows
 from aspo_jax.sampler.engine import Limits as Limits
 from aspo_jax.sampler.engine import PagedSampler as PagedSampler
 from aspo_jax.sampler.engine import Stats as Stats
+from aspo_jax.sampler.publish import cast_matrices as cast_matrices
 from aspo_jax.sampler.publish import make_publish as make_publish
 from aspo_jax.sampler.seam import EVALUATE as EVALUATE
 from aspo_jax.sampler.seam import LENGTH as LENGTH
@@ -47,6 +48,7 @@ __all__ = [
     "Rows",
     "Sampler",
     "Stats",
+    "cast_matrices",
     "identity_keys",
     "make_publish",
     "truncate",

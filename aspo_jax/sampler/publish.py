@@ -25,11 +25,7 @@ def make_publish(model: Model, mesh: Mesh, local: Mesh, dtype: Any) -> Callable[
     whole = shardings(mesh, jax.tree.map(_unsharded, specs, is_leaf=_is_spec))
     at_home = shardings(local, specs)
 
-    def cast(path, x):
-        is_matrix = "norm" not in jax.tree_util.keystr(path)
-        return x.astype(dtype) if is_matrix else x
-
-    gather = jax.jit(partial(jax.tree_util.tree_map_with_path, cast), out_shardings=whole)
+    gather = jax.jit(partial(cast_matrices, dtype=dtype), out_shardings=whole)
 
     def publish(params: Any) -> Any:
         if jax.process_count() == 1 and mesh == local and jnp.dtype(dtype) == jnp.float32:
@@ -37,6 +33,15 @@ def make_publish(model: Model, mesh: Mesh, local: Mesh, dtype: Any) -> Callable[
         return jax.tree.map(_on_own_devices, gather(params), at_home)
 
     return publish
+
+
+def cast_matrices(params: Any, dtype: Any) -> Any:
+    """The params with their matrices and biases in ``dtype``, scales of norms as they are."""
+
+    def cast(path, x):
+        return x if "norm" in jax.tree_util.keystr(path) else x.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def _is_spec(x: Any) -> bool:
