@@ -200,11 +200,18 @@ def new_shape(config: Config, vocab_size: int) -> ModelConfig:
 
 
 def build_network(
-    config: Config, shape: ModelConfig, mesh: Mesh, row_tokens: int, platform: str | None = None
+    config: Config,
+    shape: ModelConfig,
+    mesh: Mesh,
+    row_tokens: int,
+    platform: str | None = None,
+    *,
+    is_stacked: bool = True,
 ) -> Model:
     """The network of a shape, with the attention that the mesh's devices do best.
 
     platform: of those devices; needed where the mesh is abstract or its devices name it otherwise.
+    is_stacked: see `build_model`.
 
     Raises:
         MeshError: an axis of the network does not split over the mesh.
@@ -221,7 +228,14 @@ def build_network(
         mesh=mesh,
         name=config.model.attention,
     )
-    return build_model(shape, dtype=dtype, remat=config.model.remat, attention=attention, mesh=mesh)
+    return build_model(
+        shape,
+        dtype=dtype,
+        remat=config.model.remat,
+        attention=attention,
+        mesh=mesh,
+        is_stacked=is_stacked,
+    )
 
 
 def _check_splits(shape: ModelConfig, mesh: Mesh) -> None:
@@ -397,7 +411,13 @@ def build_sampler(
     )
 
 
-def build_limits(config: Config, local: Mesh, processes: int, stop_ids: tuple[int, ...]) -> Limits:
+def build_limits(
+    config: Config,
+    local: Mesh,
+    processes: int,
+    stop_ids: tuple[int, ...],
+    platform: str | None = None,
+) -> Limits:
     """Shapes of one process's sampler; it reads as many prompts at once as fill its rows.
 
     Raises:
@@ -415,6 +435,7 @@ def build_limits(config: Config, local: Mesh, processes: int, stop_ids: tuple[in
         page=min(s.page, s.max_response_tokens),
         cache_tokens=s.cache_tokens and s.cache_tokens // processes,
         cache_type=s.cache_type,
+        read=64 if _is_cpu(local, platform) else 512,
     )
     try:
         limits.pool_pages(parts)
@@ -445,8 +466,13 @@ def build_sampling_network(
         train=dataclasses.replace(train, pack=True),
         model=dataclasses.replace(model, attention="auto"),
     )
-    longest = build_limits(config, local, 1, ()).buckets[-1]
-    return build_network(sampling, shape, local, longest, platform)
+    longest = build_limits(config, local, 1, (), platform).buckets[-1]
+    is_stacked = not _is_cpu(local, platform)
+    return build_network(sampling, shape, local, longest, platform, is_stacked=is_stacked)
+
+
+def _is_cpu(mesh: Mesh, platform: str | None) -> bool:
+    return (platform or mesh.devices.flat[0].platform) == "cpu"
 
 
 def build_evaluate(

@@ -188,7 +188,7 @@ def _sampling(
     sampler = PagedSampler(
         model,
         _head(config, shape, local),
-        build_limits(config, local, hosts, stop_ids=(0,)),
+        build_limits(config, local, hosts, (0,), platform),
         local,
         seed=config.run.seed,
     )

@@ -54,7 +54,9 @@ from aspo_jax.sampler import TRAIN, Completion, Limits, PagedSampler, Request, m
 
 PAD, STOP = 0, 1
 ROWS, PROMPT, CAP, GROUP = 32, 64, 256, 16
+# A run's sampler reads as many prompts at once as fill its rows, in groups or alone.
 LIMITS = Limits(PROMPT, CAP, ROWS, (STOP,), prompts=ROWS // GROUP)
+ALONE = LIMITS._replace(prompts=ROWS)
 
 Schedule = list[tuple[list[int], int]]  # prompt, length of the answer
 Seconds = Callable[[Schedule], float]
@@ -95,10 +97,11 @@ class Ours:
     def __init__(self, params: Any, limits: Limits = LIMITS, dtype: str = "float32"):
         mesh = runtime.make_mesh(data=1)
         self.model: Model = build_model(SHAPE, dtype=jnp.dtype(dtype), mesh=mesh)
+        layered = build_model(SHAPE, dtype=jnp.dtype(dtype), mesh=mesh, is_stacked=False)
         is_allowed_V = np.arange(SHAPE.vocab_size) > STOP
         self.head = Head(1.0, is_allowed_V, mesh=mesh)
-        publish = make_publish(self.model, mesh, mesh, dtype)
-        self.sampler = PagedSampler(self.model, self.head, limits, mesh, seed=0, publish=publish)
+        publish = make_publish(layered, mesh, mesh, dtype)
+        self.sampler = PagedSampler(layered, self.head, limits, mesh, seed=0, publish=publish)
         self.sampler.start(params)
 
     def draw(self, schedule: Schedule) -> list[Completion]:
@@ -231,7 +234,7 @@ def sharing_table(params: Any, schedule: Schedule, rounds: int) -> str:
     rng = np.random.default_rng(1)
     apart = [([*tokens[:-2], int(rng.integers(2, 99)), 5], 1) for tokens, _ in schedule]
     apart = [([n % 97 + 2, *tokens[1:]], 1) for n, (tokens, _) in enumerate(apart)]
-    shared, alone = Ours(params), Ours(params, LIMITS._replace(prompts=ROWS))
+    shared, alone = Ours(params), Ours(params, ALONE)
     seconds: dict[str, list[float]] = {"once per group": [], "once per sample": []}
     for _ in range(rounds + 1):
         for name, who, what in zip(seconds, (shared, alone), (schedule, apart), strict=True):
@@ -348,7 +351,12 @@ def main() -> int:
     print(header("Sampler", command, ("jax", "jaxlib", "numpy")), flush=True)
     params = build_model(SHAPE).init(jax.random.key(0))
     workloads = schedules()
-    ours = Ours(params)
+    ours, alone = Ours(params), Ours(params, ALONE)
+
+    def own_seconds(schedule: Schedule) -> float:
+        is_shared = len({tuple(tokens) for tokens, _ in schedule}) < len(schedule)
+        return (ours if is_shared else alone).seconds(schedule)
+
     machine = measure_machine()
     pythons = {
         "tunix, vanilla sampler": (a.tunix_python, "sampler_tunix_worker.py"),
@@ -358,7 +366,7 @@ def main() -> int:
         for name, rival in found.items():
             print(f"{name}: {rival.versions or 'left out, ' + str(rival.missing)}\n", flush=True)
         present = {name: rival for name, rival in found.items() if rival.versions}
-        systems = {"aspo_jax": ours.seconds} | {n: timer(r) for n, r in present.items()}
+        systems = {"aspo_jax": own_seconds} | {n: timer(r) for n, r in present.items()}
         first, taken = race(systems, workloads, a.rounds)
         peaks = {n: r.ask(workloads["prompts"])["peak_mib"] for n, r in present.items()}
     peaks["aspo_jax"] = peak_mib()

@@ -8,11 +8,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy import BOS, EOS, HEAD, IS_ALLOWED_V, PAD, VOCAB, on, random_params, toy_mesh, toy_model
+from toy import (
+    BOS,
+    CONFIG,
+    EOS,
+    HEAD,
+    IS_ALLOWED_V,
+    PAD,
+    VOCAB,
+    on,
+    random_params,
+    toy_mesh,
+    toy_model,
+)
 
 from aspo_jax.build import stop_length
 from aspo_jax.head import logits
 from aspo_jax.learner import forward
+from aspo_jax.model import build_model
 from aspo_jax.rollout import BatchShape, Codec, Example, fill
 from aspo_jax.sampler import (
     EVALUATE,
@@ -26,6 +39,7 @@ from aspo_jax.sampler import (
     Limits,
     PagedSampler,
     Request,
+    make_publish,
     truncate,
 )
 
@@ -283,6 +297,32 @@ def test_a_prompt_is_read_once_for_its_whole_group(sampler):
     assert sampler.stats.prefilled == len(PROMPTS[2]) - 1  # 31 others read the same pages
     list(sampler.sample(requests[:1]))
     assert sampler.stats.prefilled == len(PROMPTS[2]) - 1
+
+
+def test_published_layers_and_pages_at_once_change_no_token(params, completions):
+    """As a CPU wants the weights, layer by layer; as an accelerator wants the cache, in lots."""
+    apart = build_model(CONFIG, is_stacked=False)
+    publish = make_publish(apart, toy_mesh(), toy_mesh(), "float32")
+    one_by_one = PagedSampler(apart, HEAD, LIMITS, toy_mesh(), seed=3, publish=publish)
+    one_by_one.start(params)
+    assert len(one_by_one.params["layers"]) == CONFIG.layers
+    for other in (one_by_one, build(params, LIMITS._replace(read=4 * LIMITS.page))):
+        assert_same(by_identity(other), completions, 1e-5)
+
+
+def test_rows_of_like_length_sit_together(params):
+    """A class of rows reads as far as its longest: the order of the rows is that of the lengths."""
+    sampler, orders = build(params, LIMITS._replace(block=3)), []
+    real = sampler.decode
+
+    def decode(params, cache, rows, *numbers):
+        orders.append(np.asarray(-(-rows.prompt_N // LIMITS.page) + rows.drawn_N // LIMITS.page))
+        return real(params, cache, rows, *numbers)
+
+    sampler.decode = decode
+    list(sampler.sample(REQUESTS))
+    assert any(pages_N[0] != pages_N[-1] for pages_N in orders)
+    assert all((np.diff(pages_N) <= 0).all() for pages_N in orders)
 
 
 @pytest.mark.parametrize("slots", [4, 3])

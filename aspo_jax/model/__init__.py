@@ -16,6 +16,7 @@ from aspo_jax.model.qwen import Model as Model
 from aspo_jax.model.qwen import ModelConfig as ModelConfig
 from aspo_jax.model.qwen import Yarn as Yarn
 from aspo_jax.model.qwen import build_model as build_model
+from aspo_jax.model.qwen import unstack as unstack
 from aspo_jax.model.sharding import RULES as RULES
 from aspo_jax.model.sharding import batch_sharding as batch_sharding
 from aspo_jax.model.sharding import partition_spec as partition_spec
@@ -42,4 +43,5 @@ __all__ = [
     "read_model_config",
     "save_model",
     "shardings",
+    "unstack",
 ]

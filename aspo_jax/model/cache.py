@@ -4,9 +4,9 @@ A page holds S successive positions of one sequence, in every layer. A sequence 
 its prompt, which all samples of the prompt share, and then pages of its own; the prompt's last
 token opens the first of these. Page 0 belongs to no one: what must go nowhere goes there.
 
-Pages are read one after the other with a running softmax (as in arXiv 2307.08691; pages of a pool:
-arXiv 2309.06180), so pages that hold nothing for a row add exactly nothing to it: its numbers do
-not depend on how long its neighbours are.
+Pages are read some at once, one lot after the other, with a running softmax (as in arXiv
+2307.08691; pages of a pool: arXiv 2309.06180), so pages that hold nothing for a row add exactly
+nothing to it: its numbers do not depend on how long its neighbours are.
 """
 
 from __future__ import annotations
@@ -106,14 +106,18 @@ class Decode:
     table_JN: pages of each row, those of its prompt first; 0 where it has none.
     prompt_N: positions in the prompt's pages. own_N: positions in the row's own pages before this
         token, which becomes number own_N of them.
-    pages: how many pages of the table are read, enough for every row that matters, [].
+    lots_c: how many lots of pages are read, enough for every row that matters: for each of c equal
+        classes of rows, those of each part of the devices in their order. A row pays for the
+        longest of its class, so it pays to have rows of like length beside each other.
+    lot: pages of a row that are read at once.
     """
 
     cache: Cache
     table_JN: Array
     prompt_N: Array
     own_N: Array
-    pages: Array
+    lots_c: Array
+    lot: int = dataclasses.field(default=1, metadata={"static": True})
 
     def attend(self, y: Array, q_N1HC, k_N1KC, v_N1KC, fresh: Callable) -> tuple[Decode, Array]:
         """Layer y: put the new token's key and value into its page; attend to all of the row's."""
@@ -133,57 +137,87 @@ class Decode:
         new = (x.reshape(E, -1, *x.shape[2:]).swapaxes(1, 2) for x in (k_N1KC, v_N1KC))
         cache = _stored(self.cache, tuple(new), put)
 
-        def is_filled_NS(j: Array) -> Array:
-            """Which slots of each row's page number j hold a token."""
-            held_N = jnp.where(
-                j < of_prompt_N,
-                self.prompt_N - j * S,
-                self.own_N + 1 - (j - of_prompt_N) * S,
-            )
-            return jnp.arange(S) < held_N[:, None]
+        out_N1HC = self._over_lots(cache, y, q_N1HC)
+        return dataclasses.replace(self, cache=cache), out_N1HC
 
-        out = _over_pages(cache, y, q_N1HC, self.table_JN, self.pages, is_filled_NS)
-        return dataclasses.replace(self, cache=cache), out
+    def _over_lots(self, cache: Cache, y: Array, q_N1HC: Array) -> Array:
+        """Attention of each row to its pages, class after class."""
+        N, _, H, C = q_N1HC.shape
+        E, K, _, _, S = cache.key_EKYXSC.shape[:5]
+        classes, J = self.lots_c.shape[0], self.table_JN.shape[0]
+        of_prompt_N = -(-self.prompt_N // S)
+
+        def by_class(x_N: Array) -> Array:
+            return x_N.reshape(E, classes, N // E // classes, *x_N.shape[1:]).swapaxes(0, 1)
+
+        table_NJ = jnp.pad(self.table_JN.T, ((0, 0), (0, -J % self.lot)))
+        numbers = jnp.arange(table_NJ.shape[1])
+        held_NJ = jnp.where(
+            numbers < of_prompt_N[:, None],
+            self.prompt_N[:, None] - numbers * S,
+            self.own_N[:, None] + 1 - (numbers - of_prompt_N[:, None]) * S,
+        )
+        q_cEnKgC = by_class((q_N1HC * C**-0.5).reshape(N, K, H // K, C))
+        out_cEnKgC = jax.lax.map(
+            lambda xs: _over_pages(cache, y, *xs, self.lot),
+            (q_cEnKgC, by_class(table_NJ), by_class(held_NJ), self.lots_c),
+        )
+        return out_cEnKgC.swapaxes(0, 1).reshape(N, 1, H, C)
 
 
 def _over_pages(
-    cache: Cache, y: Array, q_N1HC: Array, table_JN: Array, pages: Array, is_filled_NS: Callable
+    cache: Cache,
+    y: Array,
+    q_EnKgC: Array,
+    table_EnJ: Array,
+    held_EnJ: Array,
+    lots: Array,
+    lot: int,
 ) -> Array:
-    """Attention of one query per row to the pages of its row, page after page."""
-    N, _, H, C = q_N1HC.shape
-    E, K = cache.key_EKYXSC.shape[:2]
-    dtype = q_N1HC.dtype
-    q_EKngC = (q_N1HC * C**-0.5).reshape(E, N // E, K, H // K, C).swapaxes(1, 2)
-    table_JEn = table_JN.reshape(-1, E, N // E)
+    """Attention of one query per row to the first ``lots`` x ``lot`` pages of its row.
 
-    def page_of(pool_EKYX: Array, scale_EKYX: Array | None, j: Array) -> Array:
+    held_EnJ: how many slots of each page hold a token, from the first one on.
+    """
+    E, n, K, g, C = q_EnKgC.shape
+    S, dtype = cache.key_EKYXSC.shape[4], q_EnKgC.dtype
+    q_EKngC = q_EnKgC.swapaxes(1, 2)
+
+    def some(x_EnJ: Array, i: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(x_EnJ, i * lot, lot, axis=2)
+
+    def pages_of(pool_EKYX: Array, scale_EKYX: Array | None, i: Array) -> Array:
         def take(x_EKYX: Array) -> Array:
-            return _each(lambda x_YX, page_n: x_YX[y, page_n], x_EKYX, numbers=(table_JEn[j],))
+            x_EKy = x_EKYX.reshape(E, K, -1, *x_EKYX.shape[4:])
+            return jax.vmap(lambda x_Ky, page_nj: x_Ky[:, page_nj])(
+                x_EKy, y * cache.key_EKYXSC.shape[3] + some(table_EnJ, i)
+            )
 
-        if scale_EKYX is None:
-            return take(pool_EKYX)
-        return (take(pool_EKYX) * take(scale_EKYX)[..., None]).astype(dtype)
+        pages = take(pool_EKYX)
+        if scale_EKYX is not None:
+            pages = (pages * take(scale_EKYX)[..., None]).astype(dtype)
+        return pages.reshape(E, K, n, lot * S, C)
 
-    def add(j, carry):
+    def add(i, carry):
         top, mass, total = carry
-        k_EKnSC, v_EKnSC = (page_of(*pool, j) for pool in cache.keys_values())
+        k_EKnsC, v_EKnsC = (pages_of(*pool, i) for pool in cache.keys_values())
         score = jnp.einsum(
-            "ekngc,eknsc->ekngs", q_EKngC, k_EKnSC, preferred_element_type=jnp.float32
+            "ekngc,eknsc->ekngs", q_EKngC, k_EKnsC, preferred_element_type=jnp.float32
         )
-        score = jnp.where(is_filled_NS(j).reshape(E, 1, N // E, 1, -1), score, MASKED)
+        is_filled_EnjS = jnp.arange(S) < some(held_EnJ, i)[..., None]
+        score = jnp.where(is_filled_EnjS.reshape(E, 1, n, 1, lot * S), score, MASKED)
         new_top = jnp.maximum(top, jnp.max(score, axis=-1))
         p, shrink = jnp.exp(score - new_top[..., None]), jnp.exp(top - new_top)
         part = jnp.einsum(
-            "ekngs,eknsc->ekngc", p.astype(dtype), v_EKnSC, preferred_element_type=jnp.float32
+            "ekngs,eknsc->ekngc", p.astype(dtype), v_EKnsC, preferred_element_type=jnp.float32
         )
         mass = mass * shrink + jnp.sum(p, axis=-1)
         return new_top, mass, total * shrink[..., None] + part
 
-    rows = q_EKngC.shape[:-1]
-    nothing = (jnp.full(rows, MASKED), jnp.zeros(rows), jnp.zeros(q_EKngC.shape, jnp.float32))
-    _, mass, total = jax.lax.fori_loop(0, pages, add, nothing)
-    out_EnKgC = (total / mass[..., None]).astype(dtype).swapaxes(1, 2)
-    return out_EnKgC.reshape(N, 1, H, C)
+    rows = (E, K, n, g)
+    nothing = (jnp.full(rows, MASKED), jnp.zeros(rows), jnp.zeros((*rows, C), jnp.float32))
+    _, mass, total = jax.lax.fori_loop(0, lots, add, nothing)
+    # The mass is 1 at least, but for a row that no one waits for and that has read nothing.
+    return (total / jnp.maximum(mass, 1.0)[..., None]).astype(dtype).swapaxes(1, 2)
 
 
 def _each(of_head: Callable, pool_EKYX: Array, *arrays: Array, numbers: tuple[Array, ...]) -> Array:

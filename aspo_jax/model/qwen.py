@@ -1,6 +1,7 @@
 """Qwen2 and Qwen3 (dense): one declared block, a scanned stack, a cache that goes in and comes out.
 
-Parameters are a plain nested dict; every array of ``params["layers"]`` has a leading layer axis Y.
+Parameters are a plain nested dict; every array of ``params["layers"]`` has a leading layer axis Y,
+or, for a sampler on a CPU, ``params["layers"]`` is a list of layers (`unstack`).
 """
 
 from __future__ import annotations
@@ -90,6 +91,7 @@ class Model(NamedTuple):
         Cache.
     unembedding: params -> weight_VD of the vocabulary projection (the embedding where tied).
     partition_specs: () -> tree of PartitionSpecs shaped as the params.
+    is_stacked: whether the layers of its params are stacked.
     """
 
     config: ModelConfig
@@ -99,6 +101,7 @@ class Model(NamedTuple):
     empty_cache: Callable[..., Cache]
     unembedding: Callable[[Any], Array]
     partition_specs: Callable[[], Any]
+    is_stacked: bool
 
 
 def rotary_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
@@ -211,7 +214,16 @@ class Block(nn.Module):
         return hidden_BTD + down(nn.silu(gate_BTF) * up_BTF)
 
 
-def _declared(config: ModelConfig, dtype: Any) -> tuple[Callable[[Array], Any], Any]:
+def unstack(params: Any) -> Any:
+    """Params whose layers are a list in place of arrays with a leading layer axis."""
+    stack = params["layers"]
+    layers = range(jax.tree.leaves(stack)[0].shape[0])
+    return params | {"layers": [jax.tree.map(lambda x: x[y], stack) for y in layers]}  # noqa: B023
+
+
+def _declared(
+    config: ModelConfig, dtype: Any, is_stacked: bool
+) -> tuple[Callable[[Array], Any], Any]:
     """Initialiser of all parameters and their logical axes, from one declaration of the block."""
     block = Block(config, dtype)
     hidden = jnp.zeros((1, 1, config.hidden_size), dtype)
@@ -233,18 +245,29 @@ def _declared(config: ModelConfig, dtype: Any) -> tuple[Callable[[Array], Any], 
         }
         if not config.tie_embeddings:
             params["head"] = table_init(head_key, table_shape)
-        return params
+        return params if is_stacked else unstack(params)
 
     boxed = jax.eval_shape(init_block, jax.random.key(0))
     layer_axes = jax.tree.map(
-        lambda spec: ("layers", *spec),
+        lambda spec: ("layers", *spec) if is_stacked else tuple(spec),
         nn.get_partition_spec(boxed),
         is_leaf=lambda x: isinstance(x, PartitionSpec),
     )
-    axes = {"embed": ("vocab", "embed"), "layers": layer_axes, "norm": ("norm",)}
+    layers = layer_axes if is_stacked else [layer_axes] * config.layers
+    axes = {"embed": ("vocab", "embed"), "layers": layers, "norm": ("norm",)}
     if not config.tie_embeddings:
         axes["head"] = ("vocab", "embed")
     return init, axes
+
+
+def _through(layer: Callable, carry: Any, layers: Any, unroll: int) -> Any:
+    """What ``layer(carry, (params, number)) -> carry, None`` makes of it, layer after layer."""
+    if isinstance(layers, list):
+        for xs in zip(layers, range(len(layers)), strict=True):
+            carry, _ = layer(carry, xs)
+        return carry
+    count = jax.tree.leaves(layers)[0].shape[0]
+    return jax.lax.scan(layer, carry, (layers, jnp.arange(count)), unroll=unroll)[0]
 
 
 def build_model(
@@ -254,6 +277,7 @@ def build_model(
     remat: str = "dots",
     attention: Attention = DENSE,
     mesh: Mesh | None = None,
+    is_stacked: bool = True,
 ) -> Model:
     """Make the network's functions; parameters stay float32, activations run in ``dtype``.
 
@@ -264,8 +288,11 @@ def build_model(
         an iteration is exactly 1.
     attention: the program for attention among new tokens.
     mesh: keep activations split by rows over its data axes; None: one device.
+    is_stacked: scan over stacked layers; False: params are those of `unstack` and layers run one by
+        one. A CPU copies a layer out of the stack before it multiplies with it, which is a third of
+        the time of a step with few rows.
     """
-    init, axes = _declared(config, dtype)
+    init, axes = _declared(config, dtype, is_stacked)
     block = Block(config, dtype)
     norm = RMSNorm(config.rms_norm_eps)
 
@@ -301,11 +328,11 @@ def build_model(
             hidden_BTD = block.apply({"params": layer_params}, hidden_BTD, rotary, attend)
             return (by_rows(hidden_BTD), cache), None
 
-        (hidden_BTD, cache), _ = jax.lax.scan(
+        hidden_BTD, cache = _through(
             jax.checkpoint(layer, policy=REMAT[remat]),
             (hidden_BTD, cache),
-            (params["layers"], jnp.arange(config.layers)),
-            unroll=unroll,
+            params["layers"],
+            unroll,
         )
         return jax.checkpoint(final_norm)(params["norm"], hidden_BTD), cache
 
@@ -321,4 +348,5 @@ def build_model(
         partition_specs=lambda: jax.tree.map(
             partition_spec, axes, is_leaf=lambda x: isinstance(x, tuple)
         ),
+        is_stacked=is_stacked,
     )

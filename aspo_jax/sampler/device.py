@@ -50,7 +50,10 @@ class Drawn:
 
 
 class Device(NamedTuple):
-    """What the programs close over; ``block``: positions that a decode call can draw."""
+    """What the programs close over.
+
+    block: positions that a decode call can draw. classes, lot: see `Decode`.
+    """
 
     model: Model
     head: Head
@@ -58,6 +61,8 @@ class Device(NamedTuple):
     stop_ids: tuple[int, ...]
     seed: int
     block: int
+    classes: int
+    lot: int
 
     def prefill(self, params, cache: Cache, token_AT: Array, length_A: Array, page_AJ: Array):
         """Fill pages with the first ``length_A`` tokens of prompts; returns the cache."""
@@ -107,13 +112,16 @@ class Device(NamedTuple):
         S = cache.key_EKYXSC.shape[4]
         # A row that has ended has no slot for another token: it writes over its own first one.
         own_N = jnp.where(is_live_N, drawn.drawn_N, 0)
-        pages_N = -(-rows.prompt_N // S) + own_N // S + 1
+        pages_N = jnp.where(is_live_N, -(-rows.prompt_N // S) + own_N // S + 1, 0)
+        E = cache.key_EKYXSC.shape[0]
+        pages_c = jnp.max(pages_N.reshape(E, self.classes, -1), axis=(0, 2))
         growing = Decode(
             cache=cache,
             table_JN=rows.table_JN,
             prompt_N=rows.prompt_N,
             own_N=own_N,
-            pages=jnp.max(jnp.where(is_live_N, pages_N, 0)),
+            lots_c=-(-pages_c // self.lot),
+            lot=self.lot,
         )
         position_N1 = (rows.prompt_N + own_N)[:, None]
         hidden_N1D, growing = self.model.apply(

@@ -24,6 +24,7 @@ from aspo_jax.sampler.seam import LENGTH, NONFINITE, STOP, Completion, Request
 from aspo_jax.sampler.seats import Group, Part, Queue, Seat
 
 ENDINGS = {STOPPED: STOP, CUT: LENGTH, BROKEN: NONFINITE}
+CLASSES = 4  # of rows by length: each reads as many pages as its longest row
 
 
 class Limits(NamedTuple):
@@ -35,6 +36,8 @@ class Limits(NamedTuple):
     page: positions in a page of the cache. cache_tokens: positions in all pages; None: room for
         every row at full length. With fewer, rows that find no page are drawn again later.
     cache_type: of the cached numbers, such as "int8"; None: that of the activations.
+    read: cached positions of a row that are read at once, in whole pages. Few spare a CPU work,
+        many spare an accelerator launches.
     block: positions drawn per device call at most.
     """
 
@@ -46,6 +49,7 @@ class Limits(NamedTuple):
     page: int = 64
     cache_tokens: int | None = None
     cache_type: str | None = None
+    read: int = 64
     block: int = 64
 
     @property
@@ -138,7 +142,11 @@ class PagedSampler:
         self.limits, self.stats, self.stops, self._publish = limits, Stats(), stops, publish
         self.params: Any = None
         self.parts = mesh.shape["data"] * mesh.shape["fsdp"]
-        device = Device(model, head, choice, limits.stop_ids, seed, limits.block)
+        device = Device(
+            *(model, head, choice, limits.stop_ids, seed, limits.block),
+            classes=math.gcd(limits.slots // self.parts, CLASSES),
+            lot=max(limits.read // limits.page, 1),
+        )
         kind = {} if limits.cache_type is None else {"kind": limits.cache_type}
 
         def empty() -> Cache:
@@ -207,12 +215,9 @@ class _Session:
     def __init__(self, sampler: PagedSampler, requests: Iterable[Request]):
         self.sampler, self.limits, self.stats = sampler, sampler.limits, sampler.stats
         self.queue = Queue(requests, self.limits.max_prompt_tokens, self.limits.buckets)
-        share = self.limits.slots // sampler.parts
+        self.share = self.limits.slots // sampler.parts  # rows of a part
         pages = self.limits.pool_pages(sampler.parts)
-        self.parts = [
-            Part(range(e * share, (e + 1) * share), self.limits.page, pages)
-            for e in range(sampler.parts)
-        ]
+        self.parts = [Part(self.share, self.limits.page, pages) for _ in range(sampler.parts)]
         self.cache: Any = None
 
     def run(self) -> Iterator[Completion]:
@@ -286,7 +291,11 @@ class _Session:
             for group in homeless:
                 self.queue.put_back(group)
             stats.evicted += evicted
-        seats = {row: seat for part in self.parts for row, seat in part.seats.items()}
+        seats = {
+            row: seat
+            for e, part in enumerate(self.parts)
+            for row, seat in enumerate(part.longest_first(), e * self.share)
+        }
         is_busy = self.is_anyone_waiting
         # One row alone is not worth the way to the host and back, all of them would be a waste.
         enough = max(len(seats) - max(limits.slots // 16, 1), 0) if is_busy else 0
@@ -330,7 +339,7 @@ class _Session:
             if length is not None:
                 ending = STOP
             if ending is not None:
-                self.parts[row * len(self.parts) // self.limits.slots].leave(row)
+                self.parts[row // self.share].leave(seat)
                 yield _completion(seat, ending, length)
 
 

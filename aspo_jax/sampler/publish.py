@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -11,25 +10,31 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
-from aspo_jax.model import RULES, Model, shardings
+from aspo_jax.model import RULES, Model, shardings, unstack
 
 
 def make_publish(model: Model, mesh: Mesh, local: Mesh, dtype: Any) -> Callable[[Any], Any]:
-    """The learner's params on ``mesh`` -> the sampler's on ``local``, this process's own devices.
+    """The learner's params on ``mesh`` -> those of ``model``, the sampler's, on ``local``.
 
-    Matrices are cast to ``dtype`` (as the forward pass would; norms stay float32) and gathered over
-    the fsdp axis, so that no collective is left in decoding but those of tensor parallelism. Where
-    type and layout agree already, the arrays are the learner's own.
+    ``local`` has this process's own devices. Matrices are cast to ``dtype`` (as the forward pass
+    would; norms stay float32) and gathered over the fsdp axis, so that no collective is left in
+    decoding but those of tensor parallelism; layers are unstacked if the model wants them so.
+    Where type and layout agree already, the arrays are the learner's own.
     """
     specs = model.partition_specs()
     whole = shardings(mesh, jax.tree.map(_unsharded, specs, is_leaf=_is_spec))
     at_home = shardings(local, specs)
+    is_home = jax.process_count() == 1 and mesh == local
 
-    gather = jax.jit(partial(cast_matrices, dtype=dtype), out_shardings=whole)
+    def arrange(params: Any) -> Any:
+        return cast_matrices(params if model.is_stacked else unstack(params), dtype)
+
+    gather = jax.jit(arrange, out_shardings=at_home if is_home else whole)
 
     def publish(params: Any) -> Any:
-        if jax.process_count() == 1 and mesh == local and jnp.dtype(dtype) == jnp.float32:
-            return params
+        if is_home:
+            same = model.is_stacked and jnp.dtype(dtype) == jnp.float32
+            return params if same else gather(params)
         return jax.tree.map(_on_own_devices, gather(params), at_home)
 
     return publish

@@ -99,20 +99,23 @@ class Queue:
 class Part:
     """Rows and pages of one part of the devices.
 
-    page: slots of a page. pages: how many there are, numbered from 1.
+    rows: how many there are. page: slots of a page. pages: how many, numbered from 1.
     """
 
-    def __init__(self, rows: Iterable[int], page: int, pages: int):
-        self.seats: dict[int, Seat] = {}
-        self._page = page
-        self._free_rows = list(rows)[::-1]
+    def __init__(self, rows: int, page: int, pages: int):
+        self.seats: dict[int, Seat] = {}  # by the request's number
+        self._rows, self._page = rows, page
         self._free_pages = list(range(pages, 0, -1))
         self._open: deque[Group] = deque()  # in the cache, with samples waiting
 
     @property
     def wanting(self) -> int:
         """Free rows for which no prompt is in the cache."""
-        return len(self._free_rows) - sum(len(group.waiting) for group in self._open)
+        return self._free_rows - sum(len(group.waiting) for group in self._open)
+
+    @property
+    def _free_rows(self) -> int:
+        return self._rows - len(self.seats)
 
     @property
     def is_anyone_waiting(self) -> bool:
@@ -137,20 +140,30 @@ class Part:
             limit = longest if request.max_tokens is None else min(request.max_tokens, longest)
             if limit > 0:
                 group.seated += 1
-                self.seats[self._free_rows.pop()] = Seat(group, number, request, limit)
+                self.seats[number] = Seat(group, number, request, limit)
             if not group.waiting:
                 self._open.popleft()
                 self._close(group)
             if limit <= 0:
                 yield number, request
 
-    def leave(self, row: int) -> None:
-        """The row's sample has ended."""
-        seat = self.seats.pop(row)
-        self._free_rows.append(row)
+    def longest_first(self) -> list[Seat]:
+        """Who sits here, in the order of the rows: those that read the most pages come first."""
+
+        def pages(seat: Seat) -> int:
+            return len(seat.group.pages) + seat.drawn // self._page
+
+        return sorted(self.seats.values(), key=pages, reverse=True)
+
+    def leave(self, seat: Seat) -> None:
+        """The sample has ended."""
+        self._stand_up(seat)
+        self._close(seat.group)
+
+    def _stand_up(self, seat: Seat) -> None:
+        del self.seats[seat.number]
         self._free_pages += seat.pages
         seat.group.seated -= 1
-        self._close(seat.group)
 
     def _close(self, group: Group) -> None:
         """A prompt that no sample needs any more gives its pages back."""
@@ -169,15 +182,14 @@ class Part:
         left the cache with their last row, and the number of rows put back.
         """
         homeless, evicted = [], 0
-        for row in sorted(self.seats, key=lambda row: -self.seats[row].drawn):
-            seat = self.seats.get(row)
-            if seat is None:
+        for seat in sorted(self.seats.values(), key=lambda seat: -seat.drawn):
+            if seat.number not in self.seats:
                 continue
             needed = self._pages(min(seat.drawn + steps, seat.limit)) - len(seat.pages)
             while needed > len(self._free_pages):
                 unread = next((group for group in self._open if not group.seated), None)
                 if unread is None:
-                    unread = self._put_back(keep=row)
+                    unread = self._put_back(keep=seat)
                     evicted += 1
                 if not unread.seated:
                     self._open.remove(unread)
@@ -186,16 +198,14 @@ class Part:
             seat.pages += self._take(max(needed, 0))
         return homeless, evicted
 
-    def _put_back(self, keep: int) -> Group:
-        """The row with the fewest tokens, another than ``keep``, becomes a waiting sample again."""
-        row = min(self.seats.keys() - {keep}, key=lambda row: self.seats[row].drawn)
-        seat = self.seats.pop(row)
-        self._free_rows.append(row)
-        self._free_pages += seat.pages
+    def _put_back(self, keep: Seat) -> Group:
+        """The seat with the fewest tokens, another than ``keep``, is a waiting sample again."""
+        others = (seat for seat in self.seats.values() if seat is not keep)
+        seat = min(others, key=lambda seat: seat.drawn)
+        self._stand_up(seat)
         if not seat.group.waiting:
             self._open.appendleft(seat.group)
         seat.group.waiting.appendleft((seat.number, seat.request))
-        seat.group.seated -= 1
         return seat.group
 
     def _pages(self, tokens: int) -> int:

@@ -93,11 +93,13 @@ def test_padding_on_either_side_and_packing_change_nothing(full, params):
         np.testing.assert_allclose(hidden, hiddens[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("lots", [([5], 1), ([5, 5, 5], 1), ([3], 2)], ids=["", "classes", "lots"])
 @pytest.mark.parametrize("layers", [2, 5], ids=["unrolled", "scanned"])
-def test_prefill_and_decode_are_the_full_forward(layers):
+def test_prefill_and_decode_are_the_full_forward(layers, lots):
     """Two samples of one prompt and one of another, their pages all over the pool."""
     model = toy_model(layers=layers)
     params = random_params(model)
+    lots_c, lot = jnp.array(lots[0]), lots[1]
     token_NT = np.random.RandomState(2).randint(VOCAB, size=(3, T))
     length_N = np.array([5, 5, 2])  # of the prompts; the last token of each is decoded
     token_NT[1, :5] = token_NT[0, :5]
@@ -115,7 +117,7 @@ def test_prefill_and_decode_are_the_full_forward(layers):
     table_JN = jnp.array([[4, 4, 2], [9, 9, 1], [3, 10, 5], [8, 11, 7], [0, 0, 6]])
     for drawn in range(T - 5):
         at_N = length_N - 1 + drawn
-        rows = Decode(cache, table_JN, jnp.asarray(length_N - 1), jnp.full(3, drawn), jnp.int32(5))
+        rows = Decode(cache, table_JN, jnp.asarray(length_N - 1), jnp.full(3, drawn), lots_c, lot)
         token_N1 = token_NT[np.arange(3), at_N][:, None]
         hidden, rows = apply(params, token_N1, at_N[:, None], ones_NT[:, :1], rows)
         cache = rows.cache
@@ -132,7 +134,7 @@ def test_what_is_not_finite_reaches_those_who_read_it_only():
 
     def decode(params, tokens, pages, own, cache):
         table_JN = jnp.array([pages])
-        rows = Decode(cache, table_JN, jnp.zeros(2, int), jnp.full(2, own), jnp.int32(1))
+        rows = Decode(cache, table_JN, jnp.zeros(2, int), jnp.full(2, own), jnp.array([1]))
         token_N1, one = np.array(tokens)[:, None], np.ones((2, 1), np.int32)
         out, rows = apply(params, token_N1, own * one, one, rows)
         return np.asarray(out[:, 0]), rows.cache
