@@ -159,7 +159,7 @@ class Decode:
         )
         q_cEnKgC = by_class((q_N1HC * C**-0.5).reshape(N, K, H // K, C))
         out_cEnKgC = jax.lax.map(
-            lambda xs: _over_pages(cache, y, *xs, self.lot),
+            lambda xs: _over_pages(cache, y, *xs, lot=self.lot),
             (q_cEnKgC, by_class(table_NJ), by_class(held_NJ), self.lots_c),
         )
         return out_cEnKgC.swapaxes(0, 1).reshape(N, 1, H, C)

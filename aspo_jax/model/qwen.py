@@ -82,11 +82,13 @@ class Model(NamedTuple):
     """A network as pure functions.
 
     init: key -> params (float32).
-    apply: (params, token_BT, position_BT, segment_BT, cache=None) -> (hidden_BTD, cache). Hidden
-        states are after the final norm; `aspo_jax.head` turns them into a distribution. A token
-        attends to earlier tokens of its own segment; segment 0 is padding. A cache stores the new
-        tokens: as `Prefill` their prompt, as `Decode` one more token of each row, which attends to
-        all that the cache holds of its row instead.
+    apply: (params, token_BT, position_BT, segment_BT, cache=None, rotary=None) -> (hidden_BTD,
+        cache). Hidden states are after the final norm; `aspo_jax.head` turns them into a
+        distribution. A token attends to earlier tokens of its own segment; segment 0 is padding. A
+        cache stores the new tokens: as `Prefill` their prompt, as `Decode` one more token of each
+        row, which attends to all that the cache holds of its row instead.
+    rotary: position_BT -> cosine and sine of the rotary angles; `apply` makes them of its
+        positions where it is not given them.
     empty_cache: (parts of the devices, pages, slots of a page, type=that of the activations) ->
         Cache.
     unembedding: params -> weight_VD of the vocabulary projection (the embedding where tied).
@@ -98,6 +100,7 @@ class Model(NamedTuple):
     attention: Attention
     init: Callable[[Array], Any]
     apply: Callable[..., tuple[Array, Any]]
+    rotary: Callable[[Array], tuple[Array, Array]]
     empty_cache: Callable[..., Cache]
     unembedding: Callable[[Any], Array]
     partition_specs: Callable[[], Any]
@@ -307,9 +310,16 @@ def build_model(
     # Short stacks run unrolled: on a CPU, slicing stacked layers costs more than a loop saves.
     unroll = config.layers if config.layers <= 4 else 1
 
-    def apply(params, token_BT, position_BT, segment_BT, cache: Prefill | Decode | None = None):
+    def apply(
+        params,
+        token_BT,
+        position_BT,
+        segment_BT,
+        cache: Prefill | Decode | None = None,
+        rotary: tuple[Array, Array] | None = None,
+    ):
         hidden_BTD = by_rows(params["embed"].astype(dtype)[token_BT])
-        rotary = rotary_BTC(position_BT, config)
+        rotary = rotary_BTC(position_BT, config) if rotary is None else rotary
 
         def fresh(q, k, v):
             return attention.attend(q, k, v, segment_BT)
@@ -341,6 +351,7 @@ def build_model(
         attention=attention,
         init=init,
         apply=apply,
+        rotary=lambda position_BT: rotary_BTC(position_BT, config),
         empty_cache=lambda parts, pages, slots, kind=dtype: empty_cache(
             config.layers, parts, pages, config.kv_heads, slots, config.head_dim, kind
         ),

@@ -94,28 +94,38 @@ class Device(NamedTuple):
             live = jnp.sum(is_live_N(carry[2]), dtype=jnp.int32)
             return (carry[2].steps < steps) & (live > enough)
 
+        def position_N1(drawn: Drawn) -> Array:
+            return (rows.prompt_N + drawn.drawn_N)[:, None]
+
         def advance(carry):
-            cache, token_N, drawn = carry
-            hidden_ND, cache = self._read(params, cache, rows, token_N, drawn, is_live_N(drawn))
-            z_NV = logits(self.head, self.model.unembedding(params), hidden_ND)
+            cache, token_N, drawn, rotary = carry
+            growing = self._growing(cache, rows, drawn.drawn_N, is_live_N(drawn))
+            one_N1 = jnp.ones_like(token_N)[:, None]
+            hidden_N1D, growing = self.model.apply(
+                params, token_N[:, None], position_N1(drawn), one_N1, growing, rotary
+            )
+            z_NV = logits(self.head, self.model.unembedding(params), hidden_N1D[:, 0])
             key_now_N = jax.vmap(jax.random.fold_in)(key_N, drawn.drawn_N)
             chosen = choose(z_NV, key_now_N, self.choice)
             now_N = is_live_N(drawn) & chosen.is_finite_N
             token_N = jnp.where(now_N, chosen.token_N, token_N)
-            return cache, token_N, self._note(drawn, chosen, is_live_N(drawn), rows.limit_N)
+            drawn = self._note(drawn, chosen, is_live_N(drawn), rows.limit_N)
+            # Handed round: a CPU would make them again wherever they are used, head by head.
+            return growing.cache, token_N, drawn, self.model.rotary(position_N1(drawn))
 
-        cache, _, drawn = jax.lax.while_loop(is_going, advance, (cache, rows.token_N, drawn))
+        start = (cache, rows.token_N, drawn, self.model.rotary(position_N1(drawn)))
+        cache, _, drawn, _ = jax.lax.while_loop(is_going, advance, start)
         return cache, drawn
 
-    def _read(self, params, cache, rows: Rows, token_N, drawn: Drawn, is_live_N):
-        """Hidden state after the last token of each row, and the cache with that token in it."""
+    def _growing(self, cache: Cache, rows: Rows, drawn_N: Array, is_live_N: Array) -> Decode:
+        """The rows with their next token about to come."""
         S = cache.key_EKYXSC.shape[4]
         # A row that has ended has no slot for another token: it writes over its own first one.
-        own_N = jnp.where(is_live_N, drawn.drawn_N, 0)
+        own_N = jnp.where(is_live_N, drawn_N, 0)
         pages_N = jnp.where(is_live_N, -(-rows.prompt_N // S) + own_N // S + 1, 0)
         E = cache.key_EKYXSC.shape[0]
         pages_c = jnp.max(pages_N.reshape(E, self.classes, -1), axis=(0, 2))
-        growing = Decode(
+        return Decode(
             cache=cache,
             table_JN=rows.table_JN,
             prompt_N=rows.prompt_N,
@@ -123,11 +133,6 @@ class Device(NamedTuple):
             lots_c=-(-pages_c // self.lot),
             lot=self.lot,
         )
-        position_N1 = (rows.prompt_N + own_N)[:, None]
-        hidden_N1D, growing = self.model.apply(
-            params, token_N[:, None], position_N1, jnp.ones_like(position_N1), growing
-        )
-        return hidden_N1D[:, 0], growing.cache
 
     def _note(self, drawn: Drawn, chosen: Any, is_live_N: Array, limit_N: Array) -> Drawn:
         """The call's record with one more token of each live row."""
