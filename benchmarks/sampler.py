@@ -229,12 +229,9 @@ def speed_table(
     return table(head, body)
 
 
-def sharing_table(params: Any, schedule: Schedule, rounds: int) -> str:
+def sharing_table(shared: Ours, alone: Ours, schedule: Schedule, rounds: int) -> str:
     """Seconds to read the prompts once per group and once per sample."""
-    rng = np.random.default_rng(1)
-    apart = [([*tokens[:-2], int(rng.integers(2, 99)), 5], 1) for tokens, _ in schedule]
-    apart = [([n % 97 + 2, *tokens[1:]], 1) for n, (tokens, _) in enumerate(apart)]
-    shared, alone = Ours(params), Ours(params, ALONE)
+    apart = [([n % 97 + 2, *tokens[1:]], 1) for n, (tokens, _) in enumerate(schedule)]
     seconds: dict[str, list[float]] = {"once per group": [], "once per sample": []}
     for _ in range(rounds + 1):
         for name, who, what in zip(seconds, (shared, alone), (schedule, apart), strict=True):
@@ -396,7 +393,7 @@ def main() -> int:
         f"({stats.busy_steps} steps), {stats.live / stats.steps / ROWS:.1%} in all; "
         f"{stats.prefilled} prompt tokens read.\n"
     )
-    print(sharing_table(params, workloads["prompts"], a.rounds), "\n")
+    print(sharing_table(ours, alone, workloads["prompts"], a.rounds), "\n")
     print(pages_table(params, workloads["ragged"], a.rounds), "\n")
     print(types_table(params, workloads["ragged"]))
     return 0

@@ -7,27 +7,16 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy import examples, figures, minibatch
+from toy import TINY_CONFIG, examples, figures, minibatch
 
 from aspo_jax import check
 from aspo_jax.agreement import Gap, by_position, gap_metrics
 from aspo_jax.config.reading import find_config
 from aspo_jax.structs import OldPolicy
 
-TINY = """
-include '{base}'
-Countdown.numbers = 2
-Model.hidden_size = 32
-Model.layers = 1
-Model.heads = 2
-Model.kv_heads = 1
-Model.intermediate_size = 64
-Sampler.slots = 16
-Sampler.max_prompt_tokens = 8
-Sampler.max_response_tokens = 8
-Train.samples_per_prompt = 4
-Train.row_tokens = 16
-Train.rows_per_microbatch = 4
+TINY = f"""
+include '{{base}}'
+{TINY_CONFIG}
 Runtime.data = 1
 Runtime.fsdp = -1
 Runtime.compilation_cache = None

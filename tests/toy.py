@@ -29,6 +29,21 @@ CONFIG = ModelConfig(
     kv_heads=2,
     head_dim=4,
 )
+# Lines of a config: the embedded task and its network, as small as they get.
+TINY_CONFIG = """
+Countdown.numbers = 2
+Model.hidden_size = 32
+Model.layers = 1
+Model.heads = 2
+Model.kv_heads = 1
+Model.intermediate_size = 64
+Sampler.slots = 16
+Sampler.max_prompt_tokens = 8
+Sampler.max_response_tokens = 8
+Train.samples_per_prompt = 4
+Train.row_tokens = 16
+Train.rows_per_microbatch = 4
+"""
 IS_ALLOWED_V = np.isin(np.arange(VOCAB), [PAD, BOS, *range(TOKENIZER, VOCAB)], invert=True)
 HEAD = Head(temperature=1.0, is_allowed_V=IS_ALLOWED_V, chunk=32)
 

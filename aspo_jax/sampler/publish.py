@@ -24,17 +24,21 @@ def make_publish(model: Model, mesh: Mesh, local: Mesh, dtype: Any) -> Callable[
     specs = model.partition_specs()
     whole = shardings(mesh, jax.tree.map(_unsharded, specs, is_leaf=_is_spec))
     at_home = shardings(local, specs)
-    is_home = jax.process_count() == 1 and mesh == local
+    is_own = (
+        model.is_stacked
+        and jnp.dtype(dtype) == jnp.float32
+        and jax.process_count() == 1
+        and mesh == local
+    )
 
     def arrange(params: Any) -> Any:
         return cast_matrices(params if model.is_stacked else unstack(params), dtype)
 
-    gather = jax.jit(arrange, out_shardings=at_home if is_home else whole)
+    gather = jax.jit(arrange, out_shardings=whole)
 
     def publish(params: Any) -> Any:
-        if is_home:
-            same = model.is_stacked and jnp.dtype(dtype) == jnp.float32
-            return params if same else gather(params)
+        if is_own:
+            return params
         return jax.tree.map(_on_own_devices, gather(params), at_home)
 
     return publish

@@ -7,40 +7,28 @@ from typing import Any, NamedTuple
 
 import jax
 import pytest
-from toy import toy_mesh
+from toy import TINY_CONFIG, toy_mesh
 from trainer_runs import ITERATIONS, Runs
 
 from aspo_jax.build import FACTORIES, Machines, build_machines
 from aspo_jax.config import Config, read_config
 from aspo_jax.config.reading import find_config
 
-TINY = """
-include '{base}'
-
-Countdown.numbers = 2
-Model.hidden_size = 32
-Model.layers = 1
-Model.heads = 2
-Model.kv_heads = 1
-Model.intermediate_size = 64
+TINY = f"""
+include '{{base}}'
+{TINY_CONFIG}
 WarmStart.learning_rate = 1e-2
 WarmStart.target = 0.15
 WarmStart.eval_every = 20
 WarmStart.max_steps = 400
-WarmStart.cache = '{cache}/warm_start'
-Runtime.compilation_cache = '{programs}'
-Sampler.slots = 16
-Sampler.max_prompt_tokens = 8
-Sampler.max_response_tokens = 8
+WarmStart.cache = '{{cache}}/warm_start'
+Runtime.compilation_cache = '{{programs}}'
 Objective.penalties = ('kl_penalty',)
 kl_penalty.beta = 1e-2
-Train.iterations = {iterations}
+Train.iterations = {{iterations}}
 Train.prompts_per_step = 4
-Train.samples_per_prompt = 4
 Train.prompts_per_minibatch = 2
 Train.epochs = 2
-Train.row_tokens = 16
-Train.rows_per_microbatch = 4
 Evaluate.every = 2
 Evaluate.prompts = 16
 Evaluate.samples = 4
