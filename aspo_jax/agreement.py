@@ -16,13 +16,14 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from aspo_jax.errors import UserError
 from aspo_jax.structs import Max, Mean, Metrics, OldPolicy, Rows
 
 BAND = 0.2  # the ratio of the two is "outside" beyond 1 +- this: where ASPO and PPO clip
 EXACT = 1e-4  # nats: the largest gap allowed in float32
 
 
-class SamplingError(RuntimeError):
+class SamplingError(UserError):
     """What was sampled must not be trained on; the state before it is intact."""
 
 

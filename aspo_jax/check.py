@@ -35,18 +35,13 @@ from aspo_jax.build import (
     load_policy,
     new_policy,
 )
-from aspo_jax.config import Config, ConfigError, read_config
-from aspo_jax.data import DataError
+from aspo_jax.config import Config, read_config
+from aspo_jax.errors import run_command
 from aspo_jax.learner import build_learner
-from aspo_jax.model import AttentionError, ModelFolderError, load_params, shardings
+from aspo_jax.model import load_params, shardings
 from aspo_jax.rollout import BatchShape, Example, draw, fill
 from aspo_jax.sampler import EVALUATE
 from aspo_jax.structs import Minibatch
-
-USER_ERRORS = (
-    *(AttentionError, ConfigError, DataError, ModelFolderError),
-    *(runtime.MeshError, runtime.LaunchError),
-)
 
 
 def as_dtype(config: Config, dtype: str, cache_type: Any) -> Config:
@@ -131,16 +126,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompts", type=int, default=8, help="held-out prompts to sample")
     a = parser.parse_args(argv)
     words = ["--config", a.config] if a.config else []
-    try:
-        config = read_config([*words, *(w for s in a.set for w in ("--set", s))], FACTORIES)
-        mesh = runtime.start(**dataclasses.asdict(config.runtime))
-        check_shares(config, mesh)
-        exact = gaps(as_dtype(config, "float32", None), mesh, a.prompts)
-        print(report("float32", exact))
-        as_run = gaps(config, mesh, a.prompts)
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    words += [word for text in a.set for word in ("--set", text)]
+    return run_command(lambda: check(read_config(words, FACTORIES), a.prompts))
+
+
+def check(config: Config, prompts: int) -> int:
+    """Print both tables and the verdict; returns the exit status, 0 or 1."""
+    mesh = runtime.start(**dataclasses.asdict(config.runtime))
+    check_shares(config, mesh)
+    exact = gaps(as_dtype(config, "float32", None), mesh, prompts)
+    print(report("float32", exact))
+    as_run = gaps(config, mesh, prompts)
     cache = config.sampler.cache_type or config.model.dtype
     print(report(f"the run's types: {config.model.dtype}, cache {cache}", as_run))
     limit, agree = config.sampler.max_gap, "agree"

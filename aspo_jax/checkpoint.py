@@ -51,6 +51,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from aspo_jax.errors import UserError
+
 EXIT_SAVED = 75
 """Exit status of a run that a signal stopped after saving (EX_TEMPFAIL of sysexits.h): run the same
 command again to go on."""
@@ -64,15 +66,15 @@ _NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _logger = logging.getLogger(__name__)
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint could not be written, or none of those present can be used."""
 
 
-class RunLocked(RuntimeError):
+class RunLocked(UserError):
     """Another process is writing this run folder."""
 
 
-class RunFolderError(RuntimeError):
+class RunFolderError(UserError):
     """The run folder cannot be made or written."""
 
 

@@ -14,18 +14,18 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from aspo_jax.build import FACTORIES
-from aspo_jax.checkpoint import CheckpointError, Checkpoints
-from aspo_jax.config import Config, ConfigError, parse_config
-from aspo_jax.data import DataError, copy_tokenizer, load_tokenizer
-from aspo_jax.model import ModelFolderError, build_model, read_model_config, save_model
+from aspo_jax.checkpoint import Checkpoints
+from aspo_jax.config import Config, parse_config
+from aspo_jax.data import copy_tokenizer, load_tokenizer
+from aspo_jax.errors import UserError, run_command
+from aspo_jax.model import build_model, read_model_config, save_model
 from aspo_jax.records import CONFIG
 from aspo_jax.warmstart import INITIAL_MODEL
 
 CHECKPOINTS = "checkpoints"
-USER_ERRORS = (CheckpointError, ConfigError, DataError, ModelFolderError, OSError)
 
 
-class ExportError(ValueError):
+class ExportError(UserError):
     """What was asked for is not there, or the target is taken."""
 
 
@@ -55,13 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")  # the accelerator may be busy with the very run
-    try:
+
+    def command() -> int:
         step = export(arguments.checkpoint, arguments.out, arguments.dtype)
-    except (ExportError, *USER_ERRORS) as error:
-        print(f"export: {error}", file=sys.stderr)
-        return 2
-    print(f"{arguments.out}: the model after {step} iterations")
-    return 0
+        print(f"{arguments.out}: the model after {step} iterations")
+        return 0
+
+    return run_command(command)
 
 
 def export(checkpoint: Path, out: Path, dtype: str | None = None) -> int:

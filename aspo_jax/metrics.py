@@ -20,10 +20,15 @@ import jax
 import numpy as np
 
 from aspo_jax.config.gin import nearest
+from aspo_jax.errors import UserError
 from aspo_jax.losses import WEIGHT_BIN_EDGES, histogram_quantile
 from aspo_jax.structs import Histogram, Max, Mean, Metric
 
 WEIGHT_QUANTILES = (10, 50, 90)  # percent
+
+
+class MetricsError(UserError):
+    """A metrics.jsonl holds what `Log` does not write."""
 
 
 class Info(NamedTuple):
@@ -321,7 +326,8 @@ class Clock:
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a last line without its line end was torn and is left out.
 
-    Raises ValueError naming file and line for anything that `Log` does not write.
+    Raises:
+        MetricsError: file and line of anything that `Log` does not write.
     """
     path = Path(path)
     lines = path.read_bytes().split(b"\n")[:-1]
@@ -330,9 +336,9 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{path}:{number}: not JSON: {error}") from error
+            raise MetricsError(f"{path}:{number}: not JSON: {error}") from error
         if not isinstance(row, dict) or not isinstance(row.get("iteration"), int):
-            raise ValueError(f"{path}:{number}: expected an object with a whole 'iteration'")
+            raise MetricsError(f"{path}:{number}: expected an object with a whole 'iteration'")
         rows.append(row)
     return rows
 

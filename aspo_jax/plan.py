@@ -20,17 +20,15 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from aspo_jax import runtime
 from aspo_jax.budget import PUBLISHED, Budget, Capacity, Part, budgets, cache_bytes
 from aspo_jax.build import FACTORIES
-from aspo_jax.config import Config, ConfigError, read_config
-from aspo_jax.model import AttentionError, ModelFolderError
+from aspo_jax.config import Config, read_config
+from aspo_jax.errors import run_command
 from aspo_jax.programs import DECODE, Program, Programs, programs, read_shape
 from aspo_jax.topology import (
     GIB,
     Target,
     Topology,
-    TopologyError,
     abstract_mesh,
     device_mesh,
     mesh_sizes,
@@ -39,7 +37,6 @@ from aspo_jax.topology import (
 )
 
 HEADROOM = 0.1  # of the memory, kept free for fragmentation and what the runtime itself needs
-USER_ERRORS = (ConfigError, TopologyError, AttentionError, ModelFolderError, runtime.MeshError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -398,14 +395,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = ["--config", a.config, *(word for text in a.set for word in ("--set", text))]
     # The machine's own accelerator, if there is one, is left alone.
     jax.config.update("jax_platforms", "cpu")
-    try:
+
+    def command() -> int:
         config = read_config(words, FACTORIES)
         found = plan(config, a.topology, lower_only=a.lower_only, on_row=_progress)
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(report(found))
-    return 0 if found.fits else 1
+        print(report(found))
+        return 0 if found.fits else 1
+
+    return run_command(command)
 
 
 def _progress(row: Row) -> None:

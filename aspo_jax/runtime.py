@@ -25,20 +25,21 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
+from aspo_jax.errors import UserError
 from aspo_jax.model.sharding import MESH_AXES
 
 Result = TypeVar("Result")
 
 
-class MeshError(ValueError):
+class MeshError(UserError):
     """The mesh does not fit the devices."""
 
 
-class LaunchError(ValueError):
+class LaunchError(UserError):
     """The processes of a run could not find each other, or do not run the same thing."""
 
 
-class PeerError(RuntimeError):
+class PeerError(UserError):
     """Another process failed; this one ends with it."""
 
 

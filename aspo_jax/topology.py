@@ -18,12 +18,13 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
+from aspo_jax.errors import UserError
 from aspo_jax.model.sharding import MESH_AXES
 
 GIB = 2**30
 
 
-class TopologyError(ValueError):
+class TopologyError(UserError):
     """A topology that is unknown, or that nothing installed here can compile for."""
 
 

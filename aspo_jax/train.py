@@ -21,22 +21,12 @@ import jax
 from aspo_jax import runtime
 from aspo_jax.agreement import SamplingError
 from aspo_jax.build import FACTORIES, build_machines, parameter_count
-from aspo_jax.checkpoint import (
-    EXIT_SAVED,
-    CheckpointError,
-    Checkpoints,
-    Interrupted,
-    RunFolderError,
-    RunLocked,
-    StopRequest,
-)
-from aspo_jax.config import Config, ConfigError, read_config
+from aspo_jax.checkpoint import EXIT_SAVED, Checkpoints, Interrupted, StopRequest
+from aspo_jax.config import Config, read_config
 from aspo_jax.console import Console
-from aspo_jax.data import DataError
+from aspo_jax.errors import run_command
 from aspo_jax.metrics import Clock, Log, profile
-from aspo_jax.model import AttentionError, ModelFolderError
 from aspo_jax.records import Silent, claim_folder, lock_folder
-from aspo_jax.rewards import RewardError
 from aspo_jax.steps import (
     Run,
     evaluate,
@@ -47,27 +37,22 @@ from aspo_jax.steps import (
     speeds,
     update,
 )
-from aspo_jax.warmstart import WarmStartError, warm_start
-
-USER_ERRORS = (
-    *(AttentionError, CheckpointError, ConfigError, DataError, ModelFolderError, RunFolderError),
-    *(RewardError, RunLocked, SamplingError, WarmStartError),
-    *(runtime.MeshError, runtime.LaunchError, runtime.PeerError),
-)
+from aspo_jax.warmstart import warm_start
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a config. Exit status: 0 done, 2 a mistake of the user's, 75 stopped and saved."""
-    try:
-        config = read_config(sys.argv[1:] if argv is None else argv, FACTORIES)
-        here = config.runtime
-        runtime.join(here.coordinator, here.num_processes, here.process_id)
-        agree = None if runtime.is_alone() else runtime.any_of
-        with lock_folder(config), StopRequest(agree) as stop:
-            return train(config, Console(is_quiet=not runtime.is_main()), stop)
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return runtime.leave(2)
+    status = run_command(lambda: _run(sys.argv[1:] if argv is None else argv))
+    return runtime.leave(status) if status == 2 else status
+
+
+def _run(argv: Sequence[str]) -> int:
+    config = read_config(argv, FACTORIES)
+    here = config.runtime
+    runtime.join(here.coordinator, here.num_processes, here.process_id)
+    agree = None if runtime.is_alone() else runtime.any_of
+    with lock_folder(config), StopRequest(agree) as stop:
+        return train(config, Console(is_quiet=not runtime.is_main()), stop)
 
 
 def train(config: Config, console: Console, stop: StopRequest) -> int:

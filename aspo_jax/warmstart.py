@@ -33,6 +33,7 @@ from aspo_jax.build import (
 from aspo_jax.config import Config
 from aspo_jax.console import Console
 from aspo_jax.data import CountdownSpec, demonstration, problem, render
+from aspo_jax.errors import UserError
 from aspo_jax.learner import Goal, build_learner, clipped_adamw, learning_rate_schedule
 from aspo_jax.losses import reinforce, token_mean
 from aspo_jax.rollout import BatchShape, Example, fill
@@ -42,7 +43,7 @@ VERSION = 1  # of the recipe below; part of the cache key
 INITIAL_MODEL = "initial_model"
 
 
-class WarmStartError(RuntimeError):
+class WarmStartError(UserError):
     """The warm start did not reach its target."""
 
 

@@ -63,4 +63,4 @@ def test_plot_command_explains_mistakes(tmp_path, capsys):
     ]:
         assert main(argv) == 2
         error = capsys.readouterr().err
-        assert error.startswith("plot: ") and message in error
+        assert error.startswith("error: ") and message in error

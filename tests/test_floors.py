@@ -23,9 +23,10 @@ FLOORS = [  # top to bottom; strangers on one floor do not import each other
     ["head"],
     ["losses", "model", "rewards", "data"],
     ["structs", "config"],
+    ["errors"],
 ]
 FLOOR = {room: len(FLOORS) - i for i, rooms in enumerate(FLOORS) for room in rooms}
-NARROW = {"losses": {"structs"}, "rewards": set()}  # usable without the rest of the house
+NARROW = {"losses": {"structs"}, "rewards": {"errors"}}  # usable without the rest of the house
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from aspo_jax.metrics import METRICS, Log, metrics_page, profile, read_metrics
+from aspo_jax.metrics import METRICS, Log, MetricsError, metrics_page, profile, read_metrics
 
 A, B = "rollout/reward_mean", "update/clip_share"
 DOCS = Path(__file__).parents[1] / "docs" / "metrics.md"
@@ -87,10 +87,10 @@ def test_resume_drops_what_will_be_written_again(tmp_path):
 def test_damage_is_named_by_file_and_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"iteration": 0}) + "\nnot json\n")
-    with pytest.raises(ValueError, match=r"metrics.jsonl:2: not JSON"):
+    with pytest.raises(MetricsError, match=r"metrics.jsonl:2: not JSON"):
         read_metrics(path)
     path.write_text('{"step": 0}\n')
-    with pytest.raises(ValueError, match=r"metrics.jsonl:1: expected an object with a whole"):
+    with pytest.raises(MetricsError, match=r"metrics.jsonl:1: expected an object with a whole"):
         Log(tmp_path, tensorboard=False)
 
 

@@ -8,12 +8,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from aspo_jax.errors import UserError
+
 # A run may be moved, also to other processes, and the permission to change it is no change.
 LAUNCH = ("Runtime.coordinator", "Runtime.num_processes", "Runtime.process_id")
 NOT_COMPARED = ("Run.folder", "Run.accept_changes", *LAUNCH)
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A mistake in a config file or on the command line; the message is for the user."""
 
 

@@ -17,11 +17,13 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NoReturn
 
+from aspo_jax.errors import UserError
+
 _ROLES = ("system", "user", "assistant")
 _BOM = b"\xef\xbb\xbf"
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """A data file that cannot be used: file and line, found, expected, remedy."""
 
 

@@ -20,6 +20,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
+from aspo_jax.errors import UserError
 from aspo_jax.model.sharding import RULES
 
 SAVED = "attention"  # name of what rematerialisation may keep
@@ -31,7 +32,7 @@ LANES = 128  # tile width of a TPU: splash takes rows and heads in multiples of 
 Attend = Callable[[Array, Array, Array, Array], Array]
 
 
-class AttentionError(ValueError):
+class AttentionError(UserError):
     """The hardware, or the shape of the model, cannot do the attention asked for."""
 
 

@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from aspo_jax.errors import UserError
 from aspo_jax.model.qwen import ModelConfig, Yarn
 
 CONFIG_FILE = "config.json"
 
 
-class ModelFolderError(ValueError):
+class ModelFolderError(UserError):
     """A model folder that cannot be used: which file, what was found, what was expected."""
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, get_args
 
+from aspo_jax.errors import UserError
 
-class RewardError(RuntimeError):
+
+class RewardError(UserError):
     """Graders that cannot do their work at all: what was found, expected, and the remedy."""
 
 

@@ -11,6 +11,7 @@ from aspo_jax.data import (
     CHARACTERS,
     CountdownSource,
     CountdownSpec,
+    DataError,
     build_character_tokenizer,
     demonstration,
     encode,
@@ -150,7 +151,7 @@ def test_demonstrations_vary_with_their_rng():
     ],
 )
 def test_impossible_specs(fields, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(DataError, match=message):
         CountdownSpec(**fields)
 
 
@@ -158,7 +159,7 @@ def test_a_spec_too_narrow_for_a_split():
     spec = CountdownSpec(numbers=2, low=1, high=1, operations="+")  # only 1 1:2
     other = "train" if split_of("1 1:2") == "held_out" else "held_out"
     assert problem(spec, 0, 0, split_of("1 1:2")).text == "1 1:2"
-    with pytest.raises(ValueError, match=f"no problem in '{other}'"):
+    with pytest.raises(DataError, match=f"no problem in '{other}'"):
         problem(spec, 0, 0, other)
 
 

@@ -125,6 +125,6 @@ def test_friendly_errors(folder, tmp_path):
     broken("broken: no such folder", DataError, shutil.rmtree)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         broken(f"{name} is missing", DataError, lambda f, n=name: (f / n).unlink())
-    broken("cannot be read", ValueError, lambda f: (f / "tokenizer.json").write_text("{"))
-    broken("no eos_token", ValueError, lambda f: edit_config(f, eos_token=None))
-    broken("no chat template", ValueError, lambda f: (f / "chat_template.jinja").unlink())
+    broken("cannot be read", DataError, lambda f: (f / "tokenizer.json").write_text("{"))
+    broken("no eos_token", DataError, lambda f: edit_config(f, eos_token=None))
+    broken("no chat template", DataError, lambda f: (f / "chat_template.jinja").unlink())

@@ -61,6 +61,6 @@ def test_mistakes_are_messages(finished, tmp_path, capsys):
     for (checkpoint, out), message in mistakes.items():
         assert command.main([str(checkpoint), str(out)]) == 2
         err = capsys.readouterr().err
-        assert err.startswith("export: ") and message in err
+        assert err.startswith("error: ") and message in err
     assert files(taken) == {"precious.txt": b"mine"}
     assert not (tmp_path / "new").exists()
