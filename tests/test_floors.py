@@ -23,6 +23,7 @@ FLOORS = [  # top to bottom; strangers on one floor do not import each other
     ["head"],
     ["losses", "model", "rewards", "data"],
     ["structs", "config"],
+    ["paths"],
     ["errors"],
 ]
 FLOOR = {room: len(FLOORS) - i for i, rooms in enumerate(FLOORS) for room in rooms}

@@ -2,7 +2,7 @@
 
 A config file holds lines such as
 
-    include 'countdown_cpu.gin'      # first, relative to this file
+    include 'countdown_cpu.gin'      # first; beside this file, or a packaged one
     size = 64                        # a macro
     Model.hidden_size = %size
     Optim.learning_rate = 5e-4
@@ -18,16 +18,18 @@ This is the only package that reads flags or config files; every function below 
 """
 
 from aspo_jax.config.gin import ConfigError, diff_text
-from aspo_jax.config.reading import packaged, parse_config, read_config
+from aspo_jax.config.reading import config_flags, packaged, parse_config, read, read_config
 from aspo_jax.config.schema import help_text
 from aspo_jax.config.sections import Config
 
 __all__ = [
     "Config",
     "ConfigError",
+    "config_flags",
     "diff_text",
     "help_text",
     "packaged",
     "parse_config",
+    "read",
     "read_config",
 ]

@@ -1,6 +1,8 @@
 """What is wrong with a config whose fields are fine one by one: both numbers and the remedy."""
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from aspo_jax.config.gin import LAUNCH, nearest
 from aspo_jax.config.schema import Factories, arguments, describe
@@ -36,8 +38,26 @@ def factory_problems(
                 )
 
 
+def argument_problems(
+    config: Config, table: Mapping[str, Callable[..., Any]], places: Mapping[str, str]
+) -> Iterator[str]:
+    """What the factories themselves say of the arguments that they were given.
+
+    A factory is cheap to call and raises ValueError; here, before anything is loaded.
+    """
+    for name, given in config.factories.items():
+        if any(p.default is p.empty and n not in given for n, p in arguments(table[name]).items()):
+            continue  # an unused section; what a used one lacks is a problem of its own
+        try:
+            table[name](**given)
+        except ValueError as error:
+            named = [n for n in given if re.search(rf"\b{n}\b", str(error))]
+            yield f"{at(f'{name}.{(named or list(given))[0]}', places)}{error}"
+
+
 def cross_checks(config: Config, places: Mapping[str, str]) -> Iterator[str]:
     """Settings that contradict each other, with both numbers and the remedy."""
+    yield from _check_objective(config, places)
     yield from _check_sizes(config, places)
     yield from _check_sampler(config, places)
     yield from _check_model(config, places)
@@ -82,6 +102,30 @@ def _check_launch(config: Config, places: Mapping[str, str]) -> Iterator[str]:
         yield (
             f"{at('Runtime.process_id', places)}Runtime.process_id = {runtime.process_id} must be"
             f" below Runtime.num_processes = {runtime.num_processes}; processes count from 0"
+        )
+
+
+_GROUP_ADVANTAGES = ("group_mean", "group_zscore", "leave_one_out")
+
+
+def _check_objective(config: Config, places: Mapping[str, str]) -> Iterator[str]:
+    objective = config.objective
+    rules = (objective.name, *objective.penalties)
+    for name in dict.fromkeys(rules):
+        if rules.count(name) > 1:
+            yield (
+                f"{at('Objective.penalties', places)}{name} is named {rules.count(name)} times in"
+                f" Objective.name = {objective.name!r} and Objective.penalties ="
+                f" {objective.penalties!r}; name it once: its weight and its penalty would count"
+                " as often"
+            )
+    if config.train.samples_per_prompt == 1 and objective.advantage in _GROUP_ADVANTAGES:
+        yield (
+            f"{at('Train.samples_per_prompt', places)}Train.samples_per_prompt = 1 leaves"
+            f" Objective.advantage = {objective.advantage!r} nothing to compare a sample with: the"
+            " bare reward would take its place, which is another algorithm (REINFORCE without a"
+            f" baseline); set it to 2 or more, for {', '.join(_GROUP_ADVANTAGES)} all compare the"
+            " samples of a prompt"
         )
 
 

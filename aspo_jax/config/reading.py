@@ -9,28 +9,61 @@ from typing import Any
 from pydantic import ValidationError
 
 from aspo_jax.config import gin
-from aspo_jax.config.checks import cross_checks, factory_problems
-from aspo_jax.config.gin import Binding, ConfigError, nearest
-from aspo_jax.config.schema import Factories, adapter, arguments, describe, factory_table, help_text
+from aspo_jax.config.checks import argument_problems, cross_checks, factory_problems
+from aspo_jax.config.gin import Binding, ConfigError, config_folder, nearest
+from aspo_jax.config.schema import (
+    Factories,
+    adapter,
+    arguments,
+    describe,
+    factory_table,
+    help_text,
+    value_problem,
+)
 from aspo_jax.config.sections import SECTIONS, Config, attribute, fields
+from aspo_jax.errors import CommandParser
+from aspo_jax.paths import PathError, page, shorten, shown, user_path
 
 DEFAULT = "countdown_cpu"
 
 
 def read_config(argv: Sequence[str], factories: Factories) -> Config:
-    """The config named by command-line arguments; ``--help`` prints every field and exits.
+    """The config named by the training command's arguments; ``--help`` and the like exit.
 
     factories: 'objective', 'advantage' and 'aggregate', each a mapping from name to factory; the
         factories' keyword arguments are sections of their own.
 
     Raises ConfigError for every mistake in a file or a ``--set``.
     """
-    parser = argparse.ArgumentParser(
+    factory_table(factories)
+    parser = CommandParser(
         prog="python -m aspo_jax.train",
         description="Train a language model on verifiable rewards.",
-        epilog=help_text(factories),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"Files: {page('config.md')} says how they are written.",
+        add_help=False,
     )
+    parser.add_argument(
+        *("-h", "--help"),
+        nargs="?",
+        const="",
+        metavar="SECTION",
+        help="show every setting and exit; or those of one section or factory, such as Sampler",
+    )
+    config_flags(parser)
+    found = parser.parse_args(argv)
+    if found.help is not None:
+        _show_help(parser, factories, found.help)
+    return read(found, factories)
+
+
+def _show_help(parser: argparse.ArgumentParser, factories: Factories, topic: str) -> None:
+    text = help_text(factories, topic or None)
+    print(text if topic else f"{parser.format_help()}\n{text}")
+    raise SystemExit(0)
+
+
+def config_flags(parser: argparse.ArgumentParser) -> None:
+    """Give a command the flags that name a config; `read` reads them."""
     parser.add_argument(
         "--config",
         default=DEFAULT,
@@ -44,24 +77,30 @@ def read_config(argv: Sequence[str], factories: Factories) -> Config:
         metavar="Section.field=value",
         help="override one setting; may be repeated",
     )
-    arguments = parser.parse_args(argv)
-    path = find_config(arguments.config)
+    parser.add_argument(
+        "--print-config", action="store_true", help="show the config with all settings and exit"
+    )
+
+
+def read(flags: argparse.Namespace, factories: Factories) -> Config:
+    """The config that `config_flags` name; printed, and the command ended, if that was asked for.
+
+    Raises ConfigError for every mistake in a file or a ``--set``.
+    """
+    path = find_config(flags.config)
     found = gin.read_file(path, ())
-    for number, text in enumerate(arguments.set, start=1):
+    for number, text in enumerate(flags.set, start=1):
         found |= gin.read_flag(text, f"--set #{number}")
-    return _build(found, factories, str(path), path.stem)
+    config = _build(found, factories, shown(path), path.stem)
+    if flags.print_config:
+        print(config.text(), end="")
+        raise SystemExit(0)
+    return config
 
 
 def parse_config(text: str, factories: Factories, name: str = "text") -> Config:
     """The config written in ``text``, which may not include other files."""
     return _build(gin.read_text(text, name, None, ()), factories, name, name)
-
-
-def config_folder() -> Path:
-    """The config files: inside an installed package, beside the package in a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
 
 
 def packaged() -> list[str]:
@@ -71,14 +110,17 @@ def packaged() -> list[str]:
 
 def find_config(name: str) -> Path:
     """The file of a config given by path, or by the bare name of a packaged one."""
-    candidates = (Path(name).expanduser(), config_folder() / f"{Path(name).stem}.gin")
-    is_bare = Path(name).name == name
-    for path in candidates[: 2 if is_bare else 1]:
-        if path.is_file():
-            return path
+    try:
+        path = user_path(name, "--config")
+    except PathError as error:
+        raise ConfigError(str(error)) from error
+    is_bare = path.name == name
+    for candidate in (path, config_folder() / f"{path.stem}.gin")[: 2 if is_bare else 1]:
+        if candidate.exists():
+            return candidate
     raise ConfigError(
-        f"--config: no config file {name!r}; expected a path or one of"
-        f" {', '.join(packaged())}{nearest(Path(name).stem, packaged())}"
+        f"--config: no config file {shorten(name)!r}; expected a path or one of"
+        f" {', '.join(packaged())}{nearest(path.stem, packaged())}"
     )
 
 
@@ -112,6 +154,7 @@ def _build(found: Mapping[str, Binding], factories: Factories, source: str, name
     config = Config(**sections, factories=types.MappingProxyType(arguments), name=name)
     places = {key: binding.place for key, binding in bindings.items()}
     _raise([*factory_problems(config, factories, places), *cross_checks(config, places)])
+    _raise([*argument_problems(config, table, places)])
     return config
 
 
@@ -135,17 +178,17 @@ def _wrong_type(
     owner: str, field: str, value: Any, table: Mapping[str, Callable[..., Any]]
 ) -> str | None:
     """What is wrong with a value by itself."""
+    unit, bounds = "", ()
     if owner in SECTIONS:
         info = fields(owner)[field]
-        bounds = tuple(info.metadata)
+        unit, bounds = info.json_schema_extra["unit"], tuple(info.metadata)
         annotation = info.annotation
     else:
-        annotation, bounds = arguments(table[owner])[field].annotation, ()
+        annotation = arguments(table[owner])[field].annotation
     try:
-        adapter(annotation, bounds).validate_python(value)
+        return value_problem(adapter(annotation, bounds).validate_python(value), unit)
     except ValidationError:
-        return f"expected {describe(annotation, bounds)}, found {value!r}"
-    return None
+        return f"expected {describe(annotation, bounds)}, found {shorten(repr(value))}"
 
 
 def _coerced(

@@ -4,8 +4,9 @@ import dataclasses
 import re
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import annotated_types
 import pydantic
 from pydantic import ConfigDict, Field
 
@@ -16,6 +17,8 @@ def setting(default: Any, unit: str, meaning: str, **bounds: Any) -> Any:
     """A field with its unit, meaning and bounds (gt, ge, lt, le); ``...`` = no default."""
     return Field(default, description=meaning, json_schema_extra={"unit": unit}, **bounds)
 
+
+Natural = Annotated[int, annotated_types.Ge(0)]  # an item of a list
 
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 _Section = typing.TypeVar("_Section")
@@ -57,9 +60,9 @@ class Data:
 class Countdown:
     """The embedded puzzle: reach the target with every number used once."""
 
-    numbers: int = setting(4, "numbers", "numbers in a puzzle", ge=2)
-    low: int = setting(1, "", "smallest number drawn", ge=1)
-    high: int = setting(9, "", "largest number drawn", ge=1)
+    numbers: int = setting(4, "numbers", "numbers in a puzzle", ge=2, le=16)
+    low: int = setting(1, "", "smallest number drawn", ge=1, le=999_999)
+    high: int = setting(9, "", "largest number drawn", ge=1, le=999_999)
     operations: str = setting("+-", "", "operations allowed, out of + - *")
     max_intermediate: int = setting(99, "", "largest intermediate result", ge=1)
 
@@ -117,7 +120,7 @@ class Sampler:
     max_prompt_tokens: int = setting(..., "tokens", "longest prompt", ge=1)
     max_response_tokens: int = setting(..., "tokens", "longest response", ge=1)
     slots: int = setting(..., "sequences", "sequences decoded at once", ge=1)
-    stop_ids: tuple[int, ...] = setting((), "", "ids that end a response, as the tokenizer's does")
+    stop_ids: tuple[Natural, ...] = setting((), "", "ids that end a response, as the tokenizer's does")
     stop_strings: tuple[str, ...] = setting((), "", "texts that end a response")
     page: int = setting(64, "tokens", "positions in a page of the key-value cache", ge=1)
     cache_tokens: int | None = setting(
@@ -145,18 +148,18 @@ class Sampler:
 class Reward:
     """How completions are judged."""
 
-    workers: int = setting(1, "processes", "grading processes", ge=1)
-    timeout_s: float = setting(5.0, "seconds", "time allowed per answer (not programs)", gt=0)
+    workers: int = setting(1, "processes", "grading processes", ge=1, le=4096)
+    timeout_s: float = setting(5.0, "seconds", "time allowed per answer (not programs)", gt=0, le=86_400)
     function: str | None = setting(
         None, "", "judges answers of kind 'custom': 'package.module:function'"
     )
     sandbox: Literal["auto", "namespaces", "landlock", "rlimits"] = setting(
         "auto", "", "for programs; auto: the safest that holds; rlimits stops accidents only"
     )
-    test_timeout_s: float = setting(6.0, "seconds", "time allowed per test of a program", gt=0)
-    test_memory_mib: int = setting(1024, "MiB", "memory of a program under test", ge=64)
+    test_timeout_s: float = setting(6.0, "seconds", "time allowed per test of a program", gt=0, le=86_400)
+    test_memory_mib: int = setting(1024, "MiB", "memory of a program under test", ge=64, le=2**20)
     program_timeout_s: float = setting(
-        60.0, "seconds", "time allowed for all tests of a program", gt=0
+        60.0, "seconds", "time allowed for all tests of a program", gt=0, le=86_400
     )
     max_tests: int = setting(0, "tests", "tests drawn per program; 0 = all", ge=0)
     max_failures: float = setting(
@@ -249,7 +252,7 @@ class Metrics:
     """What is recorded."""
 
     tensorboard: bool = setting(True, "", "write TensorBoard event files too")
-    profile_iterations: tuple[int, ...] = setting((), "iterations", "iterations to profile")
+    profile_iterations: tuple[Natural, ...] = setting((), "iterations", "iterations to profile")
     transcripts: int = setting(8, "samples", "completions written out per iteration", ge=0)
 
 
