@@ -43,7 +43,10 @@ class CommandParser(argparse.ArgumentParser):
     def _unknown(self, word: str) -> str:
         """What a word that is no argument was meant to be."""
         shown = f"unknown argument {word[:80]!r}"
-        if re.fullmatch(r"-*\w+\.\w+=.*", word, re.DOTALL) and "--set" in self._option_string_actions:
+        if (
+            re.fullmatch(r"-*\w+\.\w+=.*", word, re.DOTALL)
+            and "--set" in self._option_string_actions
+        ):
             return f"{shown}: write --set {shlex.quote(word.lstrip('-')[:80])}"
         flag = word.partition("=")[0]
         close = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.6)

@@ -15,7 +15,10 @@ _FORMATS = {
     b"\xff\xfe": ("UTF-16", "convert it: iconv -f UTF-16 -t UTF-8 OLD > NEW"),
     b"\xfe\xff": ("UTF-16", "convert it: iconv -f UTF-16 -t UTF-8 OLD > NEW"),
     b"\x1f\x8b": ("gzip", "unpack it with gunzip, or let a data file's name end in .gz"),
-    b"PAR1": ("Parquet", "convert it: pandas.read_parquet(OLD).to_json(NEW, 'records', lines=True)"),
+    b"PAR1": (
+        "Parquet",
+        "convert it: pandas.read_parquet(OLD).to_json(NEW, 'records', lines=True)",
+    ),
     b"ARROW1": ("Arrow", "convert it: datasets.Dataset.from_file(OLD).to_json(NEW)"),
     b"PK\x03\x04": ("a zip archive", "unpack it with unzip"),
     b"BZh": ("bzip2", "unpack it with bunzip2"),
@@ -87,7 +90,7 @@ def _is_homeless(text: str) -> bool:
 
 
 def shown(path: str | Path) -> str:
-    """A path as messages show it: relative to the current folder if it lies in there, else whole."""
+    """A path as messages show it: relative to the current folder if it is in there, else whole."""
     whole, here = Path(os.path.abspath(path)), Path.cwd()
     return str(whole.relative_to(here) if whole.is_relative_to(here) else whole)
 

@@ -88,6 +88,5 @@ def test_wrong_settings_are_named(setting, message):
 
 
 def test_impossible_arguments_of_a_shape_are_config_errors():
-    config = config_of("Reward.shapes=('grpo_lambda',)", "grpo_lambda.top=1.5")
-    with pytest.raises(ConfigError, match="top is 1.5, expected a share from 0 to 1"):
-        build_reward_shape(config)
+    with pytest.raises(ConfigError, match="^--set #2: .*top is 1.5, expected a share from 0 to 1"):
+        config_of("Reward.shapes=('grpo_lambda',)", "grpo_lambda.top=1.5")

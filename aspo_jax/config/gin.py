@@ -144,10 +144,10 @@ def _find_included(target: str, folder: Path, place: str) -> Path:
     for candidate in looked_in:
         if candidate.exists():
             return candidate
-    places = " and no ".join(str(shown(candidate)) for candidate in looked_in)
+    places = " and no ".join(shown(candidate) for candidate in looked_in)
     raise ConfigError(
-        f"{place}: the included file {str(target)!r} does not exist: there is no {places}; an include"
-        " is looked up beside the file that names it, then among the packaged configs"
+        f"{place}: the included file {str(target)!r} does not exist: there is no {places}; an"
+        " include is looked up beside the file that names it, then among the packaged configs"
     )
 
 

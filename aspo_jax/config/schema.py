@@ -192,9 +192,7 @@ _MEANING = re.compile(r"^( *)(\w+(?:, \w+)*): (.+(?:\n\1 +\S.*)*)", re.MULTILINE
 def meanings(factory: Callable[..., Any]) -> dict[str, str]:
     """What a docstring says of each argument: ``name: meaning`` or ``one, other: meaning``."""
     found = _MEANING.findall(inspect.getdoc(factory) or "")
-    return {
-        name: " ".join(text.split()) for _, names, text in found for name in names.split(", ")
-    }
+    return {name: " ".join(text.split()) for _, names, text in found for name in names.split(", ")}
 
 
 def _short(annotation: Any) -> str:

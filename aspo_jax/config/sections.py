@@ -120,7 +120,9 @@ class Sampler:
     max_prompt_tokens: int = setting(..., "tokens", "longest prompt", ge=1)
     max_response_tokens: int = setting(..., "tokens", "longest response", ge=1)
     slots: int = setting(..., "sequences", "sequences decoded at once", ge=1)
-    stop_ids: tuple[Natural, ...] = setting((), "", "ids that end a response, as the tokenizer's does")
+    stop_ids: tuple[Natural, ...] = setting(
+        (), "", "ids that end a response, as the tokenizer's does"
+    )
     stop_strings: tuple[str, ...] = setting((), "", "texts that end a response")
     page: int = setting(64, "tokens", "positions in a page of the key-value cache", ge=1)
     cache_tokens: int | None = setting(
@@ -149,14 +151,18 @@ class Reward:
     """How completions are judged."""
 
     workers: int = setting(1, "processes", "grading processes", ge=1, le=4096)
-    timeout_s: float = setting(5.0, "seconds", "time allowed per answer (not programs)", gt=0, le=86_400)
+    timeout_s: float = setting(
+        5.0, "seconds", "time allowed per answer (not programs)", gt=0, le=86_400
+    )
     function: str | None = setting(
         None, "", "judges answers of kind 'custom': 'package.module:function'"
     )
     sandbox: Literal["auto", "namespaces", "landlock", "rlimits"] = setting(
         "auto", "", "for programs; auto: the safest that holds; rlimits stops accidents only"
     )
-    test_timeout_s: float = setting(6.0, "seconds", "time allowed per test of a program", gt=0, le=86_400)
+    test_timeout_s: float = setting(
+        6.0, "seconds", "time allowed per test of a program", gt=0, le=86_400
+    )
     test_memory_mib: int = setting(1024, "MiB", "memory of a program under test", ge=64, le=2**20)
     program_timeout_s: float = setting(
         60.0, "seconds", "time allowed for all tests of a program", gt=0, le=86_400

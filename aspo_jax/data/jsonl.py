@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import zlib
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NoReturn
 
 from aspo_jax.errors import UserError
+from aspo_jax.paths import PathError, check_format, read_bytes, shorten, shown, user_path
 
 _ROLES = ("system", "user", "assistant")
 _BOM = b"\xef\xbb\xbf"
+_OPENINGS = {b"{", b"[", b"[{"}  # the first line of JSON that is spread over several
 
 
 class DataError(UserError):
@@ -31,7 +34,7 @@ class _Line:
     """Where we are, for the error message."""
 
     def __init__(self, path: Path, number: int):
-        self.where = f"{path}:{number}"
+        self.where = f"{shown(path)}:{number}"
         self.number = number
 
     def fail(self, found: str, expected: str, remedy: str) -> NoReturn:
@@ -46,10 +49,14 @@ def read_jsonl(path: str | Path, kinds: Collection[str] | None = None) -> list[d
     Raises:
         DataError: anything wrong with the file or one of its lines.
     """
-    path = Path(path).expanduser()
+    try:
+        path = user_path(path)
+        lines = _read_lines(path)
+    except PathError as error:
+        raise DataError(str(error)) from error
     rows: list[dict[str, Any]] = []
     first_use: dict[str, int] = {}
-    for number, data in enumerate(_read_lines(path), start=1):
+    for number, data in enumerate(lines, start=1):
         line = _Line(path, number)
         row = _read_row(line, _parse(line, data), kinds)
         if row["id"] in first_use:
@@ -64,25 +71,58 @@ def read_jsonl(path: str | Path, kinds: Collection[str] | None = None) -> list[d
 
 
 def _read_lines(path: Path) -> list[bytes]:
-    try:
-        data = path.read_bytes()
-        if path.suffix == ".gz":
-            data = gzip.decompress(data)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(
-            f"{path}: cannot be read ({error}), expected a file of JSON lines; "
-            "check the path and that it was copied whole"
-        ) from error
+    data = read_bytes(path)
+    if path.suffix == ".gz":
+        data = _unpack(data, path)
+    check_format(data, path)
     if not data.strip():
         raise DataError(
-            f"{path}: found an empty file, expected at least one line; "
+            f"{shown(path)}: found an empty file, expected at least one line; "
             "write one JSON object per line"
         )
-    return data.removesuffix(b"\n").split(b"\n")
+    lines = data.removesuffix(b"\n").split(b"\n")
+    if lines[0].strip() in _OPENINGS:
+        raise DataError(
+            f"{shown(path)}:1: found {lines[0].strip().decode()!r} alone on a line, expected one "
+            f"whole JSON object per line; rewrite it with jq -c {_flatten(lines[0])} OLD > NEW"
+        )
+    return lines
+
+
+def _flatten(line: bytes) -> str:
+    """The jq filter that makes one line of each row."""
+    return "'.[]'" if line.startswith(b"[") else "."
+
+
+def _unpack(data: bytes, path: Path) -> bytes:
+    try:
+        return gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(
+            f"{shown(path)}: cannot be read as gzip ({error}), expected what its name says; "
+            "rename the file or check that it was copied whole"
+        ) from error
 
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON value")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {shorten(text)} is too large for a float")
+    return value
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object; of a key given twice JSON readers would keep the last in silence."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {shorten(twice)!r} is given twice in one object; keep one")
+    return value
 
 
 def _parse(line: _Line, data: bytes) -> dict[str, Any]:
@@ -92,16 +132,32 @@ def _parse(line: _Line, data: bytes) -> dict[str, Any]:
     if not data.strip():
         line.fail("an empty line", "a JSON object", "delete the line")
     try:
-        value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+        value = json.loads(
+            data.decode("utf-8"),
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            object_pairs_hook=_without_twins,
+        )
+        json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
-        line.fail(f"bytes that are not UTF-8 ({error})", "UTF-8", "convert the file to UTF-8")
+        line.fail(
+            f"bytes that are not UTF-8 ({error.reason} at byte {error.start} of the line)",
+            "UTF-8",
+            "convert the file to UTF-8",
+        )
+    except UnicodeEncodeError:
+        line.fail("half a surrogate pair", "Unicode text", "write the character in full")
+    except json.JSONDecodeError as error:
+        found = f"bad JSON ({error.msg} at column {error.colno})"
+        line.fail(found, "a JSON object", "write one whole object per line")
     except (ValueError, RecursionError) as error:
         line.fail(f"bad JSON ({error})", "a JSON object", "write one whole object per line")
     if not isinstance(value, dict):
         line.fail(
             f"a JSON {type(value).__name__}",
             "a JSON object",
-            'write {"prompt": ..., "answer": ..., "kind": ...}',
+            'write {"prompt": ..., "answer": ..., "kind": ...}; jq -c \'.[]\' OLD > NEW takes a '
+            "list apart",
         )
     return value
 
@@ -128,16 +184,12 @@ def _field(line: _Line, value: dict[str, Any], name: str) -> Any:
 def _text(line: _Line, value: dict[str, Any], name: str) -> str:
     """A field that must be a string with something in it."""
     text = _field(line, value, name)
+    if text is None:
+        line.fail(f"null for {name!r}", "some text", "fill it in or delete the line")
     if not isinstance(text, str):
         line.fail(f"{name!r} of type {type(text).__name__}", "a string", "put it in quotes")
     if not text.strip():
         line.fail(f"an empty {name!r}", "some text", "fill it in or delete the line")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        line.fail(
-            f"half a surrogate pair in {name!r}", "Unicode text", "write the character in full"
-        )
     return text
 
 
@@ -146,6 +198,8 @@ def _read_id(line: _Line, value: dict[str, Any]) -> str:
         return str(line.number)
     if isinstance(value["id"], int) and not isinstance(value["id"], bool):
         return str(value["id"])
+    if value["id"] is None:
+        line.fail("null for 'id'", "a string", "fill it in or leave the field out")
     return _text(line, value, "id")
 
 

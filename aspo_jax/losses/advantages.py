@@ -44,8 +44,11 @@ def group_zscore(ddof: int = 1, eps: float = 1e-6) -> Advantage:
     """``A = (R - mean) / (std + eps)`` over the group. GRPO, arXiv 2402.03300 §4.1.2.
 
     ddof: 1 divides the variance by n - 1, 0 by n.
+    eps: added to the standard deviation.
     """
-    require_non_negative("group_zscore", ddof=ddof, eps=eps)
+    if ddof not in (0, 1):
+        raise ValueError(f"group_zscore.ddof = {ddof}; expected 0 or 1")
+    require_non_negative("group_zscore", eps=eps)
 
     def advantage(reward_PG: ArrayLike, is_valid_PG: ArrayLike) -> Array:
         centred_PG, count_P1 = _centre(reward_PG, is_valid_PG)

@@ -18,6 +18,8 @@ from aspo_jax.losses.objective import (
     log_ratio,
     require,
     require_non_negative,
+    require_positive,
+    require_share,
     select,
     weight_only,
 )
@@ -42,14 +44,19 @@ def aspo(
     ``-A r`` for A < 0, clipped; beyond a soft cap it is ``-A cap log pi``. Differentiating a plain
     1/r instead would flip the sign of the update.
 
-    cap: largest weight. *_cap: what happens beyond it, per sign of the advantage: "soft" keeps
+    clip_low: a negative token counts while its ratio is at least 1 - clip_low; 0 to 1.
+    clip_high: a positive token counts while its ratio is at most 1 + clip_high.
+    cap: largest weight, above 0.
+    positive_cap, negative_cap: what happens beyond it, per sign of the advantage: "soft" keeps
         the gradient at weight ``cap``, "hard" removes it, "none" lets the weight grow.
     Metrics: ``cap_share_positive``, ``cap_share_negative``, share of that sign's tokens beyond the
         cap.
     Source: arXiv 2510.06062 §6, Eq. 3; soft caps on both signs and cap 3 as in the authors' code
     (the paper prints no number).
     """
-    require_non_negative("aspo", clip_low=clip_low, clip_high=clip_high, cap=cap)
+    require_share("aspo", clip_low=clip_low)
+    require_non_negative("aspo", clip_high=clip_high)
+    require_positive("aspo", cap=cap)
     cap_positive = choose(CAPS, positive_cap, "aspo.positive_cap")
     cap_negative = choose(CAPS, negative_cap, "aspo.negative_cap")
     low, high = 1 - clip_low, 1 + clip_high
@@ -82,8 +89,7 @@ def is_low_entropy(quantile: float = 0.8) -> Predicate:
     The quantile is over the response tokens of the token's own sequence, linearly interpolated,
     of the *current* policy's entropy (nats). Needs ``entropy_BT``. Archer, arXiv 2507.15778 Eq. 2.
     """
-    if not 0 <= quantile <= 1:
-        raise ValueError(f"is_low_entropy.quantile = {quantile}; expected a number in [0, 1]")
+    require_share("is_low_entropy", quantile=quantile)
 
     def predicate(tokens: Tokens) -> Array:
         entropy_BT = accurate(require(tokens, "entropy_BT", "is_low_entropy"))
@@ -102,8 +108,15 @@ def archer2(
 
         select(is_low_entropy(quantile), aspo(0.2, 0.2), aspo(0.4, 0.4))
 
+    quantile: a token's entropy is low up to this quantile of its response, from 0 to 1.
+    clip_low_entropy: both clip bounds of low-entropy tokens, from 0 to 1.
+    clip_high_entropy: both clip bounds of the others, from 0 to 1.
+    cap: largest weight, above 0.
     Needs ``entropy_BT``. The paper's text has 0.2 for every token: that is `aspo`.
     """
+    bounds = {"clip_low_entropy": clip_low_entropy, "clip_high_entropy": clip_high_entropy}
+    require_share("archer2", quantile=quantile, **bounds)
+    require_positive("archer2", cap=cap)
     return select(
         is_low_entropy(quantile),
         aspo(clip_low_entropy, clip_low_entropy, cap),

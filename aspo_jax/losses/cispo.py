@@ -16,10 +16,10 @@ def cispo(ratio_min: float = 0.0, ratio_max: float = 5.0) -> Objective:
         bound is not published; 5 is the common choice of libraries.
     Source: MiniMax-M1, arXiv 2506.13585.
     """
-    if not 0 <= ratio_min <= ratio_max:
+    if not 0 <= ratio_min <= ratio_max or ratio_max == 0:
         raise ValueError(
             f"cispo.ratio_min = {ratio_min}, cispo.ratio_max = {ratio_max}; "
-            "expected 0 <= ratio_min <= ratio_max (absolute ratios)"
+            "expected 0 <= ratio_min <= ratio_max, above 0 (absolute ratios)"
         )
 
     def coefficient(tokens, state, sums):

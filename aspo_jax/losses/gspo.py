@@ -5,7 +5,13 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from aspo_jax.losses.clip import is_inside
-from aspo_jax.losses.objective import Objective, log_ratio, require_non_negative, weight_only
+from aspo_jax.losses.objective import (
+    Objective,
+    log_ratio,
+    require_non_negative,
+    require_share,
+    weight_only,
+)
 from aspo_jax.losses.segment import segment_mean
 
 
@@ -16,12 +22,16 @@ def gspo(clip_low: float = 3e-4, clip_high: float = 4e-4) -> Objective:
         A > 0:  w = s  if s <= 1 + clip_high  else 0
         A < 0:  w = s  if s >= 1 - clip_low   else 0
 
+    clip_low: a negative token counts while s is at least 1 - clip_low; 0 to 1.
+    clip_high: a positive token counts while s is at most 1 + clip_high.
+
     Published surrogate: ``max(-A s, -A clip(s, 1 - clip_low, 1 + clip_high))``. With one advantage
     per sequence this is the gradient of the true sequence ratio; with per-token advantages it is
     GSPO-token.
     Source: arXiv 2507.18071 Eqs. 5 and 7.
     """
-    require_non_negative("gspo", clip_low=clip_low, clip_high=clip_high)
+    require_share("gspo", clip_low=clip_low)
+    require_non_negative("gspo", clip_high=clip_high)
     low, high = 1 - clip_low, 1 + clip_high
 
     def coefficient(tokens, state, sums):

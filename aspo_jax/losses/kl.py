@@ -18,6 +18,7 @@ from aspo_jax.losses.objective import (
     choose,
     require,
     require_non_negative,
+    require_positive,
 )
 from aspo_jax.losses.report import mean_over
 from aspo_jax.structs import Tokens
@@ -85,6 +86,7 @@ def kl_penalty(
 
         w = 1        b = -d(beta kl)/d log pi        surrogate: beta kl
 
+    beta: weight of the penalty, per nat.
     estimator: "k1", "abs", "k2" or "k3" (Schulman, "Approximating KL divergence", 2020).
     clamp: largest k3 value, zero gradient beyond; ``float("inf")`` for none.
     where: restrict the penalty to the tokens of a predicate, averaged over *those* tokens: the
@@ -94,7 +96,8 @@ def kl_penalty(
         penalties in one chain need two names.
     Needs ``ref_logp_BT``. Source: arXiv 2510.06062 Eq. 1 and App. B (k3, 1e-3).
     """
-    require_non_negative("kl_penalty", beta=beta, clamp=clamp)
+    require_non_negative("kl_penalty", beta=beta)
+    require_positive("kl_penalty", clamp=clamp)
     estimate = choose(ESTIMATORS, estimator, "kl_penalty.estimator")
 
     def is_penalised(tokens: Tokens) -> Array:
@@ -135,6 +138,9 @@ def low_entropy_kl(
 ) -> Objective:
     """`kl_penalty` on low-entropy tokens only, over their own count; needs ``entropy_BT`` too.
 
+    beta: weight of the penalty, per nat.
+    quantile: a token's entropy is low up to this quantile of its response, from 0 to 1.
+    estimator, clamp: as in `kl_penalty`.
     The split KL that the authors' released scripts imply (their scale for the other tokens is 0).
     """
     return kl_penalty(beta, estimator, clamp, where=is_low_entropy(quantile))

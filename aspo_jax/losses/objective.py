@@ -103,6 +103,20 @@ def require_non_negative(rule: str, **values: float) -> None:
             raise ValueError(f"{rule}.{name} = {value}; expected a number >= 0")
 
 
+def require_positive(rule: str, **values: float) -> None:
+    """Raise a ValueError naming the first hyper-parameter that is not above 0."""
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"{rule}.{name} = {value}; expected a number > 0")
+
+
+def require_share(rule: str, **values: float) -> None:
+    """Raise a ValueError naming the first hyper-parameter outside of [0, 1]."""
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{rule}.{name} = {value}; expected a number from 0 to 1")
+
+
 def accurate(x: Array) -> Array:
     """x in the precision of all coefficients: at least float32."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -13,6 +13,7 @@ from aspo_jax.losses.objective import (
     choose,
     log_ratio,
     require_non_negative,
+    require_share,
     weight_only,
 )
 from aspo_jax.losses.segment import segment_mean
@@ -31,11 +32,17 @@ def ppo_clip(
 
     Published surrogate: ``max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))``.
 
+    clip_low: a negative token counts while its ratio is at least 1 - clip_low; 0 to 1.
+    clip_high: a positive token counts while its ratio is at most 1 + clip_high.
+    dual_cap: where the dual clip of negative tokens begins, a ratio above 1.
     dual_clip: what happens to A < 0 beyond ``r > dual_cap``: "hard" removes the gradient (the
         published dual clip), "soft" keeps it at weight ``dual_cap``, "none" is plain PPO.
     Source: PPO, arXiv 1707.06347 Eq. 7; dual clip, arXiv 1912.09729.
     """
-    require_non_negative("ppo_clip", clip_low=clip_low, clip_high=clip_high, dual_cap=dual_cap)
+    require_share("ppo_clip", clip_low=clip_low)
+    require_non_negative("ppo_clip", clip_high=clip_high)
+    if not dual_cap > 1:
+        raise ValueError(f"ppo_clip.dual_cap = {dual_cap}; expected a ratio above 1")
     cap_negative = choose(CAPS, dual_clip, "ppo_clip.dual_clip")
     low, high = 1 - clip_low, 1 + clip_high
 
@@ -57,6 +64,8 @@ def ppo_clip(
 def grpo(clip_low: float = 0.2, clip_high: float = 0.2) -> Objective:
     """GRPO: `ppo_clip`; what makes it GRPO is ``group_zscore`` and ``sequence_mean``.
 
+    clip_low: a negative token counts while its ratio is at least 1 - clip_low; 0 to 1.
+    clip_high: a positive token counts while its ratio is at most 1 + clip_high.
     Source: DeepSeekMath, arXiv 2402.03300 Eq. 3; add `kl_penalty` for its KL term.
     """
     return ppo_clip(clip_low, clip_high)
@@ -65,6 +74,9 @@ def grpo(clip_low: float = 0.2, clip_high: float = 0.2) -> Objective:
 def dapo(clip_low: float = 0.2, clip_high: float = 0.28, dual_cap: float = 10.0) -> Objective:
     """DAPO's clip-higher, with the hard dual clip of its scripts; goes with ``token_mean``.
 
+    clip_low: a negative token counts while its ratio is at least 1 - clip_low; 0 to 1.
+    clip_high: a positive token counts while its ratio is at most 1 + clip_high.
+    dual_cap: negative tokens beyond this ratio, above 1, lose their gradient.
     Source: arXiv 2503.14476. Dynamic sampling and overlong shaping belong to the data loop.
     """
     return ppo_clip(clip_low, clip_high, dual_cap, dual_clip="hard")
@@ -75,10 +87,13 @@ def grpo_without_is(clip_low: float = 0.2, clip_high: float = 0.2) -> Objective:
 
         w = 1  if the PPO gate is open  else 0        surrogate: -A w log pi
 
+    clip_low: a negative token counts while its ratio is at least 1 - clip_low; 0 to 1.
+    clip_high: a positive token counts while its ratio is at most 1 + clip_high.
     Source: arXiv 2510.06062 §4.2. The paper does not say whether the gate stays ("identical
     except for the use of r"): it does here; `reinforce` drops it too.
     """
-    require_non_negative("grpo_without_is", clip_low=clip_low, clip_high=clip_high)
+    require_share("grpo_without_is", clip_low=clip_low)
+    require_non_negative("grpo_without_is", clip_high=clip_high)
 
     def coefficient(tokens, state, sums):
         ratio_BT = jnp.exp(log_ratio(tokens))
@@ -118,11 +133,14 @@ def positive_response_mean(
     point: differentiating the mean itself, d(sum_t mean)/d log pi_t = r_t gives every token its
     own ratio back, and the variant would be GRPO unchanged.
 
+    clip_low: a negative token counts while its ratio is at least 1 - clip_low; 0 to 1.
+    clip_high: a positive token counts while the ratio that ``gate`` names is at most 1 + clip_high.
     gate: the positive tokens' gate looks at the "token" ratio or at the "response" mean; the
         paper does not say which.
     Source: arXiv 2510.06062 §5.3.
     """
-    require_non_negative("positive_response_mean", clip_low=clip_low, clip_high=clip_high)
+    require_share("positive_response_mean", clip_low=clip_low)
+    require_non_negative("positive_response_mean", clip_high=clip_high)
     gate_ratio = choose(GATES, gate, "positive_response_mean.gate")
     low, high = 1 - clip_low, 1 + clip_high
 

@@ -105,6 +105,9 @@ def grpo_lambda(top: float = 0.2, alpha: float = 0.6) -> Shape:
     the prompts. Wrong answers are left alone, as are all answers of the other groups. A ``std`` of
     0 counts as 1.
 
+    top: share of the groups that are fined, those with most right answers; 0 to 1.
+    alpha: the fine's largest size, as reward; 0 to 1.
+
     Raises:
         ValueError: top or alpha outside 0..1.
     """
@@ -157,14 +160,20 @@ def curriculum_budget(
     at iteration i. The budget's schedule is the paper's; the triangle and the defaults of decay,
     every and weight are ours, for the paper's were not to be had.
 
+    start: the first budget in tokens, at least 1.
+    decay: what the budget is multiplied with, above 0 and at most 1.
+    every: iterations between two decays, at least 1.
+    weight: reward for a length of exactly the budget, 0 or more.
+
     Raises:
-        ValueError: a budget or period below 1, a decay outside (0, 1].
+        ValueError: a budget or period below 1, a decay outside (0, 1], a negative weight.
     """
     _check(
         "curriculum_budget",
         start=(start, start >= 1, "at least 1 token"),
         decay=(decay, 0 < decay <= 1, "a number above 0 and at most 1"),
         every=(every, every >= 1, "at least 1 iteration"),
+        weight=(weight, weight >= 0, "a reward >= 0"),
     )
 
     def pay(submission: Submission, verdict: Verdict) -> Verdict:
@@ -179,7 +188,13 @@ def format_reward(weight: float = 0.1) -> Shape:
     """Pay for one thinking block with an answer after it (the format reward of 2501.12948).
 
     The opening tag may be missing, for many chat templates end the prompt with it.
+
+    weight: reward for the form, 0 or more.
+
+    Raises:
+        ValueError: a negative weight.
     """
+    _check("format_reward", weight=(weight, weight >= 0, "a reward >= 0"))
 
     def pay(submission: Submission, verdict: Verdict) -> Verdict:
         thought, _, said = submission.text.partition("</think>")

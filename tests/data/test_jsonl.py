@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 
 import pytest
 
@@ -71,7 +72,13 @@ BAD = {
     b"  \t": "found an empty line",
     b"\xef\xbb\xbf{}": "found a byte-order mark, expected plain UTF-8; save the file as",
     b'{"prompt": "\xff"}': "bytes that are not UTF-8",
-    b'{"prompt":"\\ud800","answer":"4","kind":"exact"}': "half a surrogate pair in 'prompt'",
+    b'{"prompt":"\\ud800","answer":"4","kind":"exact"}': "half a surrogate pair, expected",
+    b'{"prompt":"a","answer":{"x":["\\udfff"]},"kind":"exact"}': "half a surrogate pair, expected",
+    b'{"prompt":"a","answer":"4","\\udfff":1,"kind":"exact"}': "half a surrogate pair, expected",
+    b'{"prompt":"a","answer":"4","answer":"5","kind":"exact"}': "the key 'answer' is given twice",
+    b'{"prompt":"a","answer":{"x":1,"x":2},"kind":"exact"}': "the key 'x' is given twice",
+    b'{"prompt":"a","answer":1e999,"kind":"exact"}': "the number 1e999 is too large",
+    b'{"prompt": "a" "b"}': "bad JSON .Expecting ',' delimiter at column 16",
 }
 BAD_ROWS = [
     (without("answer"), r"no field 'answer' \(there are \['id', 'kind', 'prompt'\]\)"),
@@ -81,13 +88,13 @@ BAD_ROWS = [
     (GOOD | {"prompt": ""}, "found an empty 'prompt', expected some text"),
     (GOOD | {"prompt": " \n"}, "found an empty 'prompt'"),
     (GOOD | {"prompt": 4}, "found 'prompt' of type int, expected a string; put it in quotes"),
-    (GOOD | {"prompt": None}, "'prompt' of type NoneType"),
+    (GOOD | {"prompt": None}, "found null for 'prompt', expected some text; fill it in"),
     (GOOD | {"answer": None}, "found null for 'answer'"),
     (GOOD | {"answer": " "}, "found an empty string for 'answer'"),
     (GOOD | {"kind": "math"}, r"found kind 'math', expected one of \['exact'\]"),
     (GOOD | {"kind": 3}, "'kind' of type int"),
     (GOOD | {"id": ""}, "found an empty 'id'"),
-    (GOOD | {"id": None}, "'id' of type NoneType"),
+    (GOOD | {"id": None}, "found null for 'id', expected a string; .* leave the field out"),
     (GOOD | {"id": True}, "'id' of type bool"),
     (GOOD | {"id": "first"}, r"found id 'first' again \(first on line 1\)"),
     (chat(), r"found 'messages' = \[\]"),
@@ -117,7 +124,7 @@ def test_a_line_number_taken_as_an_id(tmp_path):
 
 
 def test_bad_files(tmp_path):
-    with pytest.raises(DataError, match="nowhere.jsonl: cannot be read .*; check the path"):
+    with pytest.raises(DataError, match="nowhere.jsonl: cannot be read: No such file.*; check"):
         read_jsonl(tmp_path / "nowhere.jsonl")
     with pytest.raises(DataError, match="cannot be read"):
         read_jsonl(tmp_path)
@@ -128,5 +135,56 @@ def test_bad_files(tmp_path):
     whole = gzip.compress(json.dumps(GOOD).encode() * 50)
     for content in (b"plain", whole[:-9], whole[:15] + b"\0\xff\0" + whole[18:]):
         (tmp_path / "bad.jsonl.gz").write_bytes(content)
-        with pytest.raises(DataError, match="bad.jsonl.gz: cannot be read"):
+        with pytest.raises(DataError, match="bad.jsonl.gz: cannot be read as gzip"):
             read_jsonl(tmp_path / "bad.jsonl.gz")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (gzip.compress(b"{}"), ":1: found gzip, expected plain UTF-8 text; .* end in .gz"),
+        (b"PAR1\x15\x04", ":1: found Parquet, .*; convert it: pandas"),
+        ('{"a": 1}'.encode("utf-16"), ":1: found UTF-16, .*; convert it: iconv"),
+        ('{"a": 1}'.encode("utf-16-le"), ": found NUL bytes, .* UTF-16"),
+        (b"\xef\xbb\xbf{}", ":1: found a byte-order mark, .*; save it as UTF-8 without BOM"),
+        (b'{\n  "prompt": "a"\n}\n', r":1: found '{' alone on a line, .* jq -c \. OLD"),
+        (b'[\n  {"prompt": "a"}\n]\n', r":1: found '\[' alone on a line, .* jq -c '\.\[\]' OLD"),
+        (b'[{"prompt": "a"}]', r":1: found a JSON list, expected a JSON object; .*jq -c '\.\[\]'"),
+    ],
+)
+def test_other_formats_are_named_with_the_remedy(tmp_path, content, message):
+    (tmp_path / "mine.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=f"mine.jsonl{message}"):
+        read_jsonl(tmp_path / "mine.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("", "found no path"),
+        ("https://host/a.jsonl", "found an address, expected a path on this machine"),
+        ("gs://bucket/a.jsonl", "found an address"),
+        ("~nosuchuser/a.jsonl", "no home folder is known for ~nosuchuser"),
+        ("a\0b", "found a NUL or half a surrogate pair"),
+        ("\ud800", "found a NUL or half a surrogate pair"),
+        ("x" * 300, "longer than a path can be"),
+        ("/dev/null", "a pipe or a device, expected a file"),
+    ],
+)
+def test_paths_that_are_none(path, message):
+    with pytest.raises(DataError, match=message):
+        read_jsonl(path)
+
+
+def test_a_pipe_is_refused_rather_than_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="pipe: cannot be read: a pipe or a device"):
+        read_jsonl(tmp_path / "pipe")
+
+
+def test_a_file_in_the_current_folder_is_named_relative_to_it(tmp_path, monkeypatch):
+    path = write(tmp_path / "mine.jsonl", GOOD, b"{}")
+    monkeypatch.chdir(tmp_path)
+    for spelled in (path, "mine.jsonl", "./mine.jsonl", f"../{tmp_path.name}/mine.jsonl"):
+        with pytest.raises(DataError, match=r"^mine\.jsonl:2: found no field 'kind'"):
+            read_jsonl(spelled)

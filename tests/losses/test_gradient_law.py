@@ -351,7 +351,7 @@ def test_a_missing_field_is_named(objective, field, rule):
             lambda: OBJECTIVES["aspo"](positive_cap="stiff"),
             r"aspo.positive_cap = 'stiff'",
         ),
-        (lambda: aspo(clip_low=-0.1), r"aspo.clip_low = -0.1; expected a number >= 0"),
+        (lambda: aspo(clip_low=-0.1), r"aspo.clip_low = -0.1; expected a number from 0 to 1"),
         (lambda: OBJECTIVES["kl_penalty"](estimator="k4"), r"kl_penalty.estimator = 'k4'"),
         (lambda: cispo(2.0, 1.0), r"cispo.ratio_min = 2.0, cispo.ratio_max = 1.0"),
         (lambda: is_low_entropy(80), r"is_low_entropy.quantile = 80"),
