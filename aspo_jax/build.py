@@ -30,6 +30,7 @@ from aspo_jax.data import (
     PromptStream,
     allowed_ids,
     build_character_tokenizer,
+    check_prompts,
     copy_tokenizer,
     encode,
     load_tokenizer,
@@ -37,6 +38,7 @@ from aspo_jax.data import (
     prompts,
     read_jsonl,
 )
+from aspo_jax.errors import UserError
 from aspo_jax.evaluation import Scores, scores
 from aspo_jax.head import Head
 from aspo_jax.learner import (
@@ -140,13 +142,14 @@ class Machines(NamedTuple):
 def build_machines(config: Config, folder: str | Path, mesh: Mesh) -> Machines:
     """All machines of a run that starts from the model in ``folder``."""
     check_shares(config, mesh)
+    check_inputs(config)
     policy = load_policy(config, folder, mesh)
     goal = build_goal(config)
     optimizer, rate = build_optimizer(config)
+    scorer = open_scorer(config)
     weights = shardings(mesh, policy.model.partition_specs())
     params = load_params(folder, policy.model.config, shardings=weights)
     sampler = build_sampler(config, policy, mesh)
-    scorer = open_scorer(config)
     return Machines(
         policy=policy,
         params=params,
@@ -298,49 +301,167 @@ def countdown_spec(config: Config) -> CountdownSpec:
     return spec
 
 
+def check_inputs(config: Config) -> list[tuple[str, str]]:
+    """The start-up table, once rules, model folder, prompts and answers have been found usable.
+
+    Reads no weights and writes nothing, so that a mistake costs seconds and leaves no trace.
+
+    Raises:
+        ConfigError, DataError, ModelFolderError: what is wrong with each of them, with its place.
+    """
+    tokenizer = _start_tokenizer(config)
+    counts: list[int] = []
+    checks = (
+        lambda: _check_rules(config),
+        lambda: config.model.path and read_model_config(config.model.path),
+        lambda: _check_stop_ids(config, tokenizer),
+        lambda: counts.append(len(_train_source(config, tokenizer))),
+        lambda: counts.append(len(_held_out_source(config, tokenizer))),
+    )
+    problems = [error for check in checks if (error := _problem(check)) is not None]
+    if problems:
+        raise type(problems[0])("\n".join(map(str, problems)))
+    if config.data.kind == "countdown":
+        return config.derived()
+    return config.derived(train_rows=counts[0], held_out_rows=counts[1])
+
+
+def _problem(check: Callable[[], Any]) -> UserError | None:
+    try:
+        check()
+    except UserError as error:
+        return error
+    return None
+
+
+def _check_rules(config: Config) -> None:
+    """The objective, run on shapes alone, for what only the whole chain can have wrong."""
+    try:
+        losses.trace(build_goal(config).objective)
+    except ValueError as error:
+        raise ConfigError(f"Objective.name and Objective.penalties: {error}") from error
+
+
+def _check_stop_ids(config: Config, tokenizer: Any) -> None:
+    beyond = [i for i in config.sampler.stop_ids if i >= len(tokenizer)]
+    if beyond:
+        raise ConfigError(
+            f"Sampler.stop_ids = {config.sampler.stop_ids}: found {beyond[0]}, expected ids of the"
+            f" tokenizer, 0 to {len(tokenizer) - 1}; leave it out"
+        )
+
+
+def _start_tokenizer(config: Config) -> Any:
+    """The tokenizer that the run starts with."""
+    if config.model.path is None:
+        return build_character_tokenizer(CHARACTERS)
+    return load_tokenizer(config.model.path)
+
+
 def build_prompts(config: Config, tokenizer: Any) -> PromptStream:
     """The endless stream of training prompts, of which this process reads its share."""
     peers = build_peers()
-    if config.data.kind == "countdown":
-        source = CountdownSource(countdown_spec(config), config.run.seed, "train")
-    else:
-        source = _read_rows(cast(str, config.data.train_path))
     return prompts(
-        source,
+        _train_source(config, tokenizer),
         tokenizer=tokenizer,
         seed=config.run.seed,
         shuffle=config.data.kind == "jsonl",
         prompts_per_step=config.train.prompts_per_step,
-        max_prompt_tokens=config.sampler.max_prompt_tokens,
         process=peers.index,
         processes=peers.count,
     )
+
+
+def _train_source(config: Config, tokenizer: Any) -> Any:
+    """The training prompts, all of which fit."""
+    if config.data.kind == "countdown":
+        source = CountdownSource(countdown_spec(config), config.run.seed, "train")
+        check_prompts(source, tokenizer=tokenizer, max_prompt_tokens=_room(config).prompt)
+        return source
+    return _fitting_rows(cast(str, config.data.train_path), _Same(tokenizer), _room(config))
+
+
+def _held_out_source(config: Config, tokenizer: Any) -> Any:
+    """The held-out prompts, all of which fit: as many as there are, at most Countdown's share."""
+    if config.data.kind == "countdown":
+        spec, e = countdown_spec(config), config.evaluate
+        source = CountdownSource(spec, e.seed, "held_out", e.prompts)
+        check_prompts(source, tokenizer=tokenizer, max_prompt_tokens=_room(config).prompt)
+        return source
+    return _fitting_rows(cast(str, config.data.eval_path), _Same(tokenizer), _room(config))
+
+
+class _Room(NamedTuple):
+    """Settings that say how long a prompt may be, in tokens."""
+
+    prompt: int
+    response: int
+    row: int
+    cache: int | None
+
+    def remedy(self, longest: int) -> str:
+        """The settings that would hold a prompt."""
+        row = longest + self.response - 1
+        settings = [f"Sampler.max_prompt_tokens = {longest}"]
+        if self.row < row:
+            settings.append(f"Train.row_tokens = {row} (now {self.row})")
+        if self.cache is not None and self.cache < row:
+            settings.append(f"a Sampler.cache_tokens well above {row} (now {self.cache})")
+        return f"set {' and '.join(settings)}, or drop the rows"
+
+
+def _room(config: Config) -> _Room:
+    s = config.sampler
+    return _Room(
+        s.max_prompt_tokens, s.max_response_tokens, config.train.row_tokens, s.cache_tokens
+    )
+
+
+class _Same:
+    """A tokenizer that equals another one of the same folder: all prompts are spelled only once."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and hash(other) == hash(self)
+
+    def __hash__(self) -> int:
+        return hash(self.tokenizer.name_or_path)
+
+
+@functools.lru_cache(4)
+def _fitting_rows(path: str, same: _Same, room: _Room) -> list[dict[str, Any]]:
+    rows = _read_rows(path)
+    check_prompts(rows, tokenizer=same.tokenizer, max_prompt_tokens=room.prompt, remedy=room.remedy)
+    return rows
 
 
 @functools.lru_cache(2)
 def _read_rows(path: str) -> list[dict[str, Any]]:
     """The rows of a file, each with an answer that its grader can use."""
     rows = read_jsonl(path, kinds=KINDS)
-    for row in rows:
-        if (problem := find_problem(row["kind"], row["answer"])) is not None:
-            raise DataError(f"{row['where']} (id {row['id']}): {problem}")
+    found = [(row, find_problem(row["kind"], row["answer"])) for row in rows]
+    bad = [(row, problem) for row, problem in found if problem is not None]
+    if bad:
+        row, problem = bad[0]
+        more = f" (and {len(bad) - 1} more rows of {len(rows)})" if len(bad) > 1 else ""
+        raise DataError(f"{row['where']} (id {row['id']}): {problem}{more}")
     return rows
 
 
 def held_out_prompts(config: Config, tokenizer: Any) -> list:
-    """The prompts of every evaluation, the same for all runs with one ``Evaluate.seed``."""
-    wanted = config.evaluate.prompts
-    if config.data.kind == "countdown":
-        source = CountdownSource(countdown_spec(config), config.evaluate.seed, "held_out", wanted)
-    else:
-        source = _read_rows(cast(str, config.data.eval_path))[:wanted]
+    """The prompts of every evaluation, the same for all runs with one ``Evaluate.seed``.
+
+    Of a file the first ``Evaluate.prompts``.
+    """
+    source = _held_out_source(config, tokenizer)
     stream = prompts(
         source,
         tokenizer=tokenizer,
         seed=0,
         shuffle=False,
-        prompts_per_step=len(source),
-        max_prompt_tokens=config.sampler.max_prompt_tokens,
+        prompts_per_step=min(len(source), config.evaluate.prompts),
     )
     return next(stream)
 

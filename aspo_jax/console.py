@@ -87,8 +87,8 @@ class Console:
         self._evaluated: dict[str, float] = {}
         self._lines = 0
 
-    def title(self, config: Config) -> None:
-        """What will run, where, and what its sizes amount to."""
+    def title(self, config: Config, sizes: Sequence[tuple[str, str]] | None = None) -> None:
+        """What will run, where, and what its sizes amount to; None: ``config.derived()``."""
         self._samples, self._total = str(config.evaluate.samples), config.train.iterations
         if self.is_terminal:
             self._console.print()
@@ -98,7 +98,7 @@ class Console:
             )
         else:
             self._plain(config=config.name, seed=config.run.seed, folder=config.run_folder)
-        self.table("What will run", config.derived())
+        self.table("What will run", config.derived() if sizes is None else sizes)
 
     def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Rows of a name and a value."""

@@ -20,7 +20,7 @@ import jax
 
 from aspo_jax import runtime
 from aspo_jax.agreement import SamplingError
-from aspo_jax.build import FACTORIES, build_machines, parameter_count
+from aspo_jax.build import FACTORIES, build_machines, check_inputs, parameter_count
 from aspo_jax.checkpoint import EXIT_SAVED, Checkpoints, Interrupted, StopRequest
 from aspo_jax.config import Config, read_config
 from aspo_jax.console import Console
@@ -56,9 +56,10 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def train(config: Config, console: Console, stop: StopRequest) -> int:
+    sizes = check_inputs(config)
     folder = claim_folder(config)
     mesh = runtime.start(**dataclasses.asdict(config.runtime))
-    console.title(config)
+    console.title(config, sizes)
     try:
         with stop.interruptible():
             model_folder = config.model.path or warm_start(config, mesh, folder, console)

@@ -4,9 +4,18 @@ import json
 
 import pytest
 
-from aspo_jax.build import FACTORIES, build_reward_shape, data_kinds, open_scorer
+from aspo_jax.build import (
+    FACTORIES,
+    build_prompts,
+    build_reward_shape,
+    check_inputs,
+    data_kinds,
+    held_out_prompts,
+    open_scorer,
+)
 from aspo_jax.config import ConfigError, read_config
-from aspo_jax.data import DataError
+from aspo_jax.config.reading import config_folder
+from aspo_jax.data import DataError, build_character_tokenizer, load_tokenizer
 from aspo_jax.rewards import RewardError, Submission, Verdict
 
 ROWS = [
@@ -63,6 +72,92 @@ def test_answers_that_no_grader_can_use_are_named_by_line(tmp_path, kind, answer
     config = jsonl(tmp_path, [ROWS[0], {"prompt": "x", "answer": answer, "kind": kind}])
     with pytest.raises(DataError, match=rf"rows.jsonl:2 \(id 2\): {message}"):
         data_kinds(config)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A folder with a tokenizer and the shape of a model; no weights: none may be read."""
+    folder = tmp_path_factory.mktemp("model")
+    build_character_tokenizer("0123456789+= ").save_pretrained(folder)
+    shape = (config_folder() / "shapes" / "Qwen2.5-0.5B.json").read_text()
+    (folder / "config.json").write_text(shape)
+    return folder
+
+
+def write_rows(path, prompts, **changes):
+    rows = [{"prompt": p, "answer": "4", "kind": "math"} | changes for p in prompts]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def own_data(model, train, evaluation, *settings):
+    data = (f"Model.path={model}", f"Data.train_path={train}", f"Data.eval_path={evaluation}")
+    return config_of("Data.kind=jsonl", *data, *settings)
+
+
+def test_the_start_table_counts_the_prompts_that_there_are(model, tmp_path):
+    train = write_rows(tmp_path / "train.jsonl", ["1+1=", "2+2="])
+    evaluation = write_rows(tmp_path / "eval.jsonl", ["1+3="] * 8)
+    table = dict(check_inputs(own_data(model, train, evaluation)))
+    assert table["prompts"] == f"{train}, 2 rows"
+    assert table["evaluation"] == (
+        "8 prompts x 16 samples = 128, all rows of the file (Evaluate.prompts = 128 asks for more),"
+        " every 20 iterations"
+    )
+    few = own_data(model, train, evaluation, "Evaluate.prompts=3")
+    assert dict(check_inputs(few))["evaluation"] == (
+        "3 prompts x 16 samples = 48, the first 3 of 8 rows (Evaluate.prompts = 8 for all),"
+        " every 20 iterations"
+    )
+    assert len(held_out_prompts(few, load_tokenizer(model))) == 3
+    exact = own_data(model, train, evaluation, "Evaluate.prompts=8")
+    assert dict(check_inputs(exact))["evaluation"].startswith("8 prompts x 16 samples = 128, every")
+
+
+def test_what_is_wrong_with_both_files_is_said_at_once_with_what_would_hold_them(model, tmp_path):
+    train = write_rows(tmp_path / "train.jsonl", ["1+1=", "1+1=" * 10, "2" * 20])
+    evaluation = write_rows(tmp_path / "eval.jsonl", ["3" * 30])
+    with pytest.raises(DataError) as error:
+        check_inputs(own_data(model, train, evaluation, "Sampler.cache_tokens=40"))
+    assert str(error.value) == (
+        f"{train}:2 (id 2): found a prompt of 42 tokens, the longest of 2 (of 3) that are too long,"
+        " expected at most 12; set Sampler.max_prompt_tokens = 42 and Train.row_tokens = 65 (now"
+        " 35) and a Sampler.cache_tokens well above 65 (now 40), or drop the rows\n"
+        f"{evaluation}:1 (id 1): found a prompt of 32 tokens, the longest of 1 (of 1) that are too"
+        " long, expected at most 12; set Sampler.max_prompt_tokens = 32 and Train.row_tokens = 55"
+        " (now 35) and a Sampler.cache_tokens well above 55 (now 40), or drop the rows"
+    )
+
+
+def test_prompts_are_spelled_once_for_the_check_and_the_stream(model, tmp_path, monkeypatch):
+    train = write_rows(tmp_path / "train.jsonl", ["1+1="])
+    config = own_data(model, train, train)
+    check_inputs(config)
+    monkeypatch.setattr("aspo_jax.build.check_prompts", lambda *_, **__: pytest.fail("again"))
+    assert len(next(build_prompts(config, load_tokenizer(model)))) == 32
+
+
+def test_bad_answers_are_counted_and_found_before_anything_is_loaded(model, tmp_path):
+    train = write_rows(tmp_path / "train.jsonl", ["1+1="])
+    evaluation = write_rows(tmp_path / "eval.jsonl", ["1", "2", "3"], answer={"a": 1})
+    with pytest.raises(DataError, match=r"eval.jsonl:1 \(id 1\): .* \(and 2 more rows of 3\)$"):
+        check_inputs(own_data(model, train, evaluation))
+
+
+def test_rules_and_stop_ids_are_checked_with_the_vocabulary(model, tmp_path):
+    train = write_rows(tmp_path / "train.jsonl", ["1+1="])
+    beyond = own_data(model, train, train, "Sampler.stop_ids=[2, 17]")
+    with pytest.raises(ConfigError, match=r"stop_ids = \(2, 17\): found 17, expected .* 0 to 16"):
+        check_inputs(beyond)
+    twice = config_of("Objective.penalties=['kl_penalty', 'low_entropy_kl']")
+    with pytest.raises(ConfigError, match="'ref_kl' is emitted twice"):
+        check_inputs(twice)
+
+
+def test_a_model_folder_that_is_not_there_is_found_first(tmp_path):
+    train = write_rows(tmp_path / "train.jsonl", ["1+1="])
+    with pytest.raises(DataError, match="nowhere: no such folder"):
+        check_inputs(own_data(tmp_path / "nowhere", train, train))
 
 
 def test_shapes_come_from_the_config():

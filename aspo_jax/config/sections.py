@@ -344,16 +344,22 @@ class Config:
         """What changed since the config text ``old``; empty if nothing."""
         return diff_text(old, self.text())
 
-    def derived(self) -> list[tuple[str, str]]:
-        """The start-up table: what the sizes amount to."""
-        train, sampler, evaluate = self.train, self.sampler, self.evaluate
+    def derived(
+        self, train_rows: int | None = None, held_out_rows: int | None = None
+    ) -> list[tuple[str, str]]:
+        """The start-up table: what the sizes amount to.
+
+        train_rows, held_out_rows: rows of the data files, where they have been read.
+        """
+        train, sampler = self.train, self.sampler
         group = train.samples_per_prompt
         minibatches = train.prompts_per_step // train.prompts_per_minibatch
         updates = minibatches * train.epochs
-        every = f"every {evaluate.every} iterations" if evaluate.every else "before and after"
+        every = self.evaluate.every
+        every = f"every {every} iterations" if every else "before and after"
         rule = " + ".join((self.objective.name, *self.objective.penalties))
         return [
-            ("prompts", self._prompts()),
+            ("prompts", self._prompts(train_rows)),
             ("policy", self._policy()),
             ("objective", f"{rule}, {self.objective.advantage}, {self.objective.aggregate}"),
             ("iterations", f"{train.iterations:,} ({train.iterations * updates:,} updates)"),
@@ -378,23 +384,32 @@ class Config:
                 f"{train.rows_per_microbatch:,} rows x {train.row_tokens:,} tokens"
                 f" = {train.rows_per_microbatch * train.row_tokens:,}",
             ),
-            (
-                "evaluation",
-                f"{evaluate.prompts:,} prompts x {evaluate.samples} samples"
-                f" = {evaluate.prompts * evaluate.samples:,}, {every}",
-            ),
+            ("evaluation", f"{self._evaluation(held_out_rows)}, {every}"),
             (
                 "checkpoints",
                 f"every {self.checkpoint.every} iterations, newest {self.checkpoint.keep} kept",
             ),
         ]
 
-    def _prompts(self) -> str:
+    def _prompts(self, rows: int | None) -> str:
         if self.data.kind == "jsonl":
-            return str(self.data.train_path)
+            path = str(self.data.train_path)
+            return path if rows is None else f"{path}, {rows:,} rows"
         puzzle = self.countdown
         operations = " ".join(puzzle.operations)
         return f"Countdown, {puzzle.numbers} numbers {puzzle.low}-{puzzle.high}, {operations}"
+
+    def _evaluation(self, rows: int | None) -> str:
+        asked, samples = self.evaluate.prompts, self.evaluate.samples
+        used = asked if rows is None else min(asked, rows)
+        sizes = f"{used:,} prompts x {samples} samples = {used * samples:,}"
+        if rows is None or rows == asked:
+            return sizes
+        if rows > asked:
+            return (
+                f"{sizes}, the first {asked:,} of {rows:,} rows (Evaluate.prompts = {rows} for all)"
+            )
+        return f"{sizes}, all rows of the file (Evaluate.prompts = {asked} asks for more)"
 
     def _policy(self) -> str:
         if self.model.path:

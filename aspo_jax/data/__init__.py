@@ -2,7 +2,7 @@
 
     spec   = CountdownSpec(numbers=4, operations="+-")
     stream = prompts(CountdownSource(spec, seed=0, split="train"), tokenizer=tokenizer, seed=0,
-                     shuffle=False, prompts_per_step=32, max_prompt_tokens=12)
+                     shuffle=False, prompts_per_step=32)
     batch  = next(stream)      # 32 Prompts;  stream.state() is one integer
 
 Importing this loads neither jax nor transformers nor grain; the functions that need them do.
@@ -21,7 +21,7 @@ from aspo_jax.data.countdown import (
 )
 from aspo_jax.data.jsonl import DataError, read_jsonl
 from aspo_jax.data.packing import pack
-from aspo_jax.data.prompts import PromptStream, Row, prompts
+from aspo_jax.data.prompts import PromptStream, Row, check_prompts, prompts
 from aspo_jax.data.tokenizer import (
     allowed_ids,
     build_character_tokenizer,
@@ -41,6 +41,7 @@ __all__ = [
     "Row",
     "allowed_ids",
     "build_character_tokenizer",
+    "check_prompts",
     "copy_tokenizer",
     "demonstration",
     "encode",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from aspo_jax.data.countdown import CountdownSource
@@ -23,21 +23,45 @@ def _render(row: Row, tokenizer: PreTrainedTokenizerFast) -> str:
     return render(tokenizer, messages)
 
 
-def _check_lengths(
-    rows: Iterable[Row], tokenizer: PreTrainedTokenizerFast, max_prompt_tokens: int
+def check_prompts(
+    source: Sequence[Row] | CountdownSource,
+    *,
+    tokenizer: PreTrainedTokenizerFast,
+    max_prompt_tokens: int,
+    remedy: Callable[[int], str] = "set Sampler.max_prompt_tokens = {} or drop the rows".format,
 ) -> None:
-    """Every prompt can be spelled and fits, said at the start rather than in hour five."""
-    for row in rows:
-        where = row.get("where", f"row {row['id']}")
-        try:
-            length = len(encode(tokenizer, _render(row, tokenizer)))
-        except ValueError as error:
-            raise DataError(f"{where} (id {row['id']}): {error}") from error
-        if length > max_prompt_tokens:
-            raise DataError(
-                f"{where} (id {row['id']}): found a prompt of {length} tokens, expected at most "
-                f"{max_prompt_tokens}; set Sampler.max_prompt_tokens={length} or drop the row"
-            )
+    """Every prompt can be spelled and fits, said at the start rather than in hour five.
+
+    remedy: what to do, from the length of the longest prompt in tokens.
+
+    Raises:
+        DataError: no rows; a prompt that the vocabulary cannot spell; prompts that are longer than
+            ``max_prompt_tokens``, of which the longest is named and the others are counted.
+    """
+    if len(source) == 0:
+        raise DataError("found no prompts, expected at least one; check Data.train_path")
+    rows = source.longest if isinstance(source, CountdownSource) else source
+    lengths = [_length(row, tokenizer) for row in rows]
+    longest = max(lengths)
+    if longest > max_prompt_tokens:
+        many = sum(length > max_prompt_tokens for length in lengths)
+        raise DataError(
+            f"{_named(rows[lengths.index(longest)])}: found a prompt of {longest} tokens, the "
+            f"longest of {many} (of {len(rows)}) that are too long, expected at most "
+            f"{max_prompt_tokens}; {remedy(longest)}"
+        )
+
+
+def _length(row: Row, tokenizer: PreTrainedTokenizerFast) -> int:
+    try:
+        return len(encode(tokenizer, _render(row, tokenizer)))
+    except ValueError as error:
+        raise DataError(f"{_named(row)}: {error}") from error
+
+
+def _named(row: Row) -> str:
+    where = row.get("where", f"row {row['id']}")
+    return f"{where} (id {row['id']})"
 
 
 class PromptStream(Iterator["list[Prompt]"]):
@@ -84,11 +108,10 @@ def prompts(
     seed: int,
     shuffle: bool,
     prompts_per_step: int,
-    max_prompt_tokens: int,
     process: int = 0,
     processes: int = 1,
 ) -> PromptStream:
-    """An endless stream over ``source``, ``prompts_per_step`` at a time.
+    """An endless stream over ``source``, ``prompts_per_step`` at a time; see `check_prompts`.
 
     One process of several reads its share of each step, prompts ``process::processes``; `draw` and
     the stream's state are those of the whole, so that a run may go on with another number.
@@ -97,20 +120,15 @@ def prompts(
     a step may span two epochs. `Prompt.draw` counts the prompts of the stream from 0.
 
     Raises:
-        DataError: no rows; a prompt longer than ``max_prompt_tokens``, or one that the
-            vocabulary cannot spell; a step that the processes cannot share equally.
+        DataError: a step that the processes cannot share equally.
     """
     import grain
 
-    if len(source) == 0:
-        raise DataError("found no prompts, expected at least one; check Data.train_path")
     if prompts_per_step % processes:
         raise DataError(
             f"{processes} processes cannot share Train.prompts_per_step = {prompts_per_step} "
             f"equally; set it to a multiple of {processes}"
         )
-    worst = source.longest if isinstance(source, CountdownSource) else source
-    _check_lengths(worst, tokenizer, max_prompt_tokens)
     rows = grain.MapDataset.source(source).seed(seed)
     if shuffle:
         rows = rows.shuffle()

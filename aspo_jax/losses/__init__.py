@@ -35,6 +35,7 @@ from aspo_jax.losses.objective import policy_loss as policy_loss
 from aspo_jax.losses.objective import reads as reads
 from aspo_jax.losses.objective import response_only as response_only
 from aspo_jax.losses.objective import select as select
+from aspo_jax.losses.objective import trace as trace
 from aspo_jax.losses.ppo import dapo as dapo
 from aspo_jax.losses.ppo import grpo as grpo
 from aspo_jax.losses.ppo import grpo_without_is as grpo_without_is
@@ -125,4 +126,5 @@ __all__ = [
     "sequence_mean",
     "sequence_sum",
     "token_mean",
+    "trace",
 ]

@@ -150,6 +150,19 @@ def response_only(tokens: Tokens) -> Tokens:
 
 def reads(objective: Objective, field: str) -> bool:
     """Whether the objective cannot do without a field of `Tokens`, e.g. ``"ref_logp_BT"``."""
+    try:
+        trace(objective, **{field: None})
+    except MissingField as missing:
+        return missing.field == field
+    return False
+
+
+def trace(objective: Objective, **changes: Any) -> None:
+    """Run an objective on shapes alone, all fields of `Tokens` given but for the changes.
+
+    Raises:
+        ValueError: what the whole of it has wrong, such as two rules with one metric's name.
+    """
     one = jax.ShapeDtypeStruct((1, 1), jnp.float32)
     fields = {f.name: one for f in dataclasses.fields(Tokens)} | {
         "is_response_BT": jax.ShapeDtypeStruct((1, 1), jnp.bool_),
@@ -159,11 +172,7 @@ def reads(objective: Objective, field: str) -> bool:
     def value(tokens: Tokens) -> Array:
         return policy_loss(objective, tokens, aggregate=token_mean)[0]
 
-    try:
-        jax.eval_shape(value, Tokens(**{**fields, field: None}))
-    except MissingField as missing:
-        return missing.field == field
-    return False
+    jax.eval_shape(value, Tokens(**{**fields, **changes}))
 
 
 # --- combinators ------------------------------------------------------------------------------

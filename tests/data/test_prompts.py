@@ -10,6 +10,7 @@ from aspo_jax.data import (
     CountdownSpec,
     DataError,
     build_character_tokenizer,
+    check_prompts,
     max_prompt_tokens,
     prompts,
 )
@@ -25,14 +26,13 @@ def tokenizer():
 
 @pytest.fixture
 def stream(tokenizer):
-    def make(source=ROWS, seed=0, shuffle=True, prompts_per_step=3, limit=12):
+    def make(source=ROWS, seed=0, shuffle=True, prompts_per_step=3):
         return prompts(
             source,
             tokenizer=tokenizer,
             seed=seed,
             shuffle=shuffle,
             prompts_per_step=prompts_per_step,
-            max_prompt_tokens=limit,
         )
 
     return make
@@ -117,31 +117,46 @@ def test_messages_are_rendered(stream):
     assert prompt.text == "<bos>1>2<eos>3>"
 
 
-def test_too_long_a_prompt_is_named_at_the_start(stream):
-    with pytest.raises(
-        DataError, match=r"row 3 \(id 3\): found a prompt of 4 tokens, expected at most 3; set Samp"
-    ):
-        stream(ROWS[3:], limit=3)
-    rows = [ROWS[0] | {"where": "mine.jsonl:9", "prompt": "1" * 11}]
-    with pytest.raises(DataError, match=r"^mine.jsonl:9 \(id 0\): found a prompt of 13 tokens"):
-        stream(rows)
+@pytest.fixture
+def check(tokenizer):
+    return lambda source, limit=12, **remedy: check_prompts(
+        source, tokenizer=tokenizer, max_prompt_tokens=limit, **remedy
+    )
 
 
-def test_a_prompt_that_cannot_be_spelled_is_named(stream):
+def test_the_longest_prompt_is_named_and_the_others_counted(check):
+    check(ROWS, limit=4)
+    with pytest.raises(DataError, match=r"^row 3 \(id 3\): found a prompt of 4 .* of 4 \(of 4\)"):
+        check(ROWS[3:], limit=3)
+    rows = [
+        ROWS[i] | {"where": f"mine.jsonl:{i + 1}", "prompt": "1" * n}
+        for i, n in enumerate((2, 11, 17, 17, 13))
+    ]
+    with pytest.raises(DataError) as error:
+        check(rows)
+    assert str(error.value) == (
+        "mine.jsonl:3 (id 2): found a prompt of 19 tokens, the longest of 4 (of 5) that are too"
+        " long, expected at most 12; set Sampler.max_prompt_tokens = 19 or drop the rows"
+    )
+    with pytest.raises(DataError, match="at most 12; ask for 19$"):
+        check(rows, remedy="ask for {}".format)
+
+
+def test_a_prompt_that_cannot_be_spelled_is_named(check):
     with pytest.raises(DataError, match=r"mine.jsonl:9 \(id 0\): text .*a.* cannot be written"):
-        stream([ROWS[0] | {"where": "mine.jsonl:9", "prompt": "a"}])
+        check([ROWS[0] | {"where": "mine.jsonl:9", "prompt": "a"}])
 
 
-def test_countdown_lengths_are_checked_by_the_spec(stream):
+def test_countdown_lengths_are_checked_by_the_spec(check):
     spec = CountdownSpec()
     source = CountdownSource(spec, 0, "train")
-    stream(source, limit=max_prompt_tokens(spec))
-    with pytest.raises(DataError, match="of 12 tokens, expected at most 11"):
-        stream(source, limit=max_prompt_tokens(spec) - 1)
+    check(source, limit=max_prompt_tokens(spec))
+    with pytest.raises(DataError, match="of 12 tokens, .* expected at most 11"):
+        check(source, limit=max_prompt_tokens(spec) - 1)
 
 
-def test_nothing_to_read(stream):
+def test_nothing_to_read(check, stream):
     with pytest.raises(DataError, match="found no prompts"):
-        stream([])
+        check([])
     with pytest.raises(ValueError, match="-1"):
         stream().restore(-1)
