@@ -11,7 +11,6 @@ Exit status: 0 they agree, 1 they do not, 2 a mistake in the arguments.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 import sys
@@ -35,8 +34,8 @@ from aspo_jax.build import (
     load_policy,
     new_policy,
 )
-from aspo_jax.config import Config, read_config
-from aspo_jax.errors import run_command
+from aspo_jax.config import Config, config_flags, read
+from aspo_jax.errors import CommandParser, run_command
 from aspo_jax.learner import build_learner
 from aspo_jax.model import load_params, shardings
 from aspo_jax.rollout import BatchShape, Example, draw, fill
@@ -115,19 +114,16 @@ def report(title: str, found: Sequence[Gap]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m aspo_jax.check",
         description=(__doc__ or "").partition("\n")[0],
     )
-    parser.add_argument("--config", default=None, metavar="PATH", help="as for aspo_jax.train")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="Section.field=value", help="may be repeated"
-    )
+    config_flags(parser)
     parser.add_argument("--prompts", type=int, default=8, help="held-out prompts to sample")
     a = parser.parse_args(argv)
-    words = ["--config", a.config] if a.config else []
-    words += [word for text in a.set for word in ("--set", text)]
-    return run_command(lambda: check(read_config(words, FACTORIES), a.prompts))
+    if a.prompts < 1:
+        parser.error(f"--prompts {a.prompts}: expected 1 or more")
+    return run_command(lambda: check(read(a, FACTORIES), a.prompts))
 
 
 def check(config: Config, prompts: int) -> int:

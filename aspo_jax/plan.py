@@ -3,7 +3,7 @@
     python -m aspo_jax.plan --config configs/aspo_math_1p5b.gin --topology v5e:4x4
 
 Topologies: v4, v5e, v5p and v6e with a torus (`v5e:4x4`; needs libtpu, `pip install
-'aspo_jax[tpu]'`), a100, h100 and h200 with a count (`h100:8`; needs jax-cuda12-plugin), `cpu:8` for
+'jax[tpu]'`), a100, h100 and h200 with a count (`h100:8`; needs jax-cuda12-plugin), `cpu:8` for
 simulated devices. ``--lower-only`` stops before the compilers and needs neither.
 
 Exit status: 0 fits, 1 does not, 2 a mistake in the arguments.
@@ -11,7 +11,6 @@ Exit status: 0 fits, 1 does not, 2 a mistake in the arguments.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import re
 import sys
@@ -22,8 +21,8 @@ import jax
 
 from aspo_jax.budget import PUBLISHED, Budget, Capacity, Part, budgets, cache_bytes
 from aspo_jax.build import FACTORIES
-from aspo_jax.config import Config, read_config
-from aspo_jax.errors import run_command
+from aspo_jax.config import Config, config_flags, read
+from aspo_jax.errors import CommandParser, run_command
 from aspo_jax.programs import DECODE, Program, Programs, programs, read_shape
 from aspo_jax.topology import (
     GIB,
@@ -379,25 +378,21 @@ def report(found: Plan) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m aspo_jax.plan",
         description=(__doc__ or "").partition("\n")[0],
     )
-    parser.add_argument("--config", required=True, metavar="PATH", help="as for aspo_jax.train")
+    config_flags(parser)
     parser.add_argument("--topology", required=True, metavar="NAME", help="such as v5e:4x4, h100:8")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="Section.field=value", help="may be repeated"
-    )
     parser.add_argument(
         "--lower-only", action="store_true", help="no compiler: lower, and reckon by formula"
     )
     a = parser.parse_args(argv)
-    words = ["--config", a.config, *(word for text in a.set for word in ("--set", text))]
     # The machine's own accelerator, if there is one, is left alone.
     jax.config.update("jax_platforms", "cpu")
 
     def command() -> int:
-        config = read_config(words, FACTORIES)
+        config = read(a, FACTORIES)
         found = plan(config, a.topology, lower_only=a.lower_only, on_row=_progress)
         print(report(found))
         return 0 if found.fits else 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib.util
+import itertools
 import math
 import os
 import re
@@ -20,6 +21,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from aspo_jax.errors import UserError
 from aspo_jax.model.sharding import MESH_AXES
+from aspo_jax.paths import shorten
 
 GIB = 2**30
 
@@ -60,6 +62,15 @@ CHIPS = {
     "h200": Chip("gpu", 989e12, 4800e9, _gib(139.8), 8),
     "cpu": Chip("cpu", math.nan, math.nan, _gib(16), 2**20),
 }
+# Slices that can be rented: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}. Those of three dimensions
+# also come in sorted multiples of 4, up to the last of each list.
+_FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+_DEEP = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
+_LARGEST = {"v4": (16, 16, 16), "v5p": (16, 16, 24)}
+# An accelerator type counts chips, or the two cores of each chip: v5e-16 is 4x4, v4-32 is 2x2x4.
+_TYPES = {"v5litepod": "v5e"}
+_CORES = {"v4": 2, "v5p": 2}
+
 EXAMPLES = "v4:2x2x4, v5e:4x4, v5p:2x2x4, v6e:4x4, a100:8, h100:8, h200:1, cpu:8"
 
 
@@ -92,22 +103,82 @@ def parse_topology(name: str) -> Topology:
     """
     kind, _, shape = name.partition(":")
     if kind not in CHIPS:
-        close = difflib.get_close_matches(kind.lower(), CHIPS, n=1, cutoff=0.4)
-        hint = f" (did you mean {close[0]}:{shape or '8'}?)" if close else ""
         raise TopologyError(
-            f"--topology {name}: unknown chip {kind!r}{hint}; expected one of {', '.join(CHIPS)} "
-            f"with a shape, such as {EXAMPLES}"
+            f"--topology {shorten(name)}: unknown chip {shorten(kind, 40)!r}{_hint(name)}; expected one"
+            f" of {', '.join(CHIPS)} with a shape, such as {EXAMPLES}"
         )
     chip = CHIPS[kind]
-    sizes = tuple(map(int, re.findall(r"\d+", shape)))
+    sizes = tuple(map(int, re.findall(r"[0-9]{1,6}", shape)))
     expected = "x".join(["n"] * max(chip.dimensions, 1))
     if "x".join(map(str, sizes)) != shape or len(sizes) != max(chip.dimensions, 1) or 0 in sizes:
-        examples = [example for example in EXAMPLES.split(", ") if example.startswith(kind)]
+        counted = chip.dimensions and re.fullmatch("[0-9]{1,6}", shape)
+        example = _of_size(kind, int(shape)) if counted else None
         raise TopologyError(
-            f"--topology {name}: the shape is {shape!r}, expected {expected} for {kind}, such as "
-            f"{examples[0]}"
+            f"--topology {shorten(name)}: the shape is {shorten(shape)!r}, expected {expected} for"
+            f" {kind}, such as {example or _example(kind)}"
+        )
+    if chip.platform == "tpu" and not _is_slice(kind, sizes):
+        raise TopologyError(
+            f"--topology {name}: there is no such slice of {kind}; expected {_slices(kind)}"
         )
     return Topology(name, chip, sizes)
+
+
+def _hint(name: str) -> str:
+    """The name that was meant: a chip mistyped, or an accelerator type such as v5e-16."""
+    typed, _, rest = re.sub(r"^([a-z0-9]+)-([0-9]+)$", r"\1:\2", name.lower()).partition(":")
+    close = difflib.get_close_matches(_TYPES.get(typed, typed), CHIPS, n=4, cutoff=0.4)
+    meant = [known for kind in close if _is_known(known := _meant(kind, rest))]
+    meant += [_example(kind) for kind in close]
+    return f" (did you mean {meant[0]}?)" if meant else ""
+
+
+def _meant(kind: str, rest: str) -> str:
+    if re.fullmatch("[0-9]{1,6}", rest):
+        return _of_size(kind, int(rest) // _CORES.get(kind, 1)) or f"{kind}:{rest}"
+    return f"{kind}:{rest}"
+
+
+def _is_known(name: str) -> bool:
+    try:
+        parse_topology(name)
+    except TopologyError:
+        return False
+    return True
+
+
+def _example(kind: str) -> str:
+    return next(example for example in EXAMPLES.split(", ") if example.startswith(kind))
+
+
+def _of_size(kind: str, size: int) -> str | None:
+    """The slice of a number of chips, nearest to a cube; None if there is none."""
+    if not CHIPS[kind].dimensions:
+        return f"{kind}:{size}"
+    listed = _FLAT if CHIPS[kind].dimensions == 2 else (*_DEEP, *_cubes(_LARGEST[kind]))
+    found = [shape for shape in listed if math.prod(shape) == size]
+    return f"{kind}:{'x'.join(map(str, min(found, key=max)))}" if found else None
+
+
+def _cubes(largest: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Sorted multiples of 4 up to a shape."""
+    sides = (range(4, side + 1, 4) for side in largest)
+    return [shape for shape in itertools.product(*sides) if shape == tuple(sorted(shape))]
+
+
+def _is_slice(kind: str, shape: tuple[int, ...]) -> bool:
+    if CHIPS[kind].dimensions == 2:
+        return shape in _FLAT
+    return shape in _DEEP or shape in _cubes(_LARGEST[kind])
+
+
+def _slices(kind: str) -> str:
+    listed = _FLAT if CHIPS[kind].dimensions == 2 else _DEEP
+    names = ", ".join("x".join(map(str, shape)) for shape in listed)
+    if kind not in _LARGEST:
+        return f"one of {names}"
+    largest = "x".join(map(str, _LARGEST[kind]))
+    return f"one of {names}, or ascending multiples of 4 from 4x4x4 to {largest}"
 
 
 class Target(NamedTuple):
@@ -125,8 +196,6 @@ class Target(NamedTuple):
 def open_target(topology: Topology) -> Target:
     """Devices of the topology, described by its compiler; simulated CPU devices for ``cpu:n``.
 
-    A TPU topology without libtpu is planned on as many simulated CPU devices, and says so.
-
     Raises:
         TopologyError: the compiler is not installed or refuses, or the backend has already started
             with fewer simulated devices.
@@ -134,13 +203,7 @@ def open_target(topology: Topology) -> Target:
     if topology.chip.platform == "gpu":
         return _gpu_target(topology)
     if topology.chip.platform == "tpu":
-        if importlib.util.find_spec("libtpu"):
-            return _tpu_target(topology)
-        note = (
-            f"libtpu is not installed: sizes are those of {topology.size} simulated CPU devices, "
-            "whose compiler and attention are others; `pip install 'aspo_jax[tpu]'` for the TPU's"
-        )
-        return Target(_simulated(topology.size), "cpu", (note,))
+        return _tpu_target(topology)
     return Target(_simulated(topology.size), "cpu")
 
 
@@ -159,6 +222,12 @@ def _simulated(count: int) -> list[Any]:
 def _tpu_target(topology: Topology) -> Target:
     from jax.experimental import topologies
 
+    if not importlib.util.find_spec("libtpu"):
+        raise TopologyError(
+            f"--topology {topology.name}: libtpu, the TPU's compiler, is not installed; no TPU is "
+            f"needed, only: pip install 'jax[tpu]=={jax.__version__}' (or --lower-only, which "
+            "reckons by formula)"
+        )
     # Without these libtpu looks for the machine that it is not on, and logs that it found none.
     for name, value in {
         "TPU_SKIP_MDS_QUERY": "1",

@@ -11,6 +11,7 @@ from toy import TINY_CONFIG, examples, figures, minibatch
 
 from aspo_jax import check
 from aspo_jax.agreement import Gap, by_position, gap_metrics
+from aspo_jax.config import read_config
 from aspo_jax.config.reading import find_config
 from aspo_jax.structs import OldPolicy
 
@@ -73,7 +74,7 @@ def test_command_reports_mistakes(capsys):
 
 
 def test_types_are_replaced_and_nothing_else():
-    config = check.read_config(["--config", "countdown_quick"], check.FACTORIES)
+    config = read_config(["--config", "countdown_quick"], check.FACTORIES)
     other = check.as_dtype(config, "bfloat16", "int8")
     assert (other.model.dtype, other.sampler.cache_type) == ("bfloat16", "int8")
     same = dataclasses.replace(other, model=config.model, sampler=config.sampler)

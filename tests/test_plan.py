@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 
 import pytest
 
@@ -227,6 +228,22 @@ def test_command_prints_the_plan_and_its_verdict(capsys):
         ("h1000:8", "did you mean h100:8"),
         ("tpu", "expected one of v4, v5e"),
         ("v5e:16", "the shape is '16', expected nxn for v5e, such as v5e:4x4"),
+        ("v5e:32", "the shape is '32', expected nxn for v5e, such as v5e:4x8"),
+        ("v5e:17", "the shape is '17', expected nxn for v5e, such as v5e:4x4"),
+        ("v5e-16", r"unknown chip 'v5e-16' \(did you mean v5e:4x4\?\)"),
+        ("v5litepod-32", r"\(did you mean v5e:4x8\?\)"),
+        ("v6e-8", r"\(did you mean v6e:2x4\?\)"),
+        ("v4-32", r"\(did you mean v4:2x2x4\?\)"),
+        ("v5p-128", r"\(did you mean v5p:4x4x4\?\)"),
+        ("V5E:4x4", r"\(did you mean v5e:4x4\?\)"),
+        ("h100-8", r"\(did you mean h100:8\?\)"),
+        ("v5e:3x5", "there is no such slice of v5e; expected one of 1x1, 2x2, 2x4, 4x4"),
+        ("v6e:4x2", "there is no such slice of v6e"),
+        ("v5p:2x2x3", "there is no such slice of v5p; expected one of 2x2x1, .*4x4x4 to 16x16x24"),
+        ("v4:8x4x4", "there is no such slice of v4"),
+        ("v4:16x16x20", "there is no such slice of v4"),
+        ("h100:" + "9" * 5000, r"the shape is '9+\.\.\.'"),
+        ("\0" * 200, "unknown chip"),
         ("v5p:4x4", "expected nxnxn for v5p, such as v5p:2x2x4"),
         ("h100:2x4", "expected n for h100, such as h100:8"),
         ("cpu:0", "the shape is '0'"),
@@ -234,8 +251,16 @@ def test_command_prints_the_plan_and_its_verdict(capsys):
     ],
 )
 def test_unknown_topologies(name, message):
-    with pytest.raises(TopologyError, match=message):
+    with pytest.raises(TopologyError, match=message) as error:
         parse_topology(name)
+    assert len(str(error.value)) < 500
+    for meant in re.findall(r"(?:did you mean |such as )([^\s,?)]+)", str(error.value)):
+        parse_topology(meant)
+
+
+def test_slices_that_can_be_rented_are_known():
+    for name in ("v5e:1x1", "v5e:16x16", "v6e:2x4", "v4:2x2x1", "v4:4x8x12", "v5p:16x16x24"):
+        assert parse_topology(name).name == name
 
 
 def test_a_mesh_that_does_not_fit():
@@ -265,7 +290,22 @@ def test_command_reports_mistakes(capsys):
     assert capsys.readouterr().err.startswith("error: --topology v5x:4x4: unknown chip 'v5x'")
 
 
+def test_arguments_that_are_none_are_answered_with_the_one_that_was_meant(capsys):
+    for argv, message in (
+        (["--topolgy", "cpu:4"], "required: --topology"),
+        (["--topology", "cpu:4", "--lower-onyl"], "'--lower-onyl' (did you mean --lower-only?)"),
+        (["--topology", "cpu:4", "Model.layers=1"], "write --set Model.layers=1"),
+        (["--topology", "cpu:4", "x.gin"], "write --config x.gin"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            planning.main(argv)
+        assert stop.value.code == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and message in said and said.count("\n") == 1
+
+
 def test_too_many_simulated_devices():
+    planning.jax.devices()  # with the four of every test session
     with pytest.raises(TopologyError, match="64 simulated CPU devices are needed, found 4"):
         open_target(parse_topology("cpu:64"))
 
@@ -282,11 +322,14 @@ def _without(monkeypatch, *names: str) -> None:
     )
 
 
-def test_without_libtpu_the_plan_says_that_it_simulates(monkeypatch):
+def test_without_libtpu_the_plan_is_refused_but_for_lowering(monkeypatch):
     _without(monkeypatch, "libtpu")
-    found = plan(_read("Runtime.data=-1"), "v5e:2x2")
-    assert found.attention.startswith("dense")
-    assert "libtpu is not installed" in report(found) and "4 simulated CPU devices" in report(found)
+    monkeypatch.setattr(planning, "programs", lambda *_: pytest.fail("began to plan"))
+    with pytest.raises(TopologyError, match=r"no TPU is needed, only: pip install 'jax\[tpu\]=="):
+        plan(_read(), "v5e:2x2")
+    monkeypatch.undo()
+    _without(monkeypatch, "libtpu")
+    assert plan(_read(), "v5e:2x2", lower_only=True).rows[0].state == "lowered"
 
 
 def test_without_the_cuda_plugin_the_error_says_what_to_install(monkeypatch):
