@@ -91,7 +91,10 @@ def _is_homeless(text: str) -> bool:
 
 def shown(path: str | Path) -> str:
     """A path as messages show it: relative to the current folder if it is in there, else whole."""
-    whole, here = Path(os.path.abspath(path)), Path.cwd()
+    try:
+        whole, here = Path(os.path.abspath(path)), Path.cwd()
+    except OSError:  # the current folder was deleted
+        return str(path)
     return str(whole.relative_to(here) if whole.is_relative_to(here) else whole)
 
 

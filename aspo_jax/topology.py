@@ -104,8 +104,8 @@ def parse_topology(name: str) -> Topology:
     kind, _, shape = name.partition(":")
     if kind not in CHIPS:
         raise TopologyError(
-            f"--topology {shorten(name)}: unknown chip {shorten(kind, 40)!r}{_hint(name)}; expected one"
-            f" of {', '.join(CHIPS)} with a shape, such as {EXAMPLES}"
+            f"--topology {shorten(name)}: unknown chip {shorten(kind, 40)!r}{_hint(name)}; "
+            f"expected one of {', '.join(CHIPS)} with a shape, such as {EXAMPLES}"
         )
     chip = CHIPS[kind]
     sizes = tuple(map(int, re.findall(r"[0-9]{1,6}", shape)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,13 @@ from typing import Literal
 
 import pytest
 
+from aspo_jax import build
 from aspo_jax.config import ConfigError, diff_text, packaged, parse_config, read_config
 from aspo_jax.config.reading import config_folder
+from aspo_jax.config.schema import arguments, describe, meanings
 from aspo_jax.config.sections import SECTIONS, fields
+from aspo_jax.errors import run_command
+from aspo_jax.paths import page, shown
 
 
 def _aspo(clip_low: float = 0.2, clip_high: float = 0.2, cap: float | None = 3.0):
@@ -288,3 +293,275 @@ def test_factories_may_not_share_a_name():
     clash = {**FACTORIES, "aggregate": {"aspo": _none}}
     with pytest.raises(ValueError, match="the aggregate factory 'aspo' has the name of another"):
         read_config([], clash)
+
+
+# --- whatever a user may hand in: exit status 2 and one paragraph --------------------------------
+
+DEEP = 20_000
+HOSTILE_TEXTS = {
+    "operators": b"Run.seed = " + b"1+" * DEEP + b"1",
+    "brackets": b"Run.seed = " + b"[" * DEEP + b"]" * DEEP,
+    "brackets that parse": b"Run.seed = " + b"[" * 90 + b"]" * 90,
+    "signs": b"Run.seed = " + b"-" * DEEP + b"1",
+    "nots": b"Run.seed = " + b"not " * DEEP + b"1",
+    "attributes": b"a" + b".b" * DEEP + b" = 1",
+    "calls": b"Run.seed = " + b"f(" * DEEP + b")" * DEEP,
+    "a lambda": b"Run.seed = " + b"lambda:" * DEEP + b"1",
+    "digits": b"Run.seed = " + b"9" * 5000,
+    "hexadecimal digits": b"Run.seed = 0x" + b"f" * 5000,
+    "digits of a float": b"Optim.eps = 1" + b"0" * 400,
+    "a long name": b"Run." + b"s" * 5000 + b" = 1",
+    "a long section": b"R" * 5000 + b".seed = 1",
+    "a long bare name": b"Run.seed = " + b"s" * 5000,
+    "a long text for a number": b"Run.seed = '" + b"s" * 5000 + b"'",
+    "a long list for a number": b"Run.seed = [" + b"1, " * 5000 + b"]",
+    "a long line that is no setting": b"x" * 5000,
+    "a long call": b"Run.seed = open('" + b"x" * 5000 + b"')",
+    "macros of macros": b"\n".join(b"m%d = %%m%d" % (i, i + 1) for i in range(2000))
+    + b"\nRun.seed = %m0",
+    "NUL": b"Run.seed = 1\0",
+    "half a surrogate pair": b"Run.folder = '\\ud800'",
+    "NUL in a text": b"Run.folder = 'a\\0b'",
+    "a home that is not": b"Run.folder = '~nosuchuser/x'",
+    "an address": b"Run.folder = 'gs://bucket/x'",
+    "a long path": b"Run.folder = '" + b"x" * 300 + b"'",
+    "a blank path": b"Model.path = ''",
+    "a blank text": b"Objective.name = ' '",
+    "an empty stop": b"Sampler.stop_strings = ['\\n', '']",
+    "a byte-order mark": b"\xef\xbb\xbfRun.seed = 1",
+    "UTF-16": "Run.seed = 1".encode("utf-16"),
+    "UTF-16 without mark": "Run.seed = 1".encode("utf-16-le"),
+    "latin-1": b"Run.folder = 'caf\xe9'",
+    "gzip": b"\x1f\x8b\x08\x00",
+    "noise": bytes(range(255, 0, -1)),
+    "nothing": b"",
+    "an unclosed text": b"Run.folder = '''a",
+    "a tab too many": b"  Run.seed = 1",
+    "a class": b"class A: pass",
+    "an f-string": b"Run.folder = f'{1}'",
+    "bytes": b"Run.folder = b'x'",
+    "a complex number": b"Run.seed = 1j",
+    "an ellipsis": b"Run.seed = ...",
+    "a set": b"Run.seed = {1}",
+    "include of nothing": b"include ''",
+    "include of a folder": b"include '.'",
+    "include of half a pair": b"include '\\ud800'",
+    "include of NUL": b"include 'a\\0b'",
+    "include of an address": b"include 'https://host/a.gin'",
+    "include of itself": b"include 'run.gin'",
+}  # fmt: skip
+HOSTILE_PATHS = [
+    *("", " ", "a\0b", "\ud800.gin", "~nosuchuser/a.gin", "x" * 300, "x/" * 3000, "http://h/a.gin"),
+    *("/", ".", "..", "/dev/null", "pipe", "nowhere.gin", "nowhere/a.gin", "run.gin/a.gin", "loop"),
+]
+HOSTILE_FLAGS = [
+    *("", "=", "Run", "Run.seed", "=1", "Run.seed=", "Run.se ed=1", "Run..seed=1", "Run.seed=1\n2"),
+    *("Run.seed=-1", "Run.seed=1e20", f"Run.seed={2**32}", f"Run.seed={2**31}", "Run.seed=0.5"),
+    *(f"Evaluate.seed={2**32}", f"Countdown.high={2**40}", "Countdown.numbers=17"),
+    *("Optim.learning_rate=nan", "Optim.learning_rate=inf", "Optim.learning_rate=1e999"),
+    *("Optim.learning_rate=1e39", "Optim.eps=1e-300", "aspo.cap=1e300", "Reward.timeout_s=1e30"),
+    *("Run.seed=" + "9" * 5000, "Run.seed=" + "-" * DEEP + "1", "Run.seed=" + "(" * DEEP),
+    *("Run.folder=\ud800", "Run.folder=a\0b", "Run.folder=", "Run.folder=''", "Run.folder='  '"),
+    *("Sampler.stop_ids=(-1,)", "Sampler.stop_ids=(1e3,)", "Sampler.stop_strings=('',)"),
+    *("Metrics.profile_iterations=[-1]", f"Sampler.stop_ids=({2**31},)", "aspo.cap=True"),
+    *("Train.samples_per_prompt=1", "Objective.penalties=('kl_penalty', 'kl_penalty')"),
+    *("Objective.penalties=('aspo',)", "Objective.name=''", "Model.path=~nosuchuser"),
+    *("WarmStart.cache=''", "WarmStart.cache=gs://a", "Runtime.compilation_cache=~nosuchuser/x"),
+    *("x" * 5000, "x" * 5000 + "=1", "include='a.gin'", "%a=1", "Run.seed=%a", "Run.seed=#"),
+]
+
+
+def _refused(*argv: str, capsys) -> str:
+    """What a command says that ends with status 2 in one paragraph."""
+    assert run_command(lambda: _read(*argv) and 0) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and "Traceback" not in said
+    assert "\n\n" not in said and len(said) < 2500
+    return said
+
+
+@pytest.mark.parametrize("text", HOSTILE_TEXTS.values(), ids=HOSTILE_TEXTS.keys())
+def test_no_text_ends_in_a_traceback(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.gin").write_bytes(text)
+    assert "run.gin" in _refused("--config", "run.gin", capsys=capsys)
+
+
+@pytest.mark.parametrize("path", HOSTILE_PATHS, ids=lambda path: ascii(path[:20]))
+def test_no_path_ends_in_a_traceback(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    _write(tmp_path, GOOD)
+    os.mkfifo("pipe")
+    os.symlink("loop", "loop")
+    _refused("--config", path, capsys=capsys)
+
+
+@pytest.mark.parametrize("flag", HOSTILE_FLAGS, ids=lambda flag: ascii(flag[:40]))
+def test_no_override_ends_in_a_traceback(flag, capsys):
+    _refused("--set", flag, capsys=capsys)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["Train.iterations=3"], "'Train.iterations=3': write --set Train.iterations=3"),
+        (["--Run.seed=3"], "write --set Run.seed=3"),
+        (["--sett", "Run.seed=1"], "'--sett' (did you mean --set?)"),
+        (["--conifg=x"], "(did you mean --config?)"),
+        (["--print_config"], "(did you mean --print-config?)"),
+        (["my.gin"], "write --config my.gin"),
+        (["word"], "unknown argument 'word'; expected one of --config, --help"),
+        (["--set"], "argument --set: expected one argument"),
+        (["\ud800" * 500], "unknown argument"),
+    ],
+)
+def test_mistyped_arguments_are_answered_with_the_remedy(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        _read(*argv)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
+    assert message in said and len(said) < 1000
+
+
+def test_every_field_of_numbers_is_bounded():
+    """Nothing that a config accepts overflows on its way to a 32-bit device."""
+    for name in SECTIONS:
+        for field, info in fields(name).items():
+            words = describe(info.annotation, info.metadata)
+            if "whole number" in words and "list" not in words:
+                values = [str(10**20), str(2**31)]
+            elif "a number" in words:
+                values = ["1e999", "1e39", "float('nan')"]
+            else:
+                continue
+            for value in values:
+                with pytest.raises(ConfigError, match=rf"{name}.{field}|found .float"):
+                    _read("--set", f"{name}.{field}={value}")
+
+
+def test_a_factory_says_what_is_wrong_with_its_arguments_at_their_line(tmp_path, monkeypatch):
+    def picky(low: float = 0.1, high: float = 1.0):
+        if low > 1 or high > 1:
+            raise ValueError(f"picky.{'low' if low > 1 else 'high'} is too large")
+
+    factories = {**FACTORIES, "objective": {**FACTORIES["objective"], "picky": picky}}
+    monkeypatch.chdir(tmp_path)
+    n = GOOD.count("\n")
+    _write(tmp_path, f"{GOOD}picky.low = 0.5\npicky.high = 2\n")
+    with pytest.raises(ConfigError) as error:
+        read_config(["--config", "run.gin"], factories)
+    assert str(error.value) == f"run.gin:{n + 2}: picky.high is too large"
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("aspo.clip_low=2", "--set #1: aspo.clip_low = 2.0; expected a number from 0 to 1"),
+        ("aspo.cap=0", "--set #1: aspo.cap = 0.0; expected a number > 0"),
+        ("archer2.clip_high_entropy=2", "--set #1: archer2.clip_high_entropy = 2.0; expected"),
+        ("archer2.quantile=-1", "--set #1: .*quantile = -1.0; expected a number from 0 to 1"),
+        ("dapo.dual_cap=1", "--set #1: ppo_clip.dual_cap = 1.0; expected a ratio above 1"),
+        ("cispo.ratio_max=-1", "--set #1: cispo.ratio_min = 0.0, cispo.ratio_max = -1.0"),
+        ("gspo.clip_low=1.5", "--set #1: gspo.clip_low = 1.5; expected a number from 0 to 1"),
+        ("kl_penalty.beta=-1", "--set #1: kl_penalty.beta = -1.0; expected a number >= 0"),
+        ("kl_penalty.clamp=0", "--set #1: kl_penalty.clamp = 0.0; expected a number > 0"),
+        ("fixed_length.length=0", "--set #1: fixed_length.length = 0; expected the maximum"),
+        ("group_zscore.ddof=2", "--set #1: group_zscore.ddof = 2; expected 0 or 1"),
+        ("curriculum_budget.weight=-1", "--set #1: curriculum_budget: weight is -1.0, expected"),
+        ("format_reward.weight=-1", "--set #1: format_reward: weight is -1.0, expected a reward"),
+    ],
+)
+def test_the_shipped_factories_bound_their_arguments(flag, message):
+    with pytest.raises(ConfigError, match=message):
+        read_config(["--set", flag], build.FACTORIES)
+
+
+def test_one_sample_per_prompt_is_no_group():
+    with pytest.raises(
+        ConfigError, match="--set #1: Train.samples_per_prompt = 1 leaves .*2 or mo"
+    ):
+        _read("--set", "Train.samples_per_prompt=1")
+
+
+# --- includes, help, the result ------------------------------------------------------------------
+
+
+def test_a_packaged_config_is_included_by_name_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _write(tmp_path, "include 'countdown_cpu.gin'\nRun.seed = 7\n")
+    assert _read("--config", "run.gin").run.seed == 7
+    _write(tmp_path, f"{GOOD}Run.seed = 5\n", "countdown_cpu.gin")  # the nearer one wins
+    _write(tmp_path, "include 'countdown_cpu.gin'\nRun.folder = 'x'\n")
+    assert _read("--config", "run.gin").run.seed == 5
+    _write(tmp_path, "include 'countdown_cup.gin'\n")
+    with pytest.raises(ConfigError) as error:
+        _read("--config", "run.gin")
+    packaged_one = shown(config_folder() / "countdown_cup.gin")
+    assert f"there is no countdown_cup.gin and no {packaged_one};" in str(error.value)
+
+
+def test_files_of_the_current_folder_are_named_relative_to_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = _write(tmp_path, GOOD + "Run.sede = 1\n")
+    for spelled in (path, "run.gin", "./run.gin"):
+        with pytest.raises(ConfigError, match=r"^run\.gin:\d+: Run.sede"):
+            _read("--config", spelled)
+
+
+def test_print_config_shows_the_resolved_text_and_exits(capsys):
+    with pytest.raises(SystemExit) as stop:
+        _read("--config", "countdown_quick", "--set", "Run.seed=3", "--print-config")
+    assert stop.value.code == 0
+    found = parse_config(capsys.readouterr().out, FACTORIES)
+    assert found == _read("--config", "countdown_quick", "--set", "Run.seed=3")
+
+
+def _help(topic: str, capsys) -> str:
+    with pytest.raises(SystemExit) as stop:
+        read_config(["--help", topic], build.FACTORIES)
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_of_a_section(capsys):
+    page = _help("Sampler", capsys)
+    assert "Sampler.temperature  (float, default 1.0)" in page and "Optim." not in page
+    assert "[tokens] longest prompt (>= 1)" in page
+    assert _help("sampler.slots", capsys) == page
+    with pytest.raises(ConfigError, match="--help Smapler: unknown section .*did you mean Sampler"):
+        read_config(["--help", "Smapler"], build.FACTORIES)
+
+
+def test_help_of_a_factory_says_what_every_argument_means(capsys):
+    page = _help("aspo", capsys)
+    assert "aspo.cap  (float, default 3.0)\n        largest weight, above 0." in page
+    assert "A > 0:  w = min(1/r, cap)" in page
+    for named in build.FACTORIES.values():
+        for name, factory in named.items():
+            page = _help(name, capsys)
+            for argument in arguments(factory):
+                if argument != "metric":
+                    assert argument in meanings(factory), f"{name}.{argument}"
+                assert f"{name}.{argument}  (" in page
+
+
+def test_meanings_are_read_from_the_usual_forms():
+    def factory(a: int, b: int, c: int):
+        """Do.
+
+        Args:
+            a, b: one thing,
+                over two lines.
+            c: another.
+
+        Raises:
+            ValueError: never.
+        """
+
+    assert meanings(factory) | {"a": "one thing, over two lines.", "c": "another."} == meanings(
+        factory
+    )
+
+
+def test_pages_that_messages_name_exist():
+    assert Path(page("config.md")).is_file() and Path(page("rewards.md")).is_file()

@@ -9,14 +9,15 @@ from pathlib import Path
 import jax
 import pytest
 
-from aspo_jax.build import FACTORIES
+from aspo_jax.build import FACTORIES, check_inputs
 from aspo_jax.config import Config, packaged, parse_config, read_config
 from aspo_jax.config.reading import config_folder
+from aspo_jax.data import build_character_tokenizer
 from aspo_jax.model import build_model, parse_model_config
 from aspo_jax.programs import UPDATE, programs, read_shape
 from aspo_jax.topology import abstract_mesh
 
-LONG = [name for name in packaged() if not name.startswith("countdown")]
+LONG = [name for name in packaged() if not name.startswith(("countdown", "own_data"))]
 SHAPES = sorted((config_folder() / "shapes").glob("*.json"))
 # Parameters as the model cards give them, in billions.
 BILLIONS = {
@@ -52,6 +53,19 @@ def test_header_says_how_and_what_for(name):
     assert "python -m aspo_jax.train" in header
     assert "Hardware" in header
     assert "Expected:" in header and "arXiv" in header if name in LONG else "result:" in header
+
+
+def test_the_config_for_own_data_fits_its_sample_files(tmp_path, monkeypatch):
+    """All but the model's own folder is there: a tokenizer of characters stands for it."""
+    printable = "".join(map(chr, range(32, 127)))
+    build_character_tokenizer(printable).save_pretrained(tmp_path)
+    shape = (config_folder() / "shapes" / "Qwen2.5-0.5B.json").read_text()
+    (tmp_path / "config.json").write_text(shape)
+    monkeypatch.chdir(Path(__file__).parents[1])
+    flags = ["--config", "own_data", "--set", f"Model.path={tmp_path}"]
+    table = dict(check_inputs(read_config(flags, FACTORIES)))
+    assert table["prompts"] == "configs/samples/sums_train.jsonl, 16 rows"
+    assert table["evaluation"] == "8 prompts x 4 samples = 32, every 20 iterations"
 
 
 @pytest.mark.parametrize("name", LONG)

@@ -2,6 +2,7 @@
 
 import ast
 import difflib
+import os
 import re
 import typing
 from collections.abc import Iterable, Mapping
@@ -142,7 +143,7 @@ def _find_included(target: str, folder: Path, place: str) -> Path:
         raise ConfigError(str(error)) from error
     looked_in = list(dict.fromkeys((folder / path, config_folder() / path)))
     for candidate in looked_in:
-        if candidate.exists():
+        if os.path.lexists(candidate) and not candidate.is_dir():
             return candidate
     places = " and no ".join(shown(candidate) for candidate in looked_in)
     raise ConfigError(

@@ -1,6 +1,7 @@
 """From files and flags to a checked Config."""
 
 import argparse
+import os
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -116,7 +117,7 @@ def find_config(name: str) -> Path:
         raise ConfigError(str(error)) from error
     is_bare = path.name == name
     for candidate in (path, config_folder() / f"{path.stem}.gin")[: 2 if is_bare else 1]:
-        if candidate.exists():
+        if os.path.lexists(candidate):  # never raises; what it is, its reader will say
             return candidate
     raise ConfigError(
         f"--config: no config file {shorten(name)!r}; expected a path or one of"
