@@ -51,12 +51,17 @@ def _run(argv: Sequence[str]) -> int:
     here = config.runtime
     runtime.join(here.coordinator, here.num_processes, here.process_id)
     agree = None if runtime.is_alone() else runtime.any_of
-    with lock_folder(config), StopRequest(agree) as stop:
-        return train(config, Console(is_quiet=not runtime.is_main()), stop)
-
-
-def train(config: Config, console: Console, stop: StopRequest) -> int:
     sizes = check_inputs(config)
+    with lock_folder(config), StopRequest(agree) as stop:
+        return train(config, Console(is_quiet=not runtime.is_main()), stop, sizes)
+
+
+def train(
+    config: Config,
+    console: Console,
+    stop: StopRequest,
+    sizes: Sequence[tuple[str, str]] | None = None,
+) -> int:
     folder = claim_folder(config)
     mesh = runtime.start(**dataclasses.asdict(config.runtime))
     console.title(config, sizes)

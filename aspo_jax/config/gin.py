@@ -49,7 +49,7 @@ def config_folder() -> Path:
 
 def read_file(path: Path, parents: tuple[Path, ...]) -> dict[str, Binding]:
     """The bindings of a file and of those it includes, later ones winning."""
-    real = path.resolve()
+    real = Path(os.path.realpath(path))
     if real in parents:
         chain = " -> ".join(p.name for p in (*parents[parents.index(real) :], real))
         raise ConfigError(f"{shown(parents[-1])}: files include each other in a circle: {chain}")
