@@ -382,7 +382,7 @@ def _train_source(config: Config, tokenizer: Any) -> Any:
 
 
 def _held_out_source(config: Config, tokenizer: Any) -> Any:
-    """The held-out prompts, all of which fit: as many as there are, at most Countdown's share."""
+    """All rows of the held-out file, or ``Evaluate.prompts`` puzzles; all of them fit."""
     if config.data.kind == "countdown":
         spec, e = countdown_spec(config), config.evaluate
         source = CountdownSource(spec, e.seed, "held_out", e.prompts)
