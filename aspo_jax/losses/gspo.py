@@ -18,9 +18,9 @@ def gspo(clip_low: float = 3e-4, clip_high: float = 4e-4) -> Objective:
 
     Published surrogate: ``max(-A s, -A clip(s, 1 - clip_low, 1 + clip_high))``. With one advantage
     per sequence this is the gradient of the true sequence ratio; with per-token advantages it is
-    GSPO-token. A token whose own ratio is clamped (+-20 nats) has weight 0, as in `ppo_clip`: s does
-    not depend on it, and in a sequence of such tokens s would be a weight of 5e8. The paper has no
-    clamp.
+    GSPO-token. A token whose own ratio is clamped (+-20 nats) has weight 0, as in `ppo_clip`: s
+    does not depend on it, and in a sequence of such tokens s would be a weight of 5e8. The paper
+    has no clamp.
     Source: arXiv 2507.18071 Eqs. 5 and 7.
     """
     require_non_negative("gspo", clip_low=clip_low, clip_high=clip_high)
