@@ -26,6 +26,7 @@ import select
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -209,6 +210,9 @@ def remove(folder: str, seconds: float) -> bool:
     """
     until = time.monotonic() + seconds
     try:
+        if not stat.S_ISDIR(os.lstat(folder).st_mode):  # a program put a link in its place
+            os.unlink(folder)
+            return True
         os.chmod(folder, 0o700)
         while subfolders := _unlink_files(folder, until):
             for subfolder in subfolders:
@@ -221,7 +225,7 @@ def remove(folder: str, seconds: float) -> bool:
         os.rmdir(folder)
     except FileNotFoundError:
         return not os.path.lexists(folder)
-    except (OSError, TimeoutError):
+    except OSError:
         return False
     return True
 
@@ -497,11 +501,12 @@ class Sandbox:
 def _exceeds(tree: _Tree, folders: Sequence[str], limits: Limits, deadline: float) -> bool:
     """Whether the programs of a tree have taken too much memory or room in a folder."""
     members, most = tree.members(), limits.folder_mib * _MIB
+    device = os.stat(os.path.dirname(folders[0])).st_dev  # a folder itself may be gone
     pages = sum(process.resident for process in members.values())
     return (
         pages * os.sysconf("SC_PAGE_SIZE") > (limits.memory_mib + 64) * _MIB
         or any(_usage(folder, most, deadline) > most for folder in folders)
-        or _unlinked(members, os.stat(folders[0]).st_dev) > most
+        or _unlinked(members, device) > most
     )
 
 

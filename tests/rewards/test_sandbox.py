@@ -161,7 +161,8 @@ ENDLESS = {
 def left_by(worker):
     """Folders in memory of the user that a worker's programs run as."""
     uid = os.geteuid() or sandbox._FIRST_UID + worker % sandbox._UIDS
-    return [p for p in os.scandir("/dev/shm") if "aspo_jax_" in p.name and p.stat().st_uid == uid]
+    found = [p for p in Path("/dev/shm").iterdir() if p.name.startswith("aspo_jax_")]
+    return [path for path in found if path.lstat().st_uid == uid]
 
 
 @pytest.mark.parametrize("tier", ["namespaces", "landlock", "rlimits"])
@@ -180,3 +181,33 @@ def test_no_program_breaks_its_time_limit_with_files(tier):
             assert time.monotonic() - begin < 3.0
             assert verdict.reason in ("timeout", "exhausted") and verdict.is_valid
     assert wait_until(lambda: not left_by(worker))
+
+
+def test_a_link_in_place_of_the_folder_is_not_followed(folder):
+    """Without a real sandbox a program may put one there, and the trainer may be root."""
+    precious = folder / "precious"
+    precious.mkdir(mode=0o755)
+    (precious / "file").touch()
+    program = (
+        "import os\nhere = os.getcwd()\nos.rmdir(here)\n"
+        f"os.symlink({str(precious)!r}, here)\nprint('x')"
+    )
+    with Scorer(1, Rules(sandbox="rlimits"), kinds=("code",)) as scorer:
+        answer = {"inputs": [""], "outputs": ["x"]}
+        said = Submission("code", f"```python\n{program}\n```", answer, True, 1)
+        assert [v.reason for v in scorer.score([said])] == ["match"]
+        (worker,) = (worker._process.pid for worker in scorer._workers)
+    assert (precious / "file").exists() and precious.stat().st_mode & 0o777 == 0o755
+    assert wait_until(lambda: not left_by(worker))
+
+
+def test_a_program_that_deletes_its_own_folder_is_judged():
+    """Without a real sandbox it may; a grader that failed would take its sample out."""
+    program = "import os, time\nos.rmdir(os.getcwd())\ntime.sleep(0.3)\nprint('x')"
+    rules = Rules(sandbox="rlimits")
+    with Scorer(1, rules, kinds=("code",)) as scorer:
+        for output, reason in (("x", "match"), ("y", "mismatch")):
+            answer = {"inputs": [""], "outputs": [output]}
+            said = Submission("code", f"```python\n{program}\n```", answer, True, 1)
+            (verdict,) = scorer.score([said])
+            assert verdict.reason == reason and verdict.is_valid
