@@ -216,11 +216,7 @@ def remove(folder: str, seconds: float) -> bool:
         os.chmod(folder, 0o700)
         while subfolders := _unlink_files(folder, until):
             for subfolder in subfolders:
-                os.chmod(subfolder, 0o700)
-                for name in os.listdir(subfolder):
-                    _check_time(until)
-                    # A name that nobody can have foreseen, for it may be taken otherwise.
-                    os.rename(f"{subfolder}/{name}", f"{folder}/{secrets.token_hex(16)}")
+                _move_up(subfolder, folder, until)
                 os.rmdir(subfolder)
         os.rmdir(folder)
     except FileNotFoundError:
@@ -230,22 +226,33 @@ def remove(folder: str, seconds: float) -> bool:
     return True
 
 
+def _entries(folder: str, until: float) -> Iterator[tuple[str, bool]]:
+    """(path, whether it is a folder) of what is in it; such folders may be read and moved then."""
+    with os.scandir(folder) as entries:
+        listed = [(entry.path, entry.is_dir(follow_symlinks=False)) for entry in entries]
+    for path, is_folder in listed:
+        if time.monotonic() > until:
+            raise TimeoutError
+        if is_folder:
+            os.chmod(path, 0o700)
+        yield path, is_folder
+
+
 def _unlink_files(folder: str, until: float) -> list[str]:
     """Delete what is no folder; returns the folders."""
     subfolders = []
-    with os.scandir(folder) as entries:
-        for entry in list(entries):
-            _check_time(until)
-            if entry.is_dir(follow_symlinks=False):
-                subfolders.append(entry.path)
-            else:
-                os.unlink(entry.path)
+    for path, is_folder in _entries(folder, until):
+        if is_folder:
+            subfolders.append(path)
+        else:
+            os.unlink(path)
     return subfolders
 
 
-def _check_time(until: float) -> None:
-    if time.monotonic() > until:
-        raise TimeoutError
+def _move_up(subfolder: str, folder: str, until: float) -> None:
+    """Under names that nobody can have foreseen, for a name may be taken."""
+    for path, _ in _entries(subfolder, until):
+        os.rename(path, f"{folder}/{secrets.token_hex(16)}")
 
 
 _removers: list[subprocess.Popen] = []

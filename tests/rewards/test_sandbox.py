@@ -1,11 +1,13 @@
 """Looking at a program's files and deleting them: whatever they are, and within a time."""
 
+import ctypes
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -110,15 +112,37 @@ def odd_tree(folder):
     with open(folder / "sparse", "wb") as file:
         file.truncate(2**40)
     deep(folder, 1500)
-    for path in (folder / "zz", folder / "0.moved", folder / "fifo", folder):
+    for path in (folder / "1.moved/x", folder / "zz", folder / "0.moved", folder / "fifo", folder):
         path.chmod(0)
 
 
-def test_every_tree_is_deleted_and_nothing_else(folder):
+def as_nobody(function):
+    """Call it as a user without rights; in a thread, for only that one's rights are dropped."""
+
+    def work():
+        if os.geteuid() == 0:
+            ctypes.CDLL(None).setfsgid(65534)
+            ctypes.CDLL(None).setfsuid(65534)
+        done.append(function())
+
+    done = []
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    return done
+
+
+@pytest.mark.parametrize("call", [as_nobody, lambda function: [function()]])
+def test_every_tree_is_deleted_and_nothing_else(folder, call):
+    folder.chmod(0o777)
     (folder / "mine").touch()
-    (folder / "work").mkdir()
-    odd_tree(folder / "work")
-    assert sandbox.remove(str(folder / "work"), 60.0)
+
+    def build_and_delete():
+        (folder / "work").mkdir()
+        odd_tree(folder / "work")
+        return sandbox.remove(str(folder / "work"), 60.0)
+
+    assert call(build_and_delete) == [True]
     assert os.listdir(folder) == ["mine"]
     assert sandbox.remove(str(folder / "work"), 60.0)  # it is gone
 
