@@ -66,7 +66,6 @@ from aspo_jax.rewards import (
     Rules,
     Scorer,
     Shape,
-    build_scorer,
     chain,
     choose_sandbox,
     find_problem,
@@ -486,7 +485,7 @@ def open_scorer(config: Config) -> Scorer:
     if "code" in kinds:
         rules, report = choose_sandbox(rules)
         print(f"sandbox: {report}", file=sys.stderr)
-    scorer = build_scorer(r.workers, rules, kinds)
+    scorer = Scorer(r.workers, rules, kinds)  # not build_scorer, which would attack it again
     if "custom" in kinds:
         scorer.wait_until_ready()  # a mistake in it shows now, not after the first sampling
     return scorer

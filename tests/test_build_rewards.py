@@ -1,6 +1,8 @@
 """From a config to graders: kinds of the data, bad rows, shapes."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -59,11 +61,28 @@ def test_a_mistake_in_the_function_shows_at_the_start(tmp_path):
         open_scorer(config)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="sandboxes are for Linux")
+def test_the_sandbox_is_attacked_once(tmp_path, monkeypatch):
+    run, probes = subprocess.run, []
+
+    def counted(command, **how):
+        probes.append(command)
+        return run(command, **how)
+
+    monkeypatch.setattr(subprocess, "run", counted)
+    with open_scorer(jsonl(tmp_path, ROWS[1:2], "Reward.sandbox=rlimits")) as scorer:
+        program = "```python\ndef add(a, b): return a + b\n```"
+        verdicts = scorer.score([Submission("code", program, ROWS[1]["answer"], True, 1)])
+    assert verdicts == [Verdict(1.0, "match")]
+    assert len(probes) == 1
+
+
 @pytest.mark.parametrize(
     ("kind", "answer", "message"),
     [
-        ("code", {"asserts": ["assert f("]}, "found tests that cannot be used .SyntaxError"),
-        ("code", {"inputs": ["1"], "outputs": []}, "found tests that cannot be used"),
+        ("code", {"asserts": ["assert f("]}, r".*\(asserts\[0\] is not Python"),
+        ("code", {"inputs": ["1"], "outputs": []}, r".*\(inputs has 1 entries and outputs 0"),
+        ("code", {"inputs": None, "outputs": ["1"]}, r".*\(inputs is null, expected a list"),
         ("math", {"a": 1}, "found the answer .*expected a string, a number"),
         ("countdown", "7", "found the answer .*expected such as .*numbers"),
     ],

@@ -29,13 +29,17 @@ def is_inside(ratio_BT: Array, advantage_BT: Array, low: float, high: float) -> 
     return jnp.where(advantage_BT > 0, ratio_BT <= high, ratio_BT >= low)
 
 
+def is_free(ratio_BT: Array) -> Array:
+    """False where the +-20 nats clamp has made the ratio a constant, ``[B, T]``."""
+    return (ratio_BT > 1 / _CLAMPED_RATIO) & (ratio_BT < _CLAMPED_RATIO)
+
+
 def ratio_weight(ratio_BT: Array) -> Array:
     """The ratio as a weight, ``[B, T]``: 0 where the +-20 nats clamp has made it a constant.
 
     A clamped ratio has no gradient; its value as a weight would be 5e8 on a negative token.
     """
-    is_free_BT = (ratio_BT > 1 / _CLAMPED_RATIO) & (ratio_BT < _CLAMPED_RATIO)
-    return jnp.where(is_free_BT, ratio_BT, 0)
+    return jnp.where(is_free(ratio_BT), ratio_BT, 0)
 
 
 class Capped(NamedTuple):

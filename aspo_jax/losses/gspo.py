@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from aspo_jax.losses.clip import is_inside
+from aspo_jax.losses.clip import is_free, is_inside
 from aspo_jax.losses.objective import (
     Objective,
     log_ratio,
@@ -27,7 +27,9 @@ def gspo(clip_low: float = 3e-4, clip_high: float = 4e-4) -> Objective:
 
     Published surrogate: ``max(-A s, -A clip(s, 1 - clip_low, 1 + clip_high))``. With one advantage
     per sequence this is the gradient of the true sequence ratio; with per-token advantages it is
-    GSPO-token.
+    GSPO-token. A token whose own ratio is clamped (+-20 nats) has weight 0, as in `ppo_clip`: s
+    does not depend on it, and in a sequence of such tokens s would be a weight of 5e8. The paper
+    has no clamp.
     Source: arXiv 2507.18071 Eqs. 5 and 7.
     """
     require_share("gspo", clip_low=clip_low)
@@ -36,8 +38,9 @@ def gspo(clip_low: float = 3e-4, clip_high: float = 4e-4) -> Objective:
 
     def coefficient(tokens, state, sums):
         advantage_BT = tokens.advantage_BT
-        ratio_BT = jnp.exp(segment_mean(log_ratio(tokens), tokens))
-        is_kept_BT = is_inside(ratio_BT, advantage_BT, low, high)
+        log_ratio_BT = log_ratio(tokens)
+        ratio_BT = jnp.exp(segment_mean(log_ratio_BT, tokens))
+        is_kept_BT = is_inside(ratio_BT, advantage_BT, low, high) & is_free(jnp.exp(log_ratio_BT))
         clipped_BT = jnp.where(
             advantage_BT > 0, jnp.minimum(ratio_BT, high), jnp.maximum(ratio_BT, low)
         )

@@ -129,6 +129,9 @@ def positive_response_mean(
         A > 0:  w = mean_t(r)  if r <= 1 + clip_high  else 0
         A < 0:  w = r          if r >= 1 - clip_low   else 0
 
+    A clamped ratio (+-20 nats) counts 0 in the mean, as it does as a weight of its own; the paper
+    has no clamp. Without this one such token would give its whole response a weight of up to 5e8.
+
     Surrogate of a positive token: ``-A sg(mean_t(r)) pi / sg(pi)``. The stop-gradient is the
     point: differentiating the mean itself, d(sum_t mean)/d log pi_t = r_t gives every token its
     own ratio back, and the variant would be GRPO unchanged.
@@ -147,9 +150,11 @@ def positive_response_mean(
     def coefficient(tokens, state, sums):
         advantage_BT, ratio_BT = tokens.advantage_BT, jnp.exp(log_ratio(tokens))
         is_positive_BT = advantage_BT > 0
-        mean_BT = segment_mean(ratio_BT, tokens)
-        weight_BT = jnp.where(is_positive_BT, mean_BT, ratio_weight(ratio_BT))
-        gated_BT = jnp.where(is_positive_BT, gate_ratio(ratio_BT, mean_BT), ratio_BT)
+        free_BT = ratio_weight(ratio_BT)
+        mean_BT = segment_mean(free_BT, tokens)
+        weight_BT = jnp.where(is_positive_BT, mean_BT, free_BT)
+        seen_BT = gate_ratio(ratio_BT, segment_mean(ratio_BT, tokens))
+        gated_BT = jnp.where(is_positive_BT, seen_BT, ratio_BT)
         is_kept_BT = is_inside(gated_BT, advantage_BT, low, high)
         bound_BT = jnp.where(is_positive_BT, high, low)
         shared_BT = jnp.where(is_positive_BT, mean_BT, ratio_BT)

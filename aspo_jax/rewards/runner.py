@@ -3,7 +3,8 @@
 It locks itself in (`jail`) and then runs one program in one of three ways.
 
     script  the program is ``__main__``: standard input in, standard output out
-    calls   the program is a module; each line of input is a call, each line of output its value
+    calls   the program is a module, in which a head has run before it; each line of input is a
+            call, each line of output its value
     check   trusted test code; the functions that it tests live in another sandbox and are called
             through standard output and input, so that only plain values reach the test
 
@@ -27,18 +28,6 @@ import jail  # noqa: E402  # pyright: ignore[reportMissingImports]
 import values  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 sys.path.pop(0)
-
-# What a solution on a puzzle site may take for granted.
-_PREAMBLE = """
-from typing import *
-import bisect, collections, copy, functools, heapq, itertools, math, random, re, string, sys
-from bisect import bisect, bisect_left, bisect_right, insort
-from collections import Counter, OrderedDict, defaultdict, deque
-from functools import cache, cmp_to_key, lru_cache, reduce
-from heapq import heapify, heappop, heappush, heappushpop, heapreplace, nlargest, nsmallest
-from itertools import accumulate, chain, combinations, permutations, product
-from math import ceil, comb, factorial, floor, gcd, inf, isqrt, lcm, log, log2, sqrt
-"""
 
 
 def _read_orders(descriptor: int) -> dict[str, Any]:
@@ -75,10 +64,21 @@ def _module(name: str) -> dict[str, Any]:
     return vars(module)
 
 
+def _compile(source: str) -> Any:
+    """The code of a program. As in a file, an unknown codec in its first lines is an error."""
+    lines = source.split("\n", 2)[:2]
+    if any("coding" in line for line in lines):
+        import tokenize  # slow, and rarely needed
+
+        rest = iter([line.encode() + b"\n" for line in lines] + [b""])
+        tokenize.detect_encoding(rest.__next__)
+    return compile(source, "program.py", "exec")
+
+
 def _run_script(source: str) -> None:
     namespace = _module("__main__")
     sys.argv = ["program.py"]
-    exec(compile(source, "program.py", "exec"), namespace)
+    exec(_compile(source), namespace)
 
 
 def _claim_pipes() -> tuple[Any, Callable[[str], None]]:
@@ -105,13 +105,12 @@ def _find(namespace: dict[str, Any], before: dict[str, Any], name: str) -> Any:
     return getattr(namespace["Solution"](), name)
 
 
-def _run_calls(source: str, has_preamble: bool) -> None:
+def _run_calls(head: str, source: str) -> None:
     incoming, send = _claim_pipes()
     namespace = _module("program")
-    if has_preamble:
-        exec(_PREAMBLE, namespace)
+    exec(head, namespace)
     before = dict(namespace)
-    exec(compile(source, "program.py", "exec"), namespace)
+    exec(_compile(source), namespace)
     for line in incoming:
         try:
             order = json.loads(line)
@@ -159,7 +158,7 @@ def main() -> None:
     if orders["mode"] == "script":
         _run_script(orders["source"])
     elif orders["mode"] == "calls":
-        _run_calls(orders["source"], orders["has_preamble"])
+        _run_calls(orders["head"], orders["source"])
     else:
         _run_check(orders["source"], orders["names"])
 

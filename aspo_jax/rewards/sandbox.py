@@ -21,15 +21,17 @@ import errno
 import json
 import os
 import platform
+import secrets
 import select
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -46,6 +48,9 @@ _FIRST_UID = 61184  # a range that no account uses (systemd's for services witho
 _UIDS = 4096
 _TICK_S = 0.05  # how often memory and disk of a running program are looked at
 _SWEEP_S = 2.0
+_REMOVE_S = 0.2  # then a process of its own goes on: no program's time pays for its files
+_REMOVERS = 4  # at once, and how long each tries
+_REMOVER_S = 60.0
 _MIB = 2**20
 _HUGE = 2**40
 
@@ -159,54 +164,130 @@ class _Tree:
 # --- working folders ------------------------------------------------------------------------------
 
 
-def _usage(folder: str) -> int:
-    """Bytes below a folder, each entry counting 4 KiB at least; a bottomless one counts as huge."""
+def _usage(folder: str, most: int, until: float) -> int:
+    """Bytes below a folder, each entry counting 4 KiB at least; what nobody can look into is huge.
+
+    It stops counting beyond ``most`` bytes, and at the monotonic time ``until``: a program adds to
+    its folder meanwhile, and must not keep whoever looks at it.
+    """
     total, waiting = 0, [folder]
-    while waiting and total < _HUGE:
+    while waiting and total <= most:
         try:
             with os.scandir(waiting.pop()) as entries:
                 for entry in entries:
                     total += 4096
+                    if total > most or time.monotonic() > until:
+                        return total
                     if entry.is_dir(follow_symlinks=False):
                         waiting.append(entry.path)
                     else:
                         total += entry.stat(follow_symlinks=False).st_blocks * 512
-        except OSError as error:  # something was removed meanwhile, or the path is too long
-            total += _HUGE if error.errno == errno.ENAMETOOLONG else 0
+        except OSError as error:  # something was removed meanwhile; or it hides what is in it
+            total += _HUGE if error.errno in (errno.ENAMETOOLONG, errno.EACCES) else 0
     return total
 
 
-def remove(folder: str) -> None:
-    """Delete a folder, however deep: folders inside are emptied into it first."""
-    count, has_folders = 0, True
-    while has_folders:
-        has_folders = False
-        with os.scandir(folder) as entries:
-            listed = list(entries)
-        for entry in listed:
-            if not entry.is_dir(follow_symlinks=False):
-                os.unlink(entry.path)
-                continue
-            has_folders = True
-            os.chmod(entry.path, 0o700)
-            for name in os.listdir(entry.path):
-                count += 1
-                os.rename(os.path.join(entry.path, name), os.path.join(folder, f"{count}.moved"))
-            os.rmdir(entry.path)
-    os.rmdir(folder)
+def _unlinked(pids: Iterable[int], device: int) -> int:
+    """Bytes of files on a device that have no name any more but are open, as far as one may look.
+
+    A private /proc, or a root without the right to debug, sees none of them.
+    """
+    sizes = {}
+    for pid in pids:
+        with contextlib.suppress(OSError):  # it ended meanwhile, or may not be looked at
+            for name in os.listdir(f"/proc/{pid}/fd"):
+                with contextlib.suppress(OSError):
+                    found = os.stat(f"/proc/{pid}/fd/{name}")
+                    if found.st_nlink == 0 and found.st_dev == device:
+                        sizes[found.st_ino] = found.st_blocks * 512
+    return sum(sizes.values())
+
+
+def remove(folder: str, seconds: float) -> bool:
+    """Delete a folder, however deep: folders inside are emptied into it first.
+
+    Returns False where that took longer, or failed; trying again goes on from there.
+    """
+    until = time.monotonic() + seconds
+    try:
+        if not stat.S_ISDIR(os.lstat(folder).st_mode):  # a program put a link in its place
+            os.unlink(folder)
+            return True
+        os.chmod(folder, 0o700)
+        while subfolders := _unlink_files(folder, until):
+            for subfolder in subfolders:
+                _move_up(subfolder, folder, until)
+                os.rmdir(subfolder)
+        os.rmdir(folder)
+    except FileNotFoundError:
+        return not os.path.lexists(folder)
+    except OSError:
+        return False
+    return True
+
+
+def _entries(folder: str, until: float) -> Iterator[tuple[str, bool]]:
+    """(path, whether it is a folder) of what is in it; such folders may be read and moved then."""
+    with os.scandir(folder) as entries:
+        listed = [(entry.path, entry.is_dir(follow_symlinks=False)) for entry in entries]
+    for path, is_folder in listed:
+        if time.monotonic() > until:
+            raise TimeoutError
+        if is_folder:
+            os.chmod(path, 0o700)
+        yield path, is_folder
+
+
+def _unlink_files(folder: str, until: float) -> list[str]:
+    """Delete what is no folder; returns the folders."""
+    subfolders = []
+    for path, is_folder in _entries(folder, until):
+        if is_folder:
+            subfolders.append(path)
+        else:
+            os.unlink(path)
+    return subfolders
+
+
+def _move_up(subfolder: str, folder: str, until: float) -> None:
+    """Under names that nobody can have foreseen, for a name may be taken."""
+    for path, _ in _entries(subfolder, until):
+        os.rename(path, f"{folder}/{secrets.token_hex(16)}")
+
+
+_removers: list[subprocess.Popen] = []
+
+
+def _remove_later(folder: str) -> None:
+    """Leave it to a process that also outlives this one."""
+    _removers[:] = [remover for remover in _removers if remover.poll() is None]
+    if len(_removers) == _REMOVERS:
+        _removers.pop(0).wait()
+    command = [sys.executable, "-P", "-m", "aspo_jax.rewards.sandbox", "--remove", folder]
+    _removers.append(
+        subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    )
 
 
 @contextlib.contextmanager
 def _scratch(uid: int | None) -> Iterator[str]:
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK | os.X_OK) else None
     folder = tempfile.mkdtemp(prefix="aspo_jax_", dir=memory)
+    is_gone = False
     try:
         if uid is not None:
             os.chown(folder, uid, uid)
             os.chmod(folder, 0o711)  # bubblewrap enters it as a root without capabilities
         yield folder
+        is_gone = remove(folder, _REMOVE_S)
     finally:
-        remove(folder)
+        if not is_gone:
+            _remove_later(folder)
 
 
 def _memory_file(content: bytes = b"") -> int:
@@ -413,21 +494,27 @@ class Sandbox:
                 while (left := deadline - time.monotonic()) > 0:
                     if poll.poll(1000 * min(left, _TICK_S)):
                         return "exit"
-                    if self._exceeds(tree, folders, limits):
+                    if _exceeds(tree, folders, limits, deadline):
                         return "exhausted"
             return "timeout"
         finally:
             tree.kill(started)
 
-    def _exceeds(self, tree: _Tree, folders: Sequence[str], limits: Limits) -> bool:
-        pages = sum(process.resident for process in tree.members().values())
-        return pages * os.sysconf("SC_PAGE_SIZE") > (limits.memory_mib + 64) * _MIB or any(
-            _usage(folder) > limits.folder_mib * _MIB for folder in folders
-        )
-
     def _status(self, process: subprocess.Popen) -> int:
         status = process.returncode
         return 128 - status if self.tier == "namespaces" and status > 128 else status
+
+
+def _exceeds(tree: _Tree, folders: Sequence[str], limits: Limits, deadline: float) -> bool:
+    """Whether the programs of a tree have taken too much memory or room in a folder."""
+    members, most = tree.members(), limits.folder_mib * _MIB
+    device = os.stat(os.path.dirname(folders[0])).st_dev  # a folder itself may be gone
+    pages = sum(process.resident for process in members.values())
+    return (
+        pages * os.sysconf("SC_PAGE_SIZE") > (limits.memory_mib + 64) * _MIB
+        or any(_usage(folder, most, deadline) > most for folder in folders)
+        or _unlinked(members, device) > most
+    )
 
 
 @contextlib.contextmanager
@@ -560,15 +647,28 @@ def open_sandbox(wanted: Literal["auto"] | Tier) -> tuple[Sandbox, str]:
     )
 
 
+def _remove_for_good(folder: str) -> int:
+    end = time.monotonic() + _REMOVER_S
+    while not remove(folder, end - time.monotonic()):
+        if time.monotonic() > end:
+            print(f"cannot delete {folder}, the files of a graded program", file=sys.stderr)
+            return 1
+        time.sleep(0.1)
+    return 0
+
+
 def main(arguments: Sequence[str]) -> int:
     """``python -m aspo_jax.rewards.sandbox [TIER]``: what the tiers withstand on this machine.
 
     With a tier (or ``auto``) the answer is one line of JSON, ``[tier, report]`` or ``[null, why]``.
+    ``--remove FOLDER`` deletes the working folder of a program.
     """
     if not arguments:
         for tier in TIERS:
             print(try_tier(tier)[1])
         return 0
+    if arguments[0] == "--remove":
+        return _remove_for_good(arguments[1])
     try:
         box, line = open_sandbox(arguments[0])  # pyright: ignore[reportArgumentType]
         print(json.dumps([box.tier, line]))

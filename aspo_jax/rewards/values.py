@@ -2,6 +2,9 @@
 
 Exact builtin types only. An object that lies about its equality cannot be written, and what is read
 is made of builtins whatever was sent. Subclasses of dict (Counter, defaultdict) are dicts.
+
+`decode` is for use inside a sandbox. Outside, `aspo_jax.rewards.equality` reads what was sent: it
+builds no set or dict, which keys made to collide would slow down.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-_PLAIN = (type(None), bool, int, float, str)
+_PLAIN = (type(None), bool, float, str)
 _COLLECTIONS: dict[str, Callable[[list], Any]] = {
     "list": list,
     "tuple": tuple,
@@ -22,16 +25,23 @@ _COLLECTIONS: dict[str, Callable[[list], Any]] = {
 }
 
 
-def _tag(value: Any) -> Any:
+def tag(value: Any) -> Any:
+    """The value in JSON's types: a collection is ``{kind: items}``, so is what JSON cannot hold.
+
+    Raises:
+        TypeError, RecursionError: not a plain value, or one without end.
+    """
     kind = type(value)
     if kind in _PLAIN:
         return value
+    if kind is int:  # a long one as hexadecimal: Python refuses to write more than 4300 digits
+        return value if value.bit_length() <= 64 else {"int": hex(value)}
     if kind.__name__ in _COLLECTIONS and _COLLECTIONS[kind.__name__] is kind:
-        return {kind.__name__: [_tag(item) for item in value]}
+        return {kind.__name__: [tag(item) for item in value]}
     if dict in kind.__mro__:
-        return {"dict": [[_tag(k), _tag(v)] for k, v in dict.items(value)]}
+        return {"dict": [[tag(k), tag(v)] for k, v in dict.items(value)]}
     if kind is range:
-        return {"range": [value.start, value.stop, value.step]}
+        return {"range": [tag(n) for n in (value.start, value.stop, value.step)]}
     if kind is complex:
         return {"complex": [value.real, value.imag]}
     if kind is bytes:
@@ -47,8 +57,10 @@ def _untag(value: Any) -> Any:
         return _COLLECTIONS[kind]([_untag(item) for item in content])
     if kind == "dict":
         return {_untag(k): _untag(v) for k, v in content}
+    if kind == "int":
+        return int(content, 16)
     if kind == "range":
-        return range(*content)
+        return range(*map(_untag, content))
     if kind == "complex":
         return complex(*content)
     if kind == "bytes":
@@ -60,9 +72,9 @@ def encode(value: Any) -> str:
     """One line of JSON.
 
     Raises:
-        TypeError, ValueError, RecursionError: not a plain value, or one without end.
+        TypeError, RecursionError: not a plain value, or one without end.
     """
-    return json.dumps(_tag(value))
+    return json.dumps(tag(value))
 
 
 def decode(line: str | bytes) -> Any:

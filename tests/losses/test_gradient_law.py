@@ -98,8 +98,9 @@ def gated_log(logp, t):
 def response_mean(gate):
     def surrogate(logp, t):
         r, adv = ratio_of(logp, t), t.advantage_BT
-        mean = sg(jnp.broadcast_to(row_mean(r, t), r.shape))
-        seen = mean if gate == "response" else r
+        free = jnp.where(jnp.abs(logp - t.old_logp_BT) < 20, r, 0)  # a clamped ratio counts 0
+        mean = sg(jnp.broadcast_to(row_mean(free, t), r.shape))
+        seen = row_mean(r, t) if gate == "response" else r
         shared = jnp.where(seen <= 1.2, mean * jnp.exp(logp - sg(logp)), 1.2)
         return jnp.where(adv > 0, -adv * shared, -adv * jnp.maximum(r, 0.8))
 
@@ -163,14 +164,9 @@ def test_every_objective_has_a_law():
 @pytest.mark.parametrize("name", LAWS)
 def test_gradient_law(name):
     objective, surrogate = LAWS[name]
-    is_sequence_rule = name == "gspo"
-    # Up to log-ratios beyond the clamp; GSPO's weight is the sequence's, whatever the tokens' are.
-    spreads = [0.05, 0.5, 3.0] if is_sequence_rule else [0.05, 0.5, 3.0, 15.0]
     with jax.enable_x64(True):
-        for seed, spread in enumerate(spreads):
-            tokens = random_tokens(
-                seed, spread=spread, per_token=not is_sequence_rule, dtype=np.float64
-            )
+        for seed, spread in enumerate([0.05, 0.5, 3.0, 15.0]):  # up to beyond the clamp
+            tokens = random_tokens(seed, spread=spread, per_token=name != "gspo", dtype=np.float64)
 
             def published(logp, tokens=tokens):
                 values = surrogate(logp, tokens)
@@ -265,6 +261,26 @@ def test_extreme_log_ratios_are_finite(name, dtype):
     result = loss_and_grad(LAWS[name][0], tokens, token_mean)
     assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(result))
     assert result[0][0].dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    "rule", [ppo_clip(), aspo(negative_cap="none"), gspo(), positive_response_mean()]
+)
+@pytest.mark.parametrize("log_ratio", [[25.0], [25.0, 25.0, 25.0], [0.0, 25.0], [25.0, 19.0, 0.0]])
+def test_a_clamped_ratio_is_no_weight(rule, log_ratio):
+    """It is a constant, and e^20 as a weight would be all that its mini-batch learns from."""
+    for advantage in (1.0, -1.0):
+        tokens = jax.tree.map(lambda x: x.T, at_ratio(np.array(log_ratio), advantage))
+        found, is_clamped = weight(rule, tokens)[0], np.array(log_ratio) > 20
+        assert (found[is_clamped] == 0).all()
+        assert (found < np.exp(19.5)).all()
+
+
+@pytest.mark.parametrize("gate", ["token", "response"])
+def test_one_clamped_token_does_not_speak_for_its_response(gate):
+    tokens = jax.tree.map(lambda x: x.T, at_ratio(np.array([0.0, 25.0]), 1.0))
+    expected = [[0.5, 0.0]] if gate == "token" else [[0.0, 0.0]]
+    np.testing.assert_allclose(weight(positive_response_mean(gate=gate), tokens), expected)
 
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -105,6 +106,12 @@ def wait_for_no_survivors(seconds: float = 2.0) -> list[int]:
     while (left := survivors()) and time.monotonic() < end:
         time.sleep(0.05)
     return left
+
+
+def may_debug() -> bool:
+    """Whether this process may look at the open files of a user that owns nothing."""
+    (granted,) = re.findall(r"CapEff:\s*(\w+)", Path("/proc/self/status").read_text())
+    return os.geteuid() != 0 or bool(int(granted, 16) >> 19 & 1)
 
 
 class Attack(NamedTuple):
@@ -383,6 +390,39 @@ _RESOURCES = {
     "many folders": (
         "make folders without end",
         "import os, time\nfor i in range(100000):\n  os.mkdir('a'); os.chdir('a')\ntime.sleep(1)\nprint('done')",
+    ),
+    "many links": (
+        "make links without end",
+        "import os, time\nopen('a', 'w').close()\nfor i in range(10**6): os.link('a', str(i))\ntime.sleep(1)\nprint('done')",
+    ),
+    "many trees": (
+        "make trees without end in many processes",
+        """
+        import os, time
+        for _ in range(7):
+            if os.fork() == 0: break
+        os.mkdir(str(os.getpid())); os.chdir(str(os.getpid()))
+        for _ in range(30000): os.mkdir("b"); os.mkdir("a"); os.chdir("a")
+        time.sleep(1); print("done")
+        """,
+    ),
+    "files without a name": (
+        "write 500 MB into files that no folder shows",
+        """
+        import os, time
+        for _ in range(40):
+            f = os.open("x", os.O_CREAT | os.O_RDWR); os.unlink("x")
+            for _ in range(13): os.write(f, bytes(10**6))
+        time.sleep(1); print("done")
+        """,
+    ),
+    "hidden files": (
+        "make 20,000 files in a folder that cannot be read",
+        "import os, time\nos.mkdir('a', 0o300)\nfor i in range(20000): open(f'a/{i}', 'w').close()\ntime.sleep(1)\nprint('done')",
+    ),
+    "names of the cleaner": (
+        "take the names that deleting might need, and have the grader fail",
+        "import os\nfor i in range(99): os.makedirs(f'{i}.moved/x')\nos.mkdir('z')\nfor i in range(99): open(f'z/{i}', 'w').close()\nprint('no')",
     ),
     "endless output": ("print 200 MB", "for _ in range(2000): print('x' * 10**5)\nprint('done')"),
     "endless errors": ("print 200 MB to stderr", "import sys\nfor _ in range(2000): print('x' * 10**5, file=sys.stderr)\nprint('no')"),

@@ -8,7 +8,7 @@ import time
 import attacks
 import pytest
 
-from aspo_jax.rewards import Rules, Scorer, Submission
+from aspo_jax.rewards import RewardError, Rules, Scorer, Submission, choose_sandbox
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="sandboxes are for Linux")
 TEST_S = 2.0
@@ -17,13 +17,9 @@ TEST_S = 2.0
 @pytest.fixture(scope="module", params=["namespaces", "landlock"])
 def scorer(request):
     """A scorer whose programs run in one tier."""
-    from aspo_jax.rewards.sandbox import SandboxError  # noqa: F401
-
     if request.param == "namespaces" and shutil.which("bwrap") is None:
         pytest.skip("bubblewrap is not installed: apt-get install bubblewrap")
     rules = Rules(sandbox=request.param, test_timeout_s=TEST_S, program_timeout_s=2 * TEST_S)
-    from aspo_jax.rewards import RewardError, choose_sandbox
-
     try:
         rules, _ = choose_sandbox(rules)
     except RewardError as error:
@@ -46,13 +42,15 @@ def target(tmp_path_factory):
 
 @pytest.mark.parametrize("name", attacks.NAMES)
 def test_attack(scorer, target, name):
+    if name == "files without a name" and not attacks.may_debug():
+        pytest.skip("this root may not debug, so it sees no open files (docs/rewards.md)")
     (attack,) = (a for a in attacks.attacks(target) if a.name == name)
     text = f"```python\n{attack.program}\n```"
     start = time.monotonic()
     (verdict,) = scorer.score([Submission("code", text, attack.answer, True, 1)])
     assert verdict.reward == 0.0, attack.tries
     assert verdict.is_valid  # a wrong answer, not a failed grader
-    assert time.monotonic() - start < 2 * TEST_S + 4
+    assert time.monotonic() - start < TEST_S + 3  # the first test that is failed is the last
     assert attacks.wait_for_no_survivors(2.0) == []
     assert target.harm() == []
     assert not os.path.exists(f"/tmp/{target.folder.parent.name}")

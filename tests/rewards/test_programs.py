@@ -4,22 +4,15 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 
 from aspo_jax.rewards import RewardError, Rules, Scorer, Submission, Verdict, choose_sandbox
-from aspo_jax.rewards.programs import (
-    BadTests,
-    CallTest,
-    CheckTest,
-    StdioTest,
-    draw_tests,
-    last_program,
-    read_tests,
-    same_output,
-    same_value,
-)
-from aspo_jax.rewards.values import decode, encode
+from aspo_jax.rewards.code_tests import BadTests, CallTest, CheckTest, StdioTest, read_tests
+from aspo_jax.rewards.equality import plain
+from aspo_jax.rewards.programs import assemble, draw_tests, last_program
+from aspo_jax.rewards.values import encode
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="sandboxes are for Linux")
 SUM = {"inputs": ["3 4", "10 -1"], "outputs": ["7", "9\n"]}
@@ -30,6 +23,7 @@ CHECK = {
     "entry_point": "scale",
     "prompt": 'def half(x):\n    return x / 2\n\ndef scale(x):\n    """One and a half x."""\n',
 }
+NO_DOCSTRING = {**CHECK, "prompt": "def half(x):\n    return x / 2\n\ndef scale(x):\n"}
 ECHO = {"inputs": ["a b\nc\n"], "outputs": ["a b\nc"]}
 
 RIGHT = {
@@ -83,6 +77,18 @@ RIGHT = {
         "def f(xs): return sum(xs)",
     ),
     "check": (CHECK, "def scale(x): return 1.5 * x"),
+    "no docstring": (NO_DOCSTRING, "def scale(x): return 1.5 * x"),
+    "no docstring, completion only": (NO_DOCSTRING, "    return half(x) * 3"),
+    "no docstring, split": (
+        {"test": "def check(f):\n  assert f(1) == 2", "entry_point": "inc", "prompt": "def inc(x):"},
+        "def inc(x): return x + 1",
+    ),
+    "future": (CHECK, "from __future__ import annotations\ndef scale(x): return half(x) * 3"),
+    "coding": (SUM, "# -*- coding: latin-1 -*-\nprint(sum(map(int, input().split())))"),
+    "word coding": (SUM, "# coding=this is fun\nprint(sum(map(int, input().split())))".replace("=", " ")),
+    "large integer": ({"asserts": [f"assert f() == {7**3000}"]}, "def f(): return 7**3000"),
+    "object for truth": ({"asserts": ["assert f(1)"]}, "import re\ndef f(x): return re.match('', '')"),
+    "keys of JSON": ({"inputs": ["1"], "outputs": ['{"1": "a", "true": 1}'], "fn_name": "f"}, "def f(x): return {True: 1, '1': 'a'}"),
     "completion only": (CHECK, "    return half(x) * 3"),
     "split check": (
         {"test": "def check(f):\n  assert f(1) == 2\n  assert f(2) == 3, 'no'\n  assert True", "entry_point": "inc"},
@@ -103,6 +109,17 @@ WRONG = {
         "print(12345678901234567890)",
     ),
     "imprecise": ("mismatch", {"inputs": [""], "outputs": ["0.3333333333"]}, "print(0.3334)"),
+    "two keys of one name": (
+        "mismatch",
+        {"inputs": ["1"], "outputs": ['{"1": "a"}'], "fn_name": "f"},
+        "def f(x): return {1: 'b', '1': 'a'}",
+    ),
+    "beyond all floats": ("mismatch", {"inputs": [""], "outputs": ["1e999"]}, "print(5)"),
+    "unknown codec": (
+        "error",
+        SUM,
+        "# -*- coding: foo -*-\nprint(sum(map(int, input().split())))",
+    ),
     "exception": ("error", SUM, "raise ValueError"),
     "status": ("error", SUM, "print(sum(map(int, input().split())))\nraise SystemExit(1)"),
     "syntax": ("error", SUM, "print("),
@@ -179,6 +196,97 @@ def test_no_program_and_bad_tests(scorer):
     assert reasons == ["no_answer", "truncated", "bad_gold"]
 
 
+HOSTILE = [
+    *(
+        "10**400",
+        "-10**400",
+        "10**10000",
+        "10**10**6",
+        "float('nan')",
+        "float('inf')",
+        "1e308 * 10",
+    ),
+    *(
+        "complex('nan')",
+        "range(10**400)",
+        "b'x'",
+        "'\\ud800'",
+        "'x' * 10**5",
+        "'\\0'",
+        "None",
+        "...",
+    ),
+    *("{1: 2, '1': 3}", "{None: 1, 1: 2, 'a': (), (): {}}", "{frozenset(): {1}}", "NotImplemented"),
+    *(
+        "Fraction(3, 2)",
+        "Decimal('1.5')",
+        "(i for i in [1])",
+        "nested(90)",
+        "nested(900)",
+        "cyclic()",
+    ),
+    *(
+        "Odd()",
+        "OddInt(3)",
+        "OddStr('a')",
+        "OddList([1])",
+        "OddDict({1: 2})",
+        "Odd",
+        "[Odd()]",
+        "type",
+    ),
+    *(
+        "{Odd(): 1}",
+        "Meta('int', (), {})",
+        "Meta('list', (list,), {})([7])",
+        "OddInt",
+        "exit()",
+        "1/0",
+    ),
+]
+HOSTILE_MODULE = """
+from fractions import Fraction
+from decimal import Decimal
+def trap(*a, **k): raise BaseException
+def yes(*a, **k): return True
+class Meta(type):
+    __eq__ = yes
+    __hash__ = lambda s: 0
+    __name__ = property(trap)
+class Odd:
+    __eq__ = __bool__ = yes
+    __hash__ = __float__ = __int__ = __repr__ = __str__ = __iter__ = __len__ = trap
+class OddInt(int): __eq__ = __ge__ = __le__ = yes; __hash__ = int.__hash__
+class OddStr(str): __eq__ = yes; __hash__ = str.__hash__; __str__ = __repr__ = trap
+class OddList(list): __eq__ = yes; __iter__ = __len__ = trap
+class OddDict(dict): __eq__ = yes; __iter__ = __len__ = items = trap
+def nested(n):
+    x = 1
+    for _ in range(n): x = [x]
+    return x
+def cyclic():
+    x = []
+    x.append((x, {1: x}))
+    return x
+"""
+
+
+@linux
+def test_no_value_masks_its_sample():
+    """Wrong, whatever it is: a verdict that is not valid would take it out of the training."""
+    tests = ["assert f() == 0.25", "assert f() == {'1': 0.25}", "assert f() == [[0.25]]"]
+    rows = [{"asserts": [test]} for test in tests]
+    rows += [{"inputs": [""], "outputs": [o], "fn_name": "f"} for o in ("0.25", '{"1": 0.25}')]
+    said = [
+        say(f"{HOSTILE_MODULE}\ndef f(): return {value}", rows[i % len(rows)])
+        for i, value in enumerate(HOSTILE)
+    ]
+    with Scorer(1, Rules(sandbox="rlimits"), kinds=("code",)) as scorer:
+        for submission, verdict in zip(said, scorer.score(said), strict=True):
+            assert verdict.reason in ("mismatch", "error"), submission.text
+            assert verdict.is_valid and verdict.reward == 0.0
+
+
 @linux
 def test_sets_have_one_order(scorer):
     """Else a reward could differ from one run to the next."""
@@ -206,7 +314,7 @@ from aspo_jax.rewards.sandbox import Limits, Sandbox, SandboxError
 box = Sandbox("rlimits")
 box.interpreter = {interpreter!r}
 orders = {{"mode": "script", "source": "print(7)"}}
-calls = {{"mode": "calls", "source": "", "has_preamble": False}}
+calls = {{"mode": "calls", "head": "", "source": ""}}
 check = {{"mode": "check", "source": "", "names": []}}
 for run in (lambda: box.run(orders, b"", Limits()), lambda: box.check(calls, check, Limits())):
     try:
@@ -234,7 +342,11 @@ def test_a_test_that_fails_before_it_calls_anything_is_failed(scorer):
         ("```python\na\n```\n```py\nb\n```", "b\n"),
         ("```\na\n```", "a\n"),
         ("```Python3\na\n```\n```json\n{}\n```", "a\n"),
-        ("  ```python\n  a\n  ```", "  a\n"),
+        ("1.  ok\n  ```python\n  if a:\n    b\n\n  ```", "if a:\n  b\n\n"),
+        ("```python\r\na\r\n```\r\n", "a\r\n"),
+        ("```python\na\n```python\nb\n```", "a\n```python\nb\n"),
+        ("```\n```python\na\n```", "```python\na\n"),
+        ("say ```python\na\n```", None),
         ("```python\na\n```\n```python\nb", "a\n"),
         ("<think>```python\na\n```</think>", None),
         ("```cpp\na\n```", None),
@@ -245,8 +357,48 @@ def test_the_last_program(said, program):
     assert last_program(said) == program
 
 
+DELIMITERS = ["`", "```", "```\n", "```python\n", "```python", "~~~\n", "````\n", "\n", "\r\n", " "]
+DELIMITERS += ["<think>", "</think>", "<think></think>", "    ", "\t```", " ```\n", "\\", "'", '"']
+DELIMITERS += [
+    '"""',
+    '\n"""',
+    "def ",
+    "def f(x):\n",
+    "import",
+    "#",
+    "# -*- coding: x -*-\n",
+    "1",
+    "1 ",
+]
+DELIMITERS += ["1.", "-", "1e", "(", "{", "\x0c", "\u2028", "a```b\n", "```a b\n"]
+
+
+@pytest.mark.parametrize("start", ["", "```python\n", "  ```\n", "x ", "</think>```python\n\\"])
+@pytest.mark.parametrize("delimiter", DELIMITERS)
+def test_every_text_is_searched_in_linear_time(delimiter, start):
+    """100,000 of anything that is searched for; the square of it would take minutes."""
+    for end in ("", "\n```", "x"):
+        text = start + 100_000 * delimiter + end
+        begin = time.process_time()
+        program = last_program(text)
+        assemble(CHECK, program or text)
+        assert time.process_time() - begin < 2.0  # 0.1 on an idle machine
+
+
+def test_a_prompt_without_a_docstring_is_the_head_of_a_function():
+    bare = {**CHECK, "prompt": "def half(x):\n    return x / 2\n\ndef scale(x):\n"}
+    assert assemble(bare, "    return x\n").source == f"{bare['prompt']}\n    return x\n"
+    assert assemble(bare, "# so\n\n  return x\n").head == ""
+    whole = assemble(bare, "def scale(x): return x")
+    assert whole.source == "def scale(x): return x"
+    compile(whole.head, "head", "exec")
+    assert assemble(json.dumps(bare), "x = 1") == assemble(bare, "x = 1")
+    assert assemble(SUM, "x = 1").head == ""
+    assert len(read_tests(bare)) == 1
+
+
 def test_forms_of_tests():
-    functional = [CallTest({"function": "f", "arguments": encode([1, [2]])}, [3], is_json=True)]
+    functional = [CallTest({"function": "f", "arguments": encode([1, [2]])}, plain([3]), True)]
     assert read_tests(SUM) == [StdioTest("3 4", "7"), StdioTest("10 -1", "9\n")]
     assert read_tests({"inputs": ["1\n[2]"], "outputs": ["[3]"], "fn_name": "f"}) == functional
     assert read_tests({"inputs": [[1, [2]]], "outputs": [[3]], "fn_name": "f"}) == functional
@@ -256,78 +408,93 @@ def test_forms_of_tests():
         StdioTest("a", "b")
     ]
     assert read_tests({"asserts": ["assert f(1) == {2}"]}) == [
-        CallTest({"expression": "f(1)"}, {2})
+        CallTest({"expression": "f(1)"}, plain({2}))
     ]
     mbpp = {"test_list": ["assert f(1) == 2"], "test_setup_code": "", "text": "", "code": ""}
-    assert read_tests(mbpp) == [CallTest({"expression": "f(1)"}, 2)]
+    assert read_tests(mbpp) == [CallTest({"expression": "f(1)"}, plain(2))]
     (check,) = read_tests(CHECK)
     assert isinstance(check, CheckTest) and check.names == ["scale"]
 
 
 @pytest.mark.parametrize(
-    "answer",
+    ("answer", "message"),
     [
-        *(None, 7, "x", [], {}, {"inputs": [], "outputs": []}, {"asserts": []}),
-        {"inputs": ["1"], "outputs": []},
-        {"inputs": ["1"]},
-        {"inputs": [1], "outputs": ["1"]},
-        {"inputs": ["x y"], "outputs": ["1"], "fn_name": "f"},
-        {"asserts": ["assert f(1 == 2"]},
-        {"test": "def test(): pass", "entry_point": "f"},
-        {"test": "def check(candidate): assert candidate(1) == 1"},
-        [{"input": "1", "output": "1", "testtype": "functional"}],
+        (None, "the answer is null, expected an object"),
+        (7, "the answer is 7, expected an object"),
+        ("x", "a string that is not JSON: x"),
+        ([], "no test in an object"),
+        ({}, "an object with the fields .., expected 'inputs' and 'outputs', 'tests'"),
+        ({"input": []}, r"the fields \['input'\], expected 'inputs'"),
+        ({"inputs": [], "outputs": []}, "no test in an object"),
+        ({"asserts": []}, "no test in an object"),
+        ({"inputs": None, "outputs": ["1"]}, "inputs is null, expected a list"),
+        ({"inputs": "1", "outputs": ["1"]}, 'inputs is "1", expected a list'),
+        ({"inputs": ["1"], "outputs": None}, "outputs is null, expected a list"),
+        ({"inputs": ["1"]}, "outputs is missing, expected a list"),
+        (
+            {"inputs": ["1", "2"], "outputs": ["3"]},
+            "inputs has 2 entries and outputs 1, expected one output for each input",
+        ),
+        ({"inputs": ["1", 1], "outputs": ["1", "1"]}, r"inputs\[1\] is 1, expected a string"),
+        ({"inputs": ["\ud800"], "outputs": ["1"]}, r"inputs\[0\] holds half a surrogate pair"),
+        (
+            {"inputs": ["x y"], "outputs": ["1"], "fn_name": "f"},
+            r'inputs\[0\] has a line that is not JSON .*"x y"; expected one argument',
+        ),
+        ({"inputs": [1], "outputs": ["1"], "fn_name": "f"}, r"inputs\[0\] is 1, expected a list"),
+        ({"inputs": ["1"], "outputs": ["1"], "fn_name": 1}, "fn_name is 1, expected a string"),
+        ({"tests": {}}, "tests is {}, expected a list"),
+        ({"tests": [None]}, r"tests\[0\] is null, expected an object"),
+        ({"tests": [{"input": "1"}]}, r"tests\[0\].output is missing"),
+        ([{"input": "1", "output": "1", "testtype": "functional"}], r"tests\[0\].*without fn_name"),
+        ({"tests": [{"input": "", "output": "", "testtype": "x"}]}, r'testtype is "x", expected'),
+        ({"asserts": None}, "asserts is null, expected a list"),
+        ({"asserts": ["assert f(1 == 2"]}, r"asserts\[0\] is not Python \(.*never closed"),
+        ({"asserts": [1]}, r"asserts\[0\] is 1, expected a string"),
+        ({"asserts": ["assert f(1) == 2"], "setup": "x ="}, "setup is not Python"),
+        ({"asserts": ["assert f(" + "(" * 5000]}, r"asserts\[0\] is not Python"),
+        ({"test": "def test(): pass", "entry_point": "f"}, "no function 'check.candidate.'"),
+        ({"test": "def check(): pass", "entry_point": "f"}, "no function 'check.candidate.'"),
+        ({"test": "def check(c): assert c(1) == 1"}, "entry_point is missing, expected a string"),
+        ({**CHECK, "prompt": "Write a function."}, "prompt is not Python.*a function's head"),
+        ({**CHECK, "prompt": 7}, "prompt is 7, expected a string"),
     ],
 )
-def test_bad_tests_are_named(answer):
-    with pytest.raises(BadTests):
+def test_bad_tests_are_named(answer, message):
+    with pytest.raises(BadTests, match=message):
         read_tests(answer)
 
 
-@pytest.mark.parametrize(
-    ("expected", "printed", "is_same"),
-    [
-        ("1 2\n3", " 1 2 \r\n3\n\n", True),
-        ("1.50", "1.5", True),
-        ("1", "1.0", True),
-        ("0.333333", "0.33333333", True),
-        ("1e-9", "0.000000001", True),
-        ("100000000.5", "100000000.6", True),
-        ("100", "100.00001", False),
-        ("1 2", "12", False),
-        ("nan", "nan", True),
-        ("inf", "1e999", False),
-        ("a", "", False),
-        ("", "", True),
-        ("1_0", "10", False),
-    ],
-)
-def test_outputs_are_compared_by_line_and_value(expected, printed, is_same):
-    assert same_output(expected, printed) is is_same
+def _changed(value, odd):
+    """The value with each of its parts replaced by something odd."""
+    yield odd
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield {k: v for k, v in value.items() if k != key}
+            yield from ({**value, key: changed} for changed in _changed(part, odd))
+    if isinstance(value, list):
+        for i, part in enumerate(value):
+            yield value[:i] + value[i + 1 :]
+            yield from (value[:i] + [changed] + value[i + 1 :] for changed in _changed(part, odd))
 
 
-def test_values_are_compared_exactly_or_as_json():
-    assert same_value((1, 2), (1, 2), False) and not same_value((1, 2), [1, 2], False)
-    assert same_value([1, [2]], (1, (2,)), True)
-    assert same_value({"1": 2}, {1: 2}, True) and not same_value({"1": 2}, {1: 3}, True)
-    assert same_value(0.3, 0.1 + 0.2, True) and not same_value(0.3, 0.1 + 0.2, False)
-    assert not same_value(1, True, True) and not same_value([1], 1, True)
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        *(None, True, 0, -1.5, 10**40, "a\ud800", [1, (2, [3])], {1: "a", (1, 2): {3}}, set()),
-        *(frozenset({1}), 1j, b"\0a", range(3), float("inf"), {"list": [1]}),
-    ],
-)
-def test_values_survive_the_way_out(value):
-    assert decode(encode(value)) == value and type(decode(encode(value))) is type(value)
-
-
-@pytest.mark.parametrize("line", ["", "1 2", '{"evil": 1}', '{"list": 1, "set": 2}', "[" * 10**5])
-def test_other_lines_are_no_values(line):
-    with pytest.raises((ValueError, TypeError, RecursionError)):
-        decode(line)
+def test_no_answer_of_a_data_row_is_more_than_bad():
+    """Whatever stands where: tests, or a message about it, and never another exception."""
+    deep: object = 1
+    for _ in range(400):
+        deep = [deep]
+    odd = [None, True, 7, -0.5, 1e999, "", "x", "1\n2", "[" * 5000, "\ud800", "\0", [], {}, [None]]
+    odd += [{"a": 1}, {"inputs": 1}, deep, "assert " + "-" * 5000 + "f(1)", 10**30]
+    forms = [SUM, ADD, CHECK, {"asserts": ["assert f(1) == 2"], "setup": "x = 1"}]
+    forms += [{"tests": [{"input": "1", "output": "2", "testtype": "stdin"}], "fn_name": "f"}]
+    for answer in (changed for form in forms for o in odd for changed in _changed(form, o)):
+        try:
+            tests = read_tests(answer)
+        except BadTests as error:
+            assert not any(word in str(error) for word in ("NoneType", "object is not", "zip()"))
+        else:
+            assert tests
+            assemble(answer, "x = 1")
 
 
 def test_drawn_tests_depend_on_the_identity_alone():
