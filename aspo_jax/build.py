@@ -84,7 +84,6 @@ from aspo_jax.rollout import (
 )
 from aspo_jax.sampler import (
     EVALUATE,
-    EVERYTHING,
     Choice,
     Limits,
     PagedSampler,
@@ -511,10 +510,8 @@ def build_reward_shape(config: Config) -> Shape:
 # --- sampling and evaluation ------------------------------------------------------------------
 
 
-def build_sampler(
-    config: Config, policy: Policy, mesh: Mesh, choice: Choice = EVERYTHING
-) -> PagedSampler:
-    """A sampler on this process's own devices; by default that of training rollouts."""
+def build_sampler(config: Config, policy: Policy, mesh: Mesh) -> PagedSampler:
+    """The sampler of training rollouts, on this process's own devices."""
     local = runtime.local_mesh(mesh)
     model = build_sampling_network(config, policy.model.config, local)
     stop_ids = (policy.tokenizer.eos_token_id, *config.sampler.stop_ids)
@@ -525,7 +522,6 @@ def build_sampler(
         build_limits(config, local, build_peers().count, stop_ids),
         local,
         seed=config.run.seed,
-        choice=choice,
         stops=functools.partial(stop_length, policy.codec, strings) if strings else None,
         publish=make_publish(model, mesh, local, config.model.dtype),
     )
@@ -610,10 +606,7 @@ def build_evaluate(
         )
     own = held_out[peers.index :: peers.count]
     e = config.evaluate
-    choice = Choice(e.top_k, e.top_p, e.min_p, is_greedy=e.temperature == 0)
-    if not choice.is_whole or e.temperature != policy.head.temperature:
-        head = policy.head._replace(temperature=e.temperature or 1.0)
-        sampler = build_sampler(config, policy._replace(head=head), mesh, choice)
+    sampler = sampler.drawing(e.temperature, Choice(e.top_k, e.top_p, e.min_p))
 
     def evaluate(params: Any) -> tuple[Scores, Rollout]:
         codec, k = policy.codec, config.evaluate.samples

@@ -28,7 +28,7 @@ FORBIDDEN = -1e30
 class Head(NamedTuple):
     """How logits become a distribution.
 
-    temperature: divides the logits, in sampler and trainer alike.
+    temperature: divides the logits, in sampler and trainer alike; a number or a scalar array.
     is_allowed_V: False for ids that can never be sampled (pad, bos, rows beyond the tokenizer);
         they are out of the trainer's softmax too.
     chunk: tokens per chunk of the vocabulary projection, on each device.
@@ -36,7 +36,7 @@ class Head(NamedTuple):
         device.
     """
 
-    temperature: float
+    temperature: Any
     is_allowed_V: np.ndarray
     chunk: int = 1024
     mesh: Mesh | None = None
@@ -47,7 +47,7 @@ def logits(head: Head, weight_VD: Array, hidden_ND: Array) -> Array:
     return _logits(head.temperature, head.is_allowed_V, weight_VD, hidden_ND)
 
 
-def _logits(temperature: float, is_allowed_V: Any, weight_VD: Array, hidden_ND: Array) -> Array:
+def _logits(temperature: Any, is_allowed_V: Any, weight_VD: Array, hidden_ND: Array) -> Array:
     z_NV = jnp.einsum(
         "nd,vd->nv",
         hidden_ND,

@@ -299,10 +299,7 @@ def make_train_step(
         norm = optax.tree.norm(grads)
         is_empty, is_finite = totals.tokens == 0, jnp.isfinite(norm)
         one, is_applied = jnp.ones(()), is_finite & ~is_empty
-        # A choice per element is fused into the optimizer, in place; `cond` would copy the state.
-        new_state = jax.tree.map(
-            lambda new, old: jnp.where(is_applied, new, old), apply(state, grads, sums), state
-        )
+        new_state = _chosen(is_applied, apply(state, grads, sums), state)
         report = metrics | {
             "grad_norm": Mean(jnp.where(is_applied, norm, 0.0), one * is_applied),
             "skipped_nonfinite": Mean(one * ~is_finite, one),
@@ -319,6 +316,31 @@ def make_train_step(
         return TrainState(params, opt_state, objective_state, state.step + 1)
 
     return train_step
+
+
+def _chosen(is_applied: Array, new: TrainState, old: TrainState) -> TrainState:
+    """The new state or the old one, in place.
+
+    A choice per element is fused into the optimizer; `cond` would copy the state. The moments wait
+    for the parameters, which read them: where XLA is not told of an order, it copies them first.
+    """
+
+    def choose(is_new: Array, new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda x, y: jnp.where(is_new, x, y), new, old)
+
+    params = choose(is_applied, new.params, old.params)
+    rest = choose(
+        is_applied & _are_there(params),
+        (new.opt_state, new.objective_state, new.step),
+        (old.opt_state, old.objective_state, old.step),
+    )
+    return TrainState(params, *rest)
+
+
+def _are_there(arrays: Any) -> Array:
+    """True, but not known to be before the arrays are: a bit that is always set beside theirs."""
+    first = sum(x.ravel()[0].astype(jnp.float32) for x in jax.tree.leaves(arrays))
+    return jax.lax.bitcast_convert_type(first, jnp.int32) | 1 != 0
 
 
 def _constrain(tree: Any, shardings: Any) -> Any:

@@ -29,7 +29,7 @@ from aspo_jax.model import build_model
 from aspo_jax.rollout import BatchShape, Codec, Example, fill
 from aspo_jax.sampler import (
     EVALUATE,
-    GREEDY,
+    EVERYTHING,
     LENGTH,
     NONFINITE,
     STOP,
@@ -398,17 +398,59 @@ def test_a_tighter_nucleus_is_a_subset():
 TRUNCATED = [Choice(top_k=3), Choice(top_p=0.5), Choice(min_p=0.2)]
 
 
-@pytest.mark.parametrize("choice", [*TRUNCATED, GREEDY], ids=str)
+def drawing(params, temperature: float, choice: Choice, limits=LIMITS) -> PagedSampler:
+    sampler = build(params, limits).drawing(temperature, choice)
+    sampler.start(params)
+    return sampler
+
+
+def test_the_likeliest_ids_are_certain(params):
+    for identity, c in by_identity(drawing(params, 0.0, EVERYTHING)).items():
+        logp_TV = logp_after(params, (*PROMPTS[identity[1] % 3], *c.tokens_T))[-len(c.logp_T) :]
+        np.testing.assert_array_equal(c.tokens_T, logp_TV.argmax(axis=-1))
+        np.testing.assert_allclose(c.policy_logp_T, logp_TV.max(axis=-1), atol=1e-4)
+        assert (c.logp_T == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("temperature", "choice", "again"),
+    [(0.0, EVERYTHING, set()), (0.5, EVERYTHING, set()), (1.0, Choice(top_k=2), {1})],
+)
+def test_what_draws_otherwise_shares_its_programs(params, temperature, choice, again):
+    """Another temperature compiles nothing; another truncation, decode (one token wide) alone."""
+    traced = []
+
+    def apply(params, token_BT, *arrays):
+        traced.append(token_BT.shape[1])
+        return MODEL.apply(params, token_BT, *arrays)
+
+    sampler = PagedSampler(MODEL._replace(apply=apply), HEAD, LIMITS, toy_mesh(), seed=3)
+    sampler.start(params)
+    as_before = by_identity(sampler)
+    before = len(traced)
+    other = sampler.drawing(temperature, choice)
+    other.start(params)
+    drawn = by_identity(other)
+    assert set(traced[before:]) == again
+    assert any(drawn[i].tokens_T.tolist() != c.tokens_T.tolist() for i, c in as_before.items())
+
+
+def test_a_colder_draw_is_that_of_a_head_of_that_temperature(params):
+    cold = PagedSampler(MODEL, HEAD._replace(temperature=0.5), LIMITS, toy_mesh(), seed=3)
+    cold.start(params)
+    expected = by_identity(cold)
+    for identity, c in by_identity(drawing(params, 0.5, EVERYTHING)).items():
+        np.testing.assert_array_equal(c.tokens_T, expected[identity].tokens_T)
+        np.testing.assert_array_equal(c.logp_T, expected[identity].logp_T)
+
+
+@pytest.mark.parametrize("choice", TRUNCATED, ids=str)
 def test_log_probabilities_are_of_what_was_drawn_from_and_of_the_whole(params, choice):
-    for identity, c in by_identity(build(params, choice=choice)).items():
+    for identity, c in by_identity(drawing(params, 1.0, choice)).items():
         logp_TV = logp_after(params, (*PROMPTS[identity[1] % 3], *c.tokens_T))[-len(c.logp_T) :]
         at = (np.arange(len(c.tokens_T)), c.tokens_T)
         assert c.full_logp_T is not None and c.policy_logp_T is c.full_logp_T
         np.testing.assert_allclose(c.full_logp_T, logp_TV[at], atol=1e-4)
-        if choice == GREEDY:
-            np.testing.assert_array_equal(c.tokens_T, logp_TV.argmax(axis=-1))
-            assert (c.logp_T == 0).all()
-            continue
         kept_TV = np.asarray(truncate(jnp.asarray(logp_TV), choice)) > -1e29
         assert kept_TV[at].all() and (kept_TV.sum(axis=-1) < IS_ALLOWED_V.sum()).any()
         mass_T = np.where(kept_TV, np.exp(logp_TV), 0).sum(axis=-1)

@@ -11,7 +11,6 @@ its batch neighbours, its row, its pages or the order of requests.
 """
 
 from aspo_jax.sampler.choice import EVERYTHING as EVERYTHING
-from aspo_jax.sampler.choice import GREEDY as GREEDY
 from aspo_jax.sampler.choice import Choice as Choice
 from aspo_jax.sampler.choice import identity_keys as identity_keys
 from aspo_jax.sampler.choice import truncate as truncate
@@ -34,7 +33,6 @@ from aspo_jax.sampler.seam import Sampler as Sampler
 __all__ = [
     "EVALUATE",
     "EVERYTHING",
-    "GREEDY",
     "LENGTH",
     "NONFINITE",
     "STOP",

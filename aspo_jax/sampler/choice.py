@@ -20,16 +20,15 @@ _CHUNK = 128  # ids whose masses are added up before one of them is looked for
 
 
 class Choice(NamedTuple):
-    """Restrict each draw to likely ids, or take the likeliest.
+    """Restrict each draw to likely ids.
 
     top_k: the k likeliest ids (0: all). top_p: the likeliest mass p of what top_k left.
-    min_p: ids at least this share as likely as the likeliest. is_greedy: no draw, the likeliest.
+    min_p: ids at least this share as likely as the likeliest.
     """
 
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
-    is_greedy: bool = False
 
     @property
     def is_whole(self) -> bool:
@@ -38,12 +37,12 @@ class Choice(NamedTuple):
 
 
 EVERYTHING = Choice()
-GREEDY = Choice(is_greedy=True)
 
 
 class Chosen(NamedTuple):
     """Ids and their log-probabilities: where drawn from, and under the whole softmax.
 
+    logp_N: as if drawn, also where the likeliest id was taken.
     is_finite_N: False where the distribution was not; what else is said of that row means nothing.
     """
 
@@ -71,23 +70,23 @@ def truncate(logp_NV: Array, choice: Choice) -> Array:
     return logp_NV
 
 
-def choose(z_NV: Array, key_N: Array, choice: Choice) -> Chosen:
-    """The next id of each row from its logits and its own key."""
+def choose(z_NV: Array, key_N: Array, choice: Choice, is_greedy: Array | bool = False) -> Chosen:
+    """The next id of each row from its logits and its own key; the likeliest if ``is_greedy``."""
     top_N = jnp.max(z_NV, axis=-1)
     e_NV = jnp.exp(z_NV - top_N[:, None])
     lse_N = top_N + jnp.log(jnp.sum(e_NV, axis=-1))
     kept_lse_N = lse_N
-    if not choice.is_whole and not choice.is_greedy:
+    if not choice.is_whole:
         is_kept_NV = truncate(z_NV - lse_N[:, None], choice) > FORBIDDEN / 2
         e_NV = jnp.where(is_kept_NV, e_NV, 0.0)
         kept_lse_N = top_N + jnp.log(jnp.sum(e_NV, axis=-1))
-    if choice.is_greedy:
-        token_N = jnp.argmax(z_NV, axis=-1)
-    else:
-        token_N = jax.vmap(_draw)(e_NV, jax.vmap(jax.random.uniform)(key_N))
+    token_N = jax.lax.cond(
+        is_greedy,
+        lambda: jnp.argmax(z_NV, axis=-1).astype(jnp.int32),
+        lambda: jax.vmap(_draw)(e_NV, jax.vmap(jax.random.uniform)(key_N)).astype(jnp.int32),
+    )
     z_N = jnp.take_along_axis(z_NV, token_N[:, None], axis=-1)[:, 0]
-    logp_N = jnp.zeros_like(z_N) if choice.is_greedy else z_N - kept_lse_N
-    return Chosen(token_N.astype(jnp.int32), logp_N, z_N - lse_N, jnp.isfinite(lse_N))
+    return Chosen(token_N, z_N - kept_lse_N, z_N - lse_N, jnp.isfinite(lse_N))
 
 
 def _draw(weight_V: Array, u: Array) -> Array:

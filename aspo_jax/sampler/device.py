@@ -73,9 +73,15 @@ class Device(NamedTuple):
         return self.model.apply(params, token_AT, position_AT, segment_AT, prompts)[1].cache
 
     def decode(
-        self, params, cache: Cache, rows: Rows, steps: Array, enough: Array
+        self, params, cache: Cache, rows: Rows, steps: Array, enough: Array, temperature: Array
     ) -> tuple[Cache, Drawn]:
-        """Draw up to ``steps`` tokens for each live row; until no more than ``enough`` are live."""
+        """Draw up to ``steps`` tokens for each live row; until no more than ``enough`` are live.
+
+        temperature: divides the logits; 0: the likeliest id, no draw. An argument, so that training
+            and evaluation are one program.
+        """
+        is_greedy = temperature == 0
+        head = self.head._replace(temperature=jnp.where(is_greedy, 1.0, temperature))
         key_N = identity_keys(self.seed, rows.identity_N4)
         empty_NT = jnp.zeros((rows.token_N.shape[0], self.block), jnp.float32)
         drawn = Drawn(
@@ -104,9 +110,9 @@ class Device(NamedTuple):
             hidden_N1D, growing = self.model.apply(
                 params, token_N[:, None], position_N1(drawn), one_N1, growing, rotary
             )
-            z_NV = logits(self.head, self.model.unembedding(params), hidden_N1D[:, 0])
+            z_NV = logits(head, self.model.unembedding(params), hidden_N1D[:, 0])
             key_now_N = jax.vmap(jax.random.fold_in)(key_N, drawn.drawn_N)
-            chosen = choose(z_NV, key_now_N, self.choice)
+            chosen = choose(z_NV, key_now_N, self.choice, is_greedy)
             now_N = is_live_N(drawn) & chosen.is_finite_N
             token_N = jnp.where(now_N, chosen.token_N, token_N)
             drawn = self._note(drawn, chosen, is_live_N(drawn), rows.limit_N)

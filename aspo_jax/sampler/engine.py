@@ -7,6 +7,7 @@ every row and comes back sooner when enough rows have ended while others wait.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -123,6 +124,7 @@ class PagedSampler:
 
     ``publish`` makes of the params given to `start` those that the model here computes with.
     ``stops(tokens) -> length or None``: how many of the tokens complete a stop string, if any do.
+    ``head.temperature`` may be 0: the likeliest id. See `drawing` for one that draws otherwise.
     ``prefill`` and ``decode`` are the jitted programs, ``rows`` the shardings of what each row
     gives them; ``stats`` is of the latest `sample`.
     """
@@ -141,8 +143,9 @@ class PagedSampler:
     ):
         self.limits, self.stats, self.stops, self._publish = limits, Stats(), stops, publish
         self.params: Any = None
+        self.temperature, self.choice = head.temperature, choice
         self.parts = mesh.shape["data"] * mesh.shape["fsdp"]
-        device = Device(
+        self._device = device = Device(
             *(model, head, choice, limits.stop_ids, seed, limits.block),
             classes=math.gcd(limits.slots // self.parts, CLASSES),
             lot=max(limits.read // limits.page, 1),
@@ -153,7 +156,7 @@ class PagedSampler:
             return model.empty_cache(self.parts, limits.pool_pages(self.parts), limits.page, **kind)
 
         self._cache = cache = shardings(mesh, cache_specs(jax.eval_shape(empty)))
-        weights = shardings(mesh, model.partition_specs())
+        self._weights = weights = shardings(mesh, model.partition_specs())
         rows, pages = batch_sharding(mesh), batch_sharding(mesh, leading=1)
         self.rows = Rows(rows, rows, rows, rows, rows, rows, table_JN=pages)
         self.empty = jax.jit(empty, out_shardings=cache)
@@ -163,12 +166,27 @@ class PagedSampler:
             in_shardings=(weights, cache, rows, rows, rows),
             out_shardings=cache,
         )
-        self.decode: Any = jax.jit(
+        self.decode: Any = self._jit_decode(device)
+
+    def _jit_decode(self, device: Device) -> Any:
+        return jax.jit(
             device.decode,
             donate_argnums=1,
-            in_shardings=(weights, cache, self.rows, None, None),
-            out_shardings=(cache, None),
+            in_shardings=(self._weights, self._cache, self.rows, None, None, None),
+            out_shardings=(self._cache, None),
         )
+
+    def drawing(self, temperature: float, choice: Choice) -> PagedSampler:
+        """A sampler that draws otherwise by the same programs, as far as they are the same.
+
+        temperature: 0: the likeliest id. choice: where it truncates otherwise, `decode` is another.
+        """
+        other = copy.copy(self)
+        other.temperature, other.choice = temperature, choice
+        other.params, other.stats = None, Stats()
+        if choice != self.choice:
+            other.decode = self._jit_decode(self._device._replace(choice=choice))
+        return other
 
     def shapes(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Shapes and shardings of what `prefill` and `decode` are given behind the weights."""
@@ -189,7 +207,8 @@ class PagedSampler:
             for size in ((A, T), (A,), (A, limits.pages(T)))
         ]
         number = shape((), "int32")
-        return (cache, *prompts), (cache, Rows(**of_rows), number, number)
+        scalars = (number, number, shape((), "float32"))
+        return (cache, *prompts), (cache, Rows(**of_rows), *scalars)
 
     def start(self, params: Any) -> None:
         """Use these parameters from now on."""
@@ -303,7 +322,7 @@ class _Session:
         rows = jax.device_put(self._rows(seats), self.sampler.rows)
         self.cache, drawn = self.sampler.decode(
             *(self.sampler.params, self.cache, rows),
-            *(np.int32(limits.block), np.int32(enough)),
+            *(np.int32(limits.block), np.int32(enough), np.float32(self.sampler.temperature)),
         )
         yield from self._hand_out(seats, jax.device_get(drawn))
         live = sum(seat.drawn - before[row] for row, seat in seats.items())
@@ -340,17 +359,16 @@ class _Session:
                 ending = STOP
             if ending is not None:
                 self.parts[row // self.share].leave(seat)
-                yield _completion(seat, ending, length)
+                yield _completion(seat, ending, length, self.sampler.temperature == 0)
 
 
-def _completion(seat: Seat, ending: str, length: int | None) -> Completion:
+def _completion(seat: Seat, ending: str, length: int | None, is_greedy: bool) -> Completion:
     def array(x_T: list, dtype: Any) -> np.ndarray:
         return np.array(x_T[:length], dtype)
 
-    return Completion(
-        seat.number,
-        array(seat.token_T, np.int32),
-        array(seat.logp_T, np.float32),
-        ending,
-        array(seat.full_logp_T, np.float32) if seat.full_logp_T else None,
-    )
+    token_T, logp_T = array(seat.token_T, np.int32), array(seat.logp_T, np.float32)
+    full_logp_T = array(seat.full_logp_T, np.float32) if seat.full_logp_T else None
+    if is_greedy:  # what was certain had probability 1
+        full_logp_T = logp_T if full_logp_T is None else full_logp_T
+        logp_T = np.zeros_like(logp_T)
+    return Completion(seat.number, token_T, logp_T, ending, full_logp_T)

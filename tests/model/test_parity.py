@@ -23,7 +23,7 @@ from aspo_jax.model import (
     read_model_config,
     save_model,
 )
-from aspo_jax.sampler import GREEDY, Limits, PagedSampler, Request
+from aspo_jax.sampler import EVERYTHING, Limits, PagedSampler, Request
 
 torch: Any = pytest.importorskip("torch")
 transformers: Any = pytest.importorskip("transformers")
@@ -176,7 +176,7 @@ def greedy(pair: Pair, prompts: list[np.ndarray], count: int) -> np.ndarray:
     """The likeliest token, ``count`` times, by the sampler with its pages: [B, count]."""
     limits = Limits(8, count, slots=2, stop_ids=(), prompts=2, page=16)
     head = Head(1.0, np.ones(pair.model.config.vocab_size, bool))
-    sampler = PagedSampler(pair.model, head, limits, toy_mesh(), seed=0, choice=GREEDY)
+    sampler = PagedSampler(pair.model, head, limits, toy_mesh(), seed=0).drawing(0.0, EVERYTHING)
     sampler.start(pair.params)
     requests = [Request(prompt.tolist(), (0, n, 0, 0)) for n, prompt in enumerate(prompts)]
     drawn = sorted(sampler.sample(requests), key=lambda completion: completion.request)
