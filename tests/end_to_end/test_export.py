@@ -8,11 +8,17 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from toy import bits
+import transformers
+from toy import bits, toy_mesh
 from trainer_runs import ITERATIONS
 
 from aspo_jax import export as command
+from aspo_jax.build import build_sampler, countdown_spec, held_out_prompts
+from aspo_jax.data import CountdownSource
 from aspo_jax.model import load_params, read_model_config
+from aspo_jax.rewards import countdown
+from aspo_jax.rollout import draw
+from aspo_jax.sampler import EVALUATE, GREEDY
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -41,6 +47,40 @@ def test_an_older_step_and_another_type(finished, tmp_path):
     half = load_params(tmp_path / "half", config)
     for x, y in zip(jax.tree.leaves(half), jax.tree.leaves(newest_params), strict=True):
         np.testing.assert_array_equal(x, y.astype("bfloat16").astype("float32"))
+
+
+def test_answers_as_a_user_gets_them_are_the_runs_own(finished, machines, config):
+    """AutoTokenizer, chat template, generate: the texts and verdicts of the run's own sampler."""
+    torch = pytest.importorskip("torch")
+    held_out = held_out_prompts(config, machines.policy.tokenizer)
+    sampler = build_sampler(config, machines.policy, toy_mesh(), GREEDY)
+    sampler.start(machines.params)
+    drawn = draw(sampler, machines.policy.codec, held_out, 1, domain=EVALUATE)
+
+    folder = finished.folder / "model"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    rows = CountdownSource(countdown_spec(config), config.evaluate.seed, "held_out", len(held_out))
+    right = 0
+    for row, ours in zip((rows[i] for i in range(len(rows))), drawn, strict=True):
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": row["prompt"]}],
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        with torch.no_grad():
+            limit = config.sampler.max_response_tokens
+            output = model.generate(**inputs, do_sample=False, max_new_tokens=limit)[0]
+        theirs = output[inputs["input_ids"].shape[1] :].tolist()
+        assert theirs == ours.tokens_T.tolist()
+        text = tokenizer.decode(theirs, skip_special_tokens=True)
+        is_finished = theirs[-1] == tokenizer.eos_token_id
+        our_text = machines.policy.codec.decode(ours.tokens_T)
+        verdict = countdown.grade(text, row["answer"], is_finished)
+        assert verdict == countdown.grade(our_text, row["answer"], ours.is_finished)
+        right += verdict.reason == "match"
+    assert right > 0
 
 
 def test_mistakes_are_messages(finished, tmp_path, capsys):
