@@ -54,6 +54,7 @@ from aspo_jax.model import (
     build_model,
     choose_attention,
     load_params,
+    read_eos_ids,
     read_model_config,
     save_model,
     shardings,
@@ -102,6 +103,7 @@ FACTORIES = {
 class Policy(NamedTuple):
     """A network, its tokenizer and how its logits become a distribution; weights are apart.
 
+    stop_ids: what ends a response, in sampling and in the export; the tokenizer's <eos> first.
     source: the folder it came from; None for a new one.
     """
 
@@ -109,6 +111,7 @@ class Policy(NamedTuple):
     tokenizer: Any
     codec: Codec
     head: Head
+    stop_ids: tuple[int, ...]
     source: Path | None = None
 
 
@@ -173,14 +176,35 @@ def _reference(params: Any) -> Any:
 
 def load_policy(config: Config, folder: str | Path, mesh: Mesh) -> Policy:
     """The policy of a Hugging Face folder."""
-    policy = _policy(config, read_model_config(folder), load_tokenizer(folder), mesh)
+    tokenizer = load_tokenizer(folder)
+    ends = stop_ids(config, tokenizer, folder)
+    policy = _policy(config, read_model_config(folder), tokenizer, ends, mesh)
     return policy._replace(source=Path(folder))
 
 
 def new_policy(config: Config, mesh: Mesh) -> Policy:
     """An untrained policy of the config's sizes with a character tokenizer."""
     tokenizer = build_character_tokenizer(CHARACTERS)
-    return _policy(config, new_shape(config, len(tokenizer)), tokenizer, mesh)
+    ends = stop_ids(config, tokenizer)
+    return _policy(config, new_shape(config, len(tokenizer)), tokenizer, ends, mesh)
+
+
+def stop_ids(config: Config, tokenizer: Any, folder: str | Path | None = None) -> tuple[int, ...]:
+    """What ends a response: <eos>, what generation_config.json adds to it, ``Sampler.stop_ids``.
+
+    folder: of the model; None for a new one.
+
+    Raises:
+        ConfigError: an id that no token has.
+        ModelFolderError: generation_config.json cannot be used.
+    """
+    tokens, own = len(tokenizer), config.sampler.stop_ids
+    if wrong := [i for i in own if not 0 <= i < tokens]:
+        raise ConfigError(
+            f"Sampler.stop_ids holds {wrong}, expected ids of the tokenizer, 0 to {tokens - 1}"
+        )
+    theirs = () if folder is None else read_eos_ids(folder, tokens)
+    return tuple(dict.fromkeys((tokenizer.eos_token_id, *theirs, *own)))
 
 
 def new_shape(config: Config, vocab_size: int) -> ModelConfig:
@@ -252,7 +276,9 @@ def _check_splits(shape: ModelConfig, mesh: Mesh) -> None:
             )
 
 
-def _policy(config: Config, shape: ModelConfig, tokenizer: Any, mesh: Mesh) -> Policy:
+def _policy(
+    config: Config, shape: ModelConfig, tokenizer: Any, stop_ids: tuple[int, ...], mesh: Mesh
+) -> Policy:
     model = build_network(config, shape, mesh, config.train.row_tokens)
     codec = Codec(
         encode=functools.lru_cache(4096)(lambda text: tuple(encode(tokenizer, text))),
@@ -260,11 +286,11 @@ def _policy(config: Config, shape: ModelConfig, tokenizer: Any, mesh: Mesh) -> P
     )
     head = Head(
         temperature=config.sampler.temperature,
-        is_allowed_V=allowed_ids(tokenizer, shape.vocab_size),
+        is_allowed_V=allowed_ids(tokenizer, shape.vocab_size, stop_ids),
         chunk=config.train.head_chunk,
         mesh=mesh,
     )
-    return Policy(model, tokenizer, codec, head)
+    return Policy(model, tokenizer, codec, head, stop_ids)
 
 
 def save_policy(policy: Policy, params: Any, folder: str | Path, dtype: str = "float32") -> None:
@@ -277,7 +303,7 @@ def save_policy(policy: Policy, params: Any, folder: str | Path, dtype: str = "f
         params,
         policy.model.config,
         save_tokenizer,
-        eos_token_id=policy.tokenizer.eos_token_id,
+        eos_token_id=policy.stop_ids,
         source=policy.source,
         dtype=dtype,
     )
@@ -397,12 +423,11 @@ def build_sampler(
     """A sampler on this process's own devices; by default that of training rollouts."""
     local = runtime.local_mesh(mesh)
     model = build_sampling_network(config, policy.model.config, local)
-    stop_ids = (policy.tokenizer.eos_token_id, *config.sampler.stop_ids)
     strings = config.sampler.stop_strings
     return PagedSampler(
         model,
         policy.head,
-        build_limits(config, local, build_peers().count, stop_ids),
+        build_limits(config, local, build_peers().count, policy.stop_ids),
         local,
         seed=config.run.seed,
         choice=choice,

@@ -7,13 +7,13 @@ import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from aspo_jax.build import FACTORIES
+from aspo_jax.build import FACTORIES, stop_ids
 from aspo_jax.checkpoint import Checkpoints
 from aspo_jax.config import Config, parse_config
 from aspo_jax.data import copy_tokenizer, load_tokenizer
@@ -85,7 +85,6 @@ def export(checkpoint: Path, out: Path, dtype: str | None = None) -> int:
     config = parse_config((place.run / CONFIG).read_text(), FACTORIES, str(place.run / CONFIG))
     source = _initial_model(config, place.run)
     shape, tokenizer = read_model_config(source), load_tokenizer(source)
-    eos_id: Any = tokenizer.eos_token_id
     dtype = dtype or config.run.export_dtype
     here = SingleDeviceSharding(jax.devices("cpu")[0])
     wanted = jax.tree.map(
@@ -105,7 +104,7 @@ def export(checkpoint: Path, out: Path, dtype: str | None = None) -> int:
         params,
         shape,
         functools.partial(copy_tokenizer, source),
-        eos_token_id=eos_id,
+        eos_token_id=stop_ids(config, tokenizer, source),
         source=source,
         dtype=dtype,
     )

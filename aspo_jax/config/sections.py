@@ -117,7 +117,7 @@ class Sampler:
     max_prompt_tokens: int = setting(..., "tokens", "longest prompt", ge=1)
     max_response_tokens: int = setting(..., "tokens", "longest response", ge=1)
     slots: int = setting(..., "sequences", "sequences decoded at once", ge=1)
-    stop_ids: tuple[int, ...] = setting((), "", "ids that end a response, as the tokenizer's does")
+    stop_ids: tuple[int, ...] = setting((), "", "ids that end a response beside the model's")
     stop_strings: tuple[str, ...] = setting((), "", "texts that end a response")
     page: int = setting(64, "tokens", "positions in a page of the key-value cache", ge=1)
     cache_tokens: int | None = setting(

@@ -164,11 +164,13 @@ def render(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Mapping[str, s
     return str(text)
 
 
-def allowed_ids(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> np.ndarray:
+def allowed_ids(
+    tokenizer: PreTrainedTokenizerFast, vocab_size: int, stop_ids: Sequence[int]
+) -> np.ndarray:
     """allowed_V, bool: True for the ids that a response may hold.
 
     Not the padding rows of the embedding (ids from ``len(tokenizer)``), not <pad>, not <bos>; but
-    always <eos>, which some tokenizers use for <pad> or <bos> as well.
+    always what ends a response, for which some models use <pad> or <bos> as well.
 
     Raises:
         ValueError: the tokenizer has more tokens than the model.
@@ -181,8 +183,8 @@ def allowed_ids(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> np.ndarr
             "expected at most as many: tokenizer and weights are from different models"
         )
     allowed_V = np.arange(vocab_size) < len(tokenizer)
-    for name, is_allowed in (("pad", False), ("bos", False), ("eos", True)):  # <eos> last
-        special = getattr(tokenizer, f"{name}_token_id")
+    for special in (tokenizer.pad_token_id, tokenizer.bos_token_id):
         if special is not None:
-            allowed_V[special] = is_allowed
+            allowed_V[special] = False
+    allowed_V[list(stop_ids)] = True
     return allowed_V

@@ -89,12 +89,11 @@ def test_saved_and_loaded_is_the_same(tokenizer, folder):
     assert loaded.get_vocab() == tokenizer.get_vocab()
 
 
-LOADERS = [
-    transformers.AutoTokenizer,
-    transformers.Qwen2Tokenizer,
-    transformers.Qwen2TokenizerFast,
-    transformers.PreTrainedTokenizerFast,
-]
+LOADERS = ("AutoTokenizer", "Qwen2Tokenizer", "Qwen2TokenizerFast", "PreTrainedTokenizerFast")
+
+
+def load(name: str, folder):
+    return getattr(transformers, name).from_pretrained(folder)
 
 
 def texts_of_the_task() -> list[str]:
@@ -106,15 +105,15 @@ def texts_of_the_task() -> list[str]:
     return texts
 
 
-@pytest.mark.parametrize("loader", LOADERS, ids=lambda loader: loader.__name__)
+@pytest.mark.parametrize("loader", LOADERS)
 def test_ids_are_the_same_however_a_user_loads_the_folder(tokenizer, folder, tmp_path, loader):
     """Beside a Qwen2 model `transformers` replaces most of what tokenizer.json says."""
     model = transformers.Qwen2Config(vocab_size=len(tokenizer))
     model.save_pretrained(folder)
-    loaded = loader.from_pretrained(folder)
+    loaded = load(loader, folder)
     loaded.save_pretrained(tmp_path / "again")
     model.save_pretrained(tmp_path / "again")
-    for theirs in (loaded, *(each.from_pretrained(tmp_path / "again") for each in LOADERS)):
+    for theirs in (loaded, *(load(name, tmp_path / "again") for name in LOADERS)):
         assert len(theirs) == len(tokenizer)
         names = ("pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id")
         assert [getattr(theirs, name) for name in names] == [0, 1, 2, None]
@@ -148,7 +147,7 @@ def test_characters_that_cannot_be_one_token_each_are_refused(characters, messag
         build_character_tokenizer(characters)
 
 
-MODEL = os.environ.get("ASPO_TEST_MODEL")
+MODEL = os.environ.get("ASPO_TEST_MODEL", "")
 
 
 @pytest.mark.skipif(not MODEL, reason="ASPO_TEST_MODEL names no model folder")
@@ -162,20 +161,21 @@ def test_a_published_folder_has_the_ids_of_auto_tokenizer(tmp_path):
 
 
 def test_allowed_ids(tokenizer):
-    allowed_V = allowed_ids(tokenizer, 32)
+    allowed_V = allowed_ids(tokenizer, 32, [2])
     assert allowed_V.dtype == np.bool_
     assert allowed_V.tolist() == [False, False, True] + [True] * 18 + [False] * 11
 
 
-def test_eos_is_allowed_even_where_it_is_pad_and_bos():
+def test_what_ends_a_response_is_allowed_even_where_it_is_pad_and_bos(tokenizer):
+    assert allowed_ids(tokenizer, 21, [2, 0]).tolist() == [True, False] + [True] * 19
     tokenizer = build_character_tokenizer("ab")
     tokenizer.pad_token = tokenizer.bos_token = tokenizer.eos_token
-    assert allowed_ids(tokenizer, 6).tolist() == [True] * 6
+    assert allowed_ids(tokenizer, 6, [2]).tolist() == [True] * 6
 
 
 def test_too_small_a_model_is_refused(tokenizer):
     with pytest.raises(ValueError, match="tokenizer has 21 tokens and the model only 20"):
-        allowed_ids(tokenizer, 20)
+        allowed_ids(tokenizer, 20, [2])
 
 
 def edit_config(folder, **changes):

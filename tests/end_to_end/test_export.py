@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -59,7 +60,7 @@ def test_answers_as_a_user_gets_them_are_the_runs_own(finished, machines, config
 
     folder = finished.folder / "model"
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     rows = CountdownSource(countdown_spec(config), config.evaluate.seed, "held_out", len(held_out))
     right = 0
     for row, ours in zip((rows[i] for i in range(len(rows))), drawn, strict=True):
