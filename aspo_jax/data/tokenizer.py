@@ -59,7 +59,7 @@ def build_character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
         ValueError: a character given twice, or one of several bytes.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import Qwen2TokenizerFast
+    from transformers import Qwen2Tokenizer
 
     if len(set(characters)) != len(characters):
         twice = sorted({c for c in characters if characters.count(c) > 1})
@@ -72,7 +72,7 @@ def build_character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
     core = Tokenizer(models.BPE({t: i for i, t in enumerate((_PAD, _BOS, _EOS, *symbols))}, []))
     core.pre_tokenizer = to_bytes
     core.decoder = decoders.ByteLevel()
-    tokenizer = Qwen2TokenizerFast(
+    tokenizer = Qwen2Tokenizer(
         tokenizer_object=core,
         pad_token=_PAD,
         bos_token=_BOS,
@@ -183,7 +183,8 @@ def allowed_ids(
             "expected at most as many: tokenizer and weights are from different models"
         )
     allowed_V = np.arange(vocab_size) < len(tokenizer)
-    for special in (tokenizer.pad_token_id, tokenizer.bos_token_id):
+    specials: tuple[Any, ...] = (tokenizer.pad_token_id, tokenizer.bos_token_id)
+    for special in specials:
         if special is not None:
             allowed_V[special] = False
     allowed_V[list(stop_ids)] = True
