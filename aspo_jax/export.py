@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
+import numpy as np
+from jax.sharding import AxisType, Mesh, SingleDeviceSharding
 
-from aspo_jax.build import FACTORIES, stop_ids
+from aspo_jax.build import FACTORIES, load_policy, parameter_count, stop_ids
 from aspo_jax.checkpoint import Checkpoints
 from aspo_jax.config import Config, parse_config
 from aspo_jax.data import copy_tokenizer, load_tokenizer
 from aspo_jax.errors import UserError, run_command
 from aspo_jax.model import build_model, read_model_config, save_model
+from aspo_jax.model.sharding import MESH_AXES
 from aspo_jax.records import CONFIG
+from aspo_jax.rounding import rounding_cost
 from aspo_jax.warmstart import INITIAL_MODEL
 
 CHECKPOINTS = "checkpoints"
+QUICK = 200_000_000  # parameters that a CPU answers a few prompts with in a minute or two
 
 
 class ExportError(UserError):
@@ -53,19 +58,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32"), help="type of the weights (Run.export_dtype)"
     )
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="say what a smaller type costs, however long a large model takes on the CPU",
+    )
     arguments = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")  # the accelerator may be busy with the very run
 
     def command() -> int:
-        step = export(arguments.checkpoint, arguments.out, arguments.dtype)
-        print(f"{arguments.out}: the model after {step} iterations")
+        a = arguments
+        step, cost = export(a.checkpoint, a.out, a.dtype, is_patient=a.measure)
+        print(f"{a.out}: the model after {step} iterations")
+        if cost:
+            print(cost)
         return 0
 
     return run_command(command)
 
 
-def export(checkpoint: Path, out: Path, dtype: str | None = None) -> int:
-    """Write the weights of a checkpoint as a Hugging Face folder; returns the step.
+class Exported(NamedTuple):
+    """The step whose weights were written, and a sentence on what their type costs, if it does."""
+
+    step: int
+    cost: str | None
+
+
+def export(
+    checkpoint: Path, out: Path, dtype: str | None = None, *, is_patient: bool = False
+) -> Exported:
+    """Write the weights of a checkpoint as a Hugging Face folder.
 
     Config, generation settings and tokenizer are those of the model that the run started from.
 
@@ -73,6 +95,7 @@ def export(checkpoint: Path, out: Path, dtype: str | None = None) -> int:
         checkpoint: a run folder, its ``checkpoints`` folder, or one step in there.
         out: new or empty folder.
         dtype: "bfloat16" or "float32"; None: the run's ``Run.export_dtype``.
+        is_patient: measure what the type costs of a large model too.
 
     Raises:
         ExportError: no run, no complete checkpoint, or ``out`` is taken.
@@ -87,9 +110,11 @@ def export(checkpoint: Path, out: Path, dtype: str | None = None) -> int:
     shape, tokenizer = read_model_config(source), load_tokenizer(source)
     dtype = dtype or config.run.export_dtype
     here = SingleDeviceSharding(jax.devices("cpu")[0])
+    weights = jax.eval_shape(build_model(shape).init, jax.random.key(0))
+    is_quick = is_patient or parameter_count(weights) <= QUICK
+    held = "float32" if is_quick else dtype  # half the memory where nothing is measured
     wanted = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=here),
-        jax.eval_shape(build_model(shape).init, jax.random.key(0)),
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(held), sharding=here), weights
     )
     with Checkpoints(place.run / CHECKPOINTS, config.checkpoint.keep) as checkpoints:
         restored = checkpoints.restore_params(wanted, place.step)
@@ -108,7 +133,25 @@ def export(checkpoint: Path, out: Path, dtype: str | None = None) -> int:
         source=source,
         dtype=dtype,
     )
-    return step
+    if dtype == "float32":
+        return Exported(step, None)
+    if not is_quick:
+        reason = f"{parameter_count(weights):,} parameters take long on a CPU, --measure takes them"
+        return Exported(step, f"export in {dtype}: what it costs was not measured ({reason})")
+    return Exported(step, _cost(config, source, params, dtype))
+
+
+def _cost(config: Config, source: Path, params: Any, dtype: str) -> str:
+    """What the type costs, or why that cannot be said."""
+    # The run's own kernels may be those of an accelerator.
+    here = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
+    device = np.array(jax.devices("cpu")[:1]).reshape([1] * len(MESH_AXES))
+    mesh = Mesh(device, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    try:
+        policy = load_policy(here, source, mesh)
+        return rounding_cost(here, policy, params, dtype).line(dtype)
+    except UserError as error:
+        return f"export in {dtype}: what it costs was not measured ({error})"
 
 
 def find_run(checkpoint: Path) -> Place:

@@ -38,7 +38,10 @@ class Run:
     )
     accept_changes: bool = setting(False, "", "resume although the config differs from the run's")
     export_dtype: Literal["bfloat16", "float32"] = setting(
-        "bfloat16", "", "type of the weights in the final model folder; float32: exactly trained"
+        "float32",
+        "",
+        "type of the weights in the final model folder; bfloat16 is half as large and can round "
+        "away what was learned: the run says how much",
     )
 
 

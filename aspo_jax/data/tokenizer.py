@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from aspo_jax.data.jsonl import DataError
 
@@ -77,7 +77,7 @@ def build_character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
         pad_token=_PAD,
         bos_token=_BOS,
         eos_token=_EOS,
-        unk_token=None,  # its default is a token more than the model has
+        unk_token=cast(Any, None),  # its default is a token more than the model has
         chat_template=_CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )

@@ -24,7 +24,7 @@ def read_eos_ids(folder: str | Path, tokens: int) -> tuple[int, ...]:
     if any(type(i) is not int or not 0 <= i < tokens for i in ids):
         raise ModelFolderError(
             f"{Path(folder) / GENERATION_FILE}: eos_token_id is {found!r:.80}, expected an id from "
-            f"0 to {tokens - 1} or a list of such; copy the file again from where the model came from"
+            f"0 to {tokens - 1} or a list of such; copy it again from where the model came from"
         )
     return tuple(ids)
 
