@@ -109,21 +109,11 @@ def export(
     source = _initial_model(config, place.run)
     shape, tokenizer = read_model_config(source), load_tokenizer(source)
     dtype = dtype or config.run.export_dtype
-    here = SingleDeviceSharding(jax.devices("cpu")[0])
     weights = jax.eval_shape(build_model(shape).init, jax.random.key(0))
-    is_quick = is_patient or parameter_count(weights) <= QUICK
-    held = "float32" if is_quick else dtype  # half the memory where nothing is measured
-    wanted = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(held), sharding=here), weights
-    )
-    with Checkpoints(place.run / CHECKPOINTS, config.checkpoint.keep) as checkpoints:
-        restored = checkpoints.restore_params(wanted, place.step)
-    if restored is None:
-        raise ExportError(
-            f"{place.run / CHECKPOINTS}: no complete checkpoint; the run saves every "
-            f"{config.checkpoint.every} iterations (Checkpoint.every) and when it is stopped"
-        )
-    step, params = restored
+    count = parameter_count(weights)
+    is_measured = dtype != "float32" and (is_patient or count <= QUICK)
+    # Half the memory where nothing is measured.
+    step, params = _restore(place, config, weights, "float32" if is_measured else dtype)
     save_model(
         out,
         params,
@@ -133,12 +123,30 @@ def export(
         source=source,
         dtype=dtype,
     )
-    if dtype == "float32":
-        return Exported(step, None)
-    if not is_quick:
-        reason = f"{parameter_count(weights):,} parameters take long on a CPU, --measure takes them"
-        return Exported(step, f"export in {dtype}: what it costs was not measured ({reason})")
-    return Exported(step, _cost(config, source, params, dtype))
+    if is_measured:
+        return Exported(step, _cost(config, source, params, dtype))
+    reason = f"{count:,} parameters take long on a CPU, --measure takes them"
+    return Exported(step, None if dtype == "float32" else _not_measured(dtype, reason))
+
+
+def _restore(place: Place, config: Config, weights: Any, dtype: str) -> tuple[int, Any]:
+    """The step and its weights, on the CPU in this type."""
+    here = SingleDeviceSharding(jax.devices("cpu")[0])
+    wanted = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=here), weights
+    )
+    with Checkpoints(place.run / CHECKPOINTS, config.checkpoint.keep) as checkpoints:
+        restored = checkpoints.restore_params(wanted, place.step)
+    if restored is None:
+        raise ExportError(
+            f"{place.run / CHECKPOINTS}: no complete checkpoint; the run saves every "
+            f"{config.checkpoint.every} iterations (Checkpoint.every) and when it is stopped"
+        )
+    return restored
+
+
+def _not_measured(dtype: str, reason: object) -> str:
+    return f"export in {dtype}: what it costs was not measured ({reason})"
 
 
 def _cost(config: Config, source: Path, params: Any, dtype: str) -> str:
@@ -151,7 +159,7 @@ def _cost(config: Config, source: Path, params: Any, dtype: str) -> str:
         policy = load_policy(here, source, mesh)
         return rounding_cost(here, policy, params, dtype).line(dtype)
     except UserError as error:
-        return f"export in {dtype}: what it costs was not measured ({error})"
+        return _not_measured(dtype, error)
 
 
 def find_run(checkpoint: Path) -> Place:
