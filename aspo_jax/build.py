@@ -56,6 +56,7 @@ from aspo_jax.model import (
     build_model,
     choose_attention,
     load_params,
+    read_eos_ids,
     read_model_config,
     save_model,
     shardings,
@@ -102,6 +103,7 @@ FACTORIES = {
 class Policy(NamedTuple):
     """A network, its tokenizer and how its logits become a distribution; weights are apart.
 
+    stop_ids: what ends a response, in sampling and in the export; the tokenizer's <eos> first.
     source: the folder it came from; None for a new one.
     """
 
@@ -109,6 +111,7 @@ class Policy(NamedTuple):
     tokenizer: Any
     codec: Codec
     head: Head
+    stop_ids: tuple[int, ...]
     source: Path | None = None
 
 
@@ -174,14 +177,36 @@ def _reference(params: Any) -> Any:
 
 def load_policy(config: Config, folder: str | Path, mesh: Mesh) -> Policy:
     """The policy of a Hugging Face folder."""
-    policy = _policy(config, read_model_config(folder), load_tokenizer(folder), mesh)
+    tokenizer = load_tokenizer(folder)
+    ends = stop_ids(config, tokenizer, folder)
+    policy = _policy(config, read_model_config(folder), tokenizer, ends, mesh)
     return policy._replace(source=Path(folder))
 
 
 def new_policy(config: Config, mesh: Mesh) -> Policy:
     """An untrained policy of the config's sizes with a character tokenizer."""
     tokenizer = build_character_tokenizer(CHARACTERS)
-    return _policy(config, new_shape(config, len(tokenizer)), tokenizer, mesh)
+    ends = stop_ids(config, tokenizer)
+    return _policy(config, new_shape(config, len(tokenizer)), tokenizer, ends, mesh)
+
+
+def stop_ids(config: Config, tokenizer: Any, folder: str | Path | None = None) -> tuple[int, ...]:
+    """What ends a response: <eos>, what generation_config.json adds to it, ``Sampler.stop_ids``.
+
+    folder: of the model; None for a new one.
+
+    Raises:
+        ConfigError: an id that no token has.
+        ModelFolderError: generation_config.json cannot be used.
+    """
+    tokens, own = len(tokenizer), config.sampler.stop_ids
+    if wrong := [i for i in own if not 0 <= i < tokens]:
+        raise ConfigError(
+            f"Sampler.stop_ids = {own}: found {wrong[0]}, expected ids of the tokenizer, 0 to "
+            f"{tokens - 1}; leave it out"
+        )
+    theirs = () if folder is None else read_eos_ids(folder, tokens)
+    return tuple(dict.fromkeys((tokenizer.eos_token_id, *theirs, *own)))
 
 
 def new_shape(config: Config, vocab_size: int) -> ModelConfig:
@@ -253,7 +278,9 @@ def _check_splits(shape: ModelConfig, mesh: Mesh) -> None:
             )
 
 
-def _policy(config: Config, shape: ModelConfig, tokenizer: Any, mesh: Mesh) -> Policy:
+def _policy(
+    config: Config, shape: ModelConfig, tokenizer: Any, stop_ids: tuple[int, ...], mesh: Mesh
+) -> Policy:
     model = build_network(config, shape, mesh, config.train.row_tokens)
     codec = Codec(
         encode=functools.lru_cache(4096)(lambda text: tuple(encode(tokenizer, text))),
@@ -261,11 +288,11 @@ def _policy(config: Config, shape: ModelConfig, tokenizer: Any, mesh: Mesh) -> P
     )
     head = Head(
         temperature=config.sampler.temperature,
-        is_allowed_V=allowed_ids(tokenizer, shape.vocab_size),
+        is_allowed_V=allowed_ids(tokenizer, shape.vocab_size, stop_ids),
         chunk=config.train.head_chunk,
         mesh=mesh,
     )
-    return Policy(model, tokenizer, codec, head)
+    return Policy(model, tokenizer, codec, head, stop_ids)
 
 
 def save_policy(policy: Policy, params: Any, folder: str | Path, dtype: str = "float32") -> None:
@@ -278,7 +305,7 @@ def save_policy(policy: Policy, params: Any, folder: str | Path, dtype: str = "f
         params,
         policy.model.config,
         save_tokenizer,
-        eos_token_id=policy.tokenizer.eos_token_id,
+        eos_token_id=policy.stop_ids,
         source=policy.source,
         dtype=dtype,
     )
@@ -312,7 +339,7 @@ def check_inputs(config: Config) -> list[tuple[str, str]]:
     checks = (
         lambda: _check_rules(config),
         lambda: config.model.path and read_model_config(config.model.path),
-        lambda: _check_stop_ids(config, tokenizer),
+        lambda: stop_ids(config, tokenizer, config.model.path),
         lambda: counts.append(len(_train_source(config, tokenizer))),
         lambda: counts.append(len(_held_out_source(config, tokenizer))),
     )
@@ -338,15 +365,6 @@ def _check_rules(config: Config) -> None:
         losses.trace(build_goal(config).objective)
     except ValueError as error:
         raise ConfigError(f"Objective.name and Objective.penalties: {error}") from error
-
-
-def _check_stop_ids(config: Config, tokenizer: Any) -> None:
-    beyond = [i for i in config.sampler.stop_ids if i >= len(tokenizer)]
-    if beyond:
-        raise ConfigError(
-            f"Sampler.stop_ids = {config.sampler.stop_ids}: found {beyond[0]}, expected ids of the"
-            f" tokenizer, 0 to {len(tokenizer) - 1}; leave it out"
-        )
 
 
 def _start_tokenizer(config: Config) -> Any:
@@ -514,12 +532,11 @@ def build_sampler(config: Config, policy: Policy, mesh: Mesh) -> PagedSampler:
     """The sampler of training rollouts, on this process's own devices."""
     local = runtime.local_mesh(mesh)
     model = build_sampling_network(config, policy.model.config, local)
-    stop_ids = (policy.tokenizer.eos_token_id, *config.sampler.stop_ids)
     strings = config.sampler.stop_strings
     return PagedSampler(
         model,
         policy.head,
-        build_limits(config, local, build_peers().count, stop_ids),
+        build_limits(config, local, build_peers().count, policy.stop_ids),
         local,
         seed=config.run.seed,
         stops=functools.partial(stop_length, policy.codec, strings) if strings else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import sys
 from collections.abc import Sequence
@@ -11,18 +12,22 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
+import numpy as np
+from jax.sharding import AxisType, Mesh, SingleDeviceSharding
 
-from aspo_jax.build import FACTORIES
+from aspo_jax.build import FACTORIES, load_policy, parameter_count, stop_ids
 from aspo_jax.checkpoint import Checkpoints
 from aspo_jax.config import Config, parse_config
 from aspo_jax.data import copy_tokenizer, load_tokenizer
 from aspo_jax.errors import UserError, run_command
 from aspo_jax.model import build_model, read_model_config, save_model
+from aspo_jax.model.sharding import MESH_AXES
 from aspo_jax.records import CONFIG
+from aspo_jax.rounding import rounding_cost
 from aspo_jax.warmstart import INITIAL_MODEL
 
 CHECKPOINTS = "checkpoints"
+QUICK = 200_000_000  # parameters that a CPU answers a few prompts with in a minute or two
 
 
 class ExportError(UserError):
@@ -53,19 +58,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32"), help="type of the weights (Run.export_dtype)"
     )
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="say what a smaller type costs, however long a large model takes on the CPU",
+    )
     arguments = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")  # the accelerator may be busy with the very run
 
     def command() -> int:
-        step = export(arguments.checkpoint, arguments.out, arguments.dtype)
-        print(f"{arguments.out}: the model after {step} iterations")
+        a = arguments
+        step, cost = export(a.checkpoint, a.out, a.dtype, is_patient=a.measure)
+        print(f"{a.out}: the model after {step} iterations")
+        if cost:
+            print(cost)
         return 0
 
     return run_command(command)
 
 
-def export(checkpoint: Path, out: Path, dtype: str | None = None) -> int:
-    """Write the weights of a checkpoint as a Hugging Face folder; returns the step.
+class Exported(NamedTuple):
+    """The step whose weights were written, and a sentence on what their type costs, if it does."""
+
+    step: int
+    cost: str | None
+
+
+def export(
+    checkpoint: Path, out: Path, dtype: str | None = None, *, is_patient: bool = False
+) -> Exported:
+    """Write the weights of a checkpoint as a Hugging Face folder.
 
     Config, generation settings and tokenizer are those of the model that the run started from.
 
@@ -73,6 +95,7 @@ def export(checkpoint: Path, out: Path, dtype: str | None = None) -> int:
         checkpoint: a run folder, its ``checkpoints`` folder, or one step in there.
         out: new or empty folder.
         dtype: "bfloat16" or "float32"; None: the run's ``Run.export_dtype``.
+        is_patient: measure what the type costs of a large model too.
 
     Raises:
         ExportError: no run, no complete checkpoint, or ``out`` is taken.
@@ -85,12 +108,32 @@ def export(checkpoint: Path, out: Path, dtype: str | None = None) -> int:
     config = parse_config((place.run / CONFIG).read_text(), FACTORIES, str(place.run / CONFIG))
     source = _initial_model(config, place.run)
     shape, tokenizer = read_model_config(source), load_tokenizer(source)
-    eos_id: Any = tokenizer.eos_token_id
     dtype = dtype or config.run.export_dtype
+    weights = jax.eval_shape(build_model(shape).init, jax.random.key(0))
+    count = parameter_count(weights)
+    is_measured = dtype != "float32" and (is_patient or count <= QUICK)
+    # Half the memory where nothing is measured.
+    step, params = _restore(place, config, weights, "float32" if is_measured else dtype)
+    save_model(
+        out,
+        params,
+        shape,
+        functools.partial(copy_tokenizer, source),
+        eos_token_id=stop_ids(config, tokenizer, source),
+        source=source,
+        dtype=dtype,
+    )
+    if is_measured:
+        return Exported(step, _cost(config, source, params, dtype))
+    reason = f"{count:,} parameters take long on a CPU, --measure takes them"
+    return Exported(step, None if dtype == "float32" else _not_measured(dtype, reason))
+
+
+def _restore(place: Place, config: Config, weights: Any, dtype: str) -> tuple[int, Any]:
+    """The step and its weights, on the CPU in this type."""
     here = SingleDeviceSharding(jax.devices("cpu")[0])
     wanted = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=here),
-        jax.eval_shape(build_model(shape).init, jax.random.key(0)),
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=here), weights
     )
     with Checkpoints(place.run / CHECKPOINTS, config.checkpoint.keep) as checkpoints:
         restored = checkpoints.restore_params(wanted, place.step)
@@ -99,17 +142,24 @@ def export(checkpoint: Path, out: Path, dtype: str | None = None) -> int:
             f"{place.run / CHECKPOINTS}: no complete checkpoint; the run saves every "
             f"{config.checkpoint.every} iterations (Checkpoint.every) and when it is stopped"
         )
-    step, params = restored
-    save_model(
-        out,
-        params,
-        shape,
-        functools.partial(copy_tokenizer, source),
-        eos_token_id=eos_id,
-        source=source,
-        dtype=dtype,
-    )
-    return step
+    return restored
+
+
+def _not_measured(dtype: str, reason: object) -> str:
+    return f"export in {dtype}: what it costs was not measured ({reason})"
+
+
+def _cost(config: Config, source: Path, params: Any, dtype: str) -> str:
+    """What the type costs, or why that cannot be said."""
+    # The run's own kernels may be those of an accelerator.
+    here = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
+    device = np.array(jax.devices("cpu")[:1]).reshape([1] * len(MESH_AXES))
+    mesh = Mesh(device, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    try:
+        policy = load_policy(here, source, mesh)
+        return rounding_cost(here, policy, params, dtype).line(dtype)
+    except UserError as error:
+        return _not_measured(dtype, error)
 
 
 def find_run(checkpoint: Path) -> Place:

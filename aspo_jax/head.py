@@ -29,8 +29,8 @@ class Head(NamedTuple):
     """How logits become a distribution.
 
     temperature: divides the logits, in sampler and trainer alike; a number or a scalar array.
-    is_allowed_V: False for ids that can never be sampled (pad, bos, rows beyond the tokenizer);
-        they are out of the trainer's softmax too.
+    is_allowed_V: False for ids that can never be sampled (pad and bos unless they end a response,
+        rows beyond the tokenizer); they are out of the trainer's softmax too.
     chunk: tokens per chunk of the vocabulary projection, on each device.
     mesh: rows are split over its data axes and the vocabulary over its tensor axis; None: one
         device.

@@ -20,6 +20,7 @@ from aspo_jax.figures import dynamics
 from aspo_jax.metrics import Clock, Log, read_metrics
 from aspo_jax.records import Silent, before_and_after, write_transcripts
 from aspo_jax.rollout import assemble, check_failures, draw, judge, submitter, transcripts
+from aspo_jax.rounding import rounding_cost
 from aspo_jax.sampler import TRAIN
 from aspo_jax.structs import Minibatch, TrainState, merge_metrics
 
@@ -158,8 +159,10 @@ def save(run: Run, state: TrainState, done: int, position: int) -> None:
 
 def finish(run: Run, state: TrainState, console: Console) -> None:
     """Export, draw and say where everything is; one process does, the others wait."""
-    dtype = run.config.run.export_dtype
-    save_policy(run.machines.policy, state.params, run.folder / "model", dtype)
+    dtype, policy = run.config.run.export_dtype, run.machines.policy
+    save_policy(policy, state.params, run.folder / "model", dtype)
+    if dtype != "float32":
+        console.note(rounding_cost(run.config, policy, state.params, dtype).line(dtype))
     runtime.on_main(lambda: _conclude(run, console))
 
 

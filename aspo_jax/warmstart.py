@@ -39,7 +39,7 @@ from aspo_jax.losses import reinforce, token_mean
 from aspo_jax.rollout import BatchShape, Example, fill
 from aspo_jax.structs import Minibatch, OldPolicy
 
-VERSION = 1  # of the recipe below; part of the cache key
+VERSION = 2  # of the recipe below and of what its folder holds; part of the cache key
 INITIAL_MODEL = "initial_model"
 
 

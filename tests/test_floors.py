@@ -16,7 +16,7 @@ PACKAGE = Path(aspo_jax.__file__).parent
 FLOORS = [  # top to bottom; strangers on one floor do not import each other
     ["train", "plan", "export", "check"],
     ["plot", "steps", "warmstart", "budget"],
-    ["programs"],
+    ["programs", "rounding"],
     ["build"],
     ["rollout", "learner", "evaluation", "figures", "records"],
     ["runtime", "topology", "sampler", "checkpoint", "metrics", "console", "agreement"],

@@ -41,7 +41,10 @@ class Run:
     )
     accept_changes: bool = setting(False, "", "resume although the config differs from the run's")
     export_dtype: Literal["bfloat16", "float32"] = setting(
-        "bfloat16", "", "type of the weights in the final model folder; float32: exactly trained"
+        "float32",
+        "",
+        "type of the weights in the final model folder; bfloat16 is half as large and can round "
+        "away what was learned: the run says how much",
     )
 
 
@@ -120,9 +123,7 @@ class Sampler:
     max_prompt_tokens: int = setting(..., "tokens", "longest prompt", ge=1)
     max_response_tokens: int = setting(..., "tokens", "longest response", ge=1)
     slots: int = setting(..., "sequences", "sequences decoded at once", ge=1)
-    stop_ids: tuple[Natural, ...] = setting(
-        (), "", "ids that end a response, as the tokenizer's does"
-    )
+    stop_ids: tuple[Natural, ...] = setting((), "", "ids that end a response beside the model's")
     stop_strings: tuple[str, ...] = setting((), "", "texts that end a response")
     page: int = setting(64, "tokens", "positions in a page of the key-value cache", ge=1)
     cache_tokens: int | None = setting(

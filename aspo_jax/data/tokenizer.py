@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from aspo_jax.data.jsonl import DataError
 
@@ -30,6 +30,7 @@ FILES = (
 
 _PAD, _BOS, _EOS = "<pad>", "<bos>", "<eos>"
 _MARK = ">"  # ends the question
+_UNKNOWN = "<unknown>"  # in no vocabulary: where it is asked for, tokenizers raises
 
 # <bos>question>answer<eos>
 _CHAT_TEMPLATE = (
@@ -50,28 +51,45 @@ def build_character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
 
     The chat template writes ``<bos>question>``; ``>`` is added where ``characters`` lack it.
 
+    It is Qwen2's tokenizer (bytes, no merges) with a small vocabulary, for that is what
+    `transformers` makes of any tokenizer beside a Qwen2 model: the ids are the same however its
+    folder is loaded. Only there characters outside of the vocabulary are dropped without a word.
+
     Raises:
-        ValueError: a character given twice.
+        ValueError: a character given twice, or one of several bytes.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import Qwen2Tokenizer
 
     if len(set(characters)) != len(characters):
         twice = sorted({c for c in characters if characters.count(c) > 1})
         raise ValueError(f"characters {twice} are given more than once, expected each once")
+    if wide := [c for c in characters if not c.isascii()]:
+        raise ValueError(f"characters {wide} are several bytes each, expected ASCII characters")
     mark = "" if _MARK in characters else _MARK
-    tokens = [_PAD, _BOS, _EOS, *characters, *mark]
-    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    core.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    symbols = [to_bytes.pre_tokenize_str(c)[0][0] for c in characters + mark]
+    core = Tokenizer(models.BPE({t: i for i, t in enumerate((_PAD, _BOS, _EOS, *symbols))}, []))
+    core.pre_tokenizer = to_bytes
+    core.decoder = decoders.ByteLevel()
+    tokenizer = Qwen2Tokenizer(
         tokenizer_object=core,
         pad_token=_PAD,
         bos_token=_BOS,
         eos_token=_EOS,
+        unk_token=cast(Any, None),  # its default is a token more than the model has
         chat_template=_CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
+    return _refusing(tokenizer)
+
+
+def _refusing(tokenizer: Any) -> Any:
+    """The tokenizer; it raises where it would drop characters that it has no token for."""
+    model = tokenizer.backend_tokenizer.model
+    if getattr(model, "unk_token", "") is None and not model.byte_fallback:
+        model.unk_token = _UNKNOWN
+    return tokenizer
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
@@ -112,7 +130,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
             f"{folder}: no chat template, expected a file chat_template.jinja or the field "
             "chat_template of tokenizer_config.json (copy it from the model's instruct version)"
         )
-    return tokenizer
+    return _refusing(tokenizer)
 
 
 def copy_tokenizer(source: str | Path, target: str | Path) -> None:
@@ -146,11 +164,13 @@ def render(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Mapping[str, s
     return str(text)
 
 
-def allowed_ids(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> np.ndarray:
+def allowed_ids(
+    tokenizer: PreTrainedTokenizerFast, vocab_size: int, stop_ids: Sequence[int]
+) -> np.ndarray:
     """allowed_V, bool: True for the ids that a response may hold.
 
     Not the padding rows of the embedding (ids from ``len(tokenizer)``), not <pad>, not <bos>; but
-    always <eos>, which some tokenizers use for <pad> or <bos> as well.
+    always what ends a response, for which some models use <pad> or <bos> as well.
 
     Raises:
         ValueError: the tokenizer has more tokens than the model.
@@ -163,8 +183,9 @@ def allowed_ids(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> np.ndarr
             "expected at most as many: tokenizer and weights are from different models"
         )
     allowed_V = np.arange(vocab_size) < len(tokenizer)
-    for name, is_allowed in (("pad", False), ("bos", False), ("eos", True)):  # <eos> last
-        special = getattr(tokenizer, f"{name}_token_id")
+    specials: tuple[Any, ...] = (tokenizer.pad_token_id, tokenizer.bos_token_id)
+    for special in specials:
         if special is not None:
-            allowed_V[special] = is_allowed
+            allowed_V[special] = False
+    allowed_V[list(stop_ids)] = True
     return allowed_V

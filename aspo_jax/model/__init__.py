@@ -11,6 +11,7 @@ from aspo_jax.model.hf import load_params as load_params
 from aspo_jax.model.hf_config import ModelFolderError as ModelFolderError
 from aspo_jax.model.hf_config import parse_model_config as parse_model_config
 from aspo_jax.model.hf_config import read_model_config as read_model_config
+from aspo_jax.model.hf_generation import read_eos_ids as read_eos_ids
 from aspo_jax.model.hf_save import save_model as save_model
 from aspo_jax.model.qwen import Model as Model
 from aspo_jax.model.qwen import ModelConfig as ModelConfig
@@ -40,6 +41,7 @@ __all__ = [
     "load_params",
     "parse_model_config",
     "partition_spec",
+    "read_eos_ids",
     "read_model_config",
     "save_model",
     "shardings",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -255,16 +255,17 @@ def hf_config(
             f"{path} describes another network than the one to be saved: {'; '.join(differing)}"
         )
     raw["dtype" if "dtype" in raw else "torch_dtype"] = dtype
-    return with_eos(raw, eos_token_id)
+    return with_eos(raw, [eos_token_id])
 
 
-def with_eos(raw: dict[str, Any], eos_token_id: int) -> dict[str, Any]:
-    """The fields with this token among the end-of-sequence tokens."""
+def with_eos(raw: dict[str, Any], ids: Sequence[int]) -> dict[str, Any]:
+    """The fields with these tokens among the end-of-sequence tokens."""
     found = raw.get("eos_token_id")
     known = found if isinstance(found, list) else [] if found is None else [found]
-    if eos_token_id in known:
+    every = [*(i for i in ids if i not in known), *known]
+    if every == known:
         return raw
-    return raw | {"eos_token_id": [eos_token_id, *known] if known else eos_token_id}
+    return raw | {"eos_token_id": every if len(every) > 1 else every[0]}
 
 
 def _new_config(config: ModelConfig) -> dict[str, Any]:

@@ -19,10 +19,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from aspo_jax.model.hf import INDEX_FILE, WEIGHTS_FILE, Entry, leaf_at, names_table
-from aspo_jax.model.hf_config import CONFIG_FILE, hf_config, read_json, with_eos
+from aspo_jax.model.hf_config import CONFIG_FILE, hf_config
+from aspo_jax.model.hf_generation import GENERATION_FILE, generation_config
 from aspo_jax.model.qwen import ModelConfig
 
-GENERATION_FILE = "generation_config.json"
 CODES = {"float32": "F32", "bfloat16": "BF16"}  # numpy's names and safetensors'
 
 
@@ -44,7 +44,7 @@ def save_model(
     config: ModelConfig,
     save_tokenizer: Callable[[Path], Any],
     *,
-    eos_token_id: int,
+    eos_token_id: int | Sequence[int],
     source: str | Path | None = None,
     dtype: str = "float32",
     max_shard_bytes: int = 5_000_000_000,
@@ -59,7 +59,8 @@ def save_model(
         folder: replaced if it is there.
         params: nested dict of arrays, sharded or not.
         save_tokenizer: called with a folder, adds the tokenizer's files.
-        eos_token_id: what ends a response.
+        eos_token_id: what ends a response; of several the first is the tokenizer's own, and the
+            one that config.json is sure to hold. All are in generation_config.json.
         source: folder that the model came from; the settings of its config.json and
             generation_config.json are kept.
         dtype: of the tensors, "float32" or "bfloat16".
@@ -68,7 +69,8 @@ def save_model(
     if dtype not in CODES:
         raise ValueError(f"dtype is {dtype!r}, expected {' or '.join(CODES)}")
     folder, kind = Path(folder), np.dtype(jnp.dtype(dtype))
-    raw = hf_config(config, eos_token_id=eos_token_id, dtype=dtype, source=source)
+    eos_ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    raw = hf_config(config, eos_token_id=eos_ids[0], dtype=dtype, source=source)
     is_writer = jax.process_index() == 0
     partial = folder.with_name(folder.name + ".partial")
     if is_writer:
@@ -85,7 +87,7 @@ def save_model(
         if len(shards) > 1:
             _write_json(partial / INDEX_FILE, _weight_map(shards, kind))
         _write_json(partial / CONFIG_FILE, raw)
-        _write_json(partial / GENERATION_FILE, _generation(source, eos_token_id))
+        _write_json(partial / GENERATION_FILE, generation_config(source, eos_ids))
         save_tokenizer(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
@@ -177,13 +179,6 @@ def _weight_map(shards: dict[str, list[_Tensor]], dtype: np.dtype) -> dict[str, 
     size = sum(tensor.size(dtype) for tensors in shards.values() for tensor in tensors)
     where = {tensor.name: file for file, tensors in shards.items() for tensor in tensors}
     return {"metadata": {"total_size": size}, "weight_map": where}
-
-
-def _generation(source: str | Path | None, eos_token_id: int) -> dict[str, Any]:
-    path = Path(source).expanduser() / GENERATION_FILE if source else None
-    if path is not None and path.is_file():
-        return with_eos(read_json(path), eos_token_id)
-    return {"eos_token_id": eos_token_id, "do_sample": True, "temperature": 1.0}
 
 
 def _write_json(path: Path, raw: dict[str, Any]) -> None:

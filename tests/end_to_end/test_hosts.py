@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from trainer_runs import TRAP, last_checkpoint, metrics
 
 from aspo_jax.build import build_optimizer
 from aspo_jax.checkpoint import EXIT_SAVED
+from aspo_jax.export import export
 from aspo_jax.learner import Goal, Learner
 from aspo_jax.losses import aspo, sequence_mean
 
@@ -100,6 +102,22 @@ def assert_same_trajectory(folder: Path, expected: Path) -> None:
         # Each process fills rows of its own, so that more of them may end half empty.
         equal = set(counted) - {"rollout/packing_waste"}
         assert {k: one[k] for k in equal} == {k: other[k] for k in equal}
+
+
+def test_two_processes_say_what_a_smaller_export_costs(runs, finished, tmp_path):
+    """A run that is over exports again: each process answers its share, one speaks."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished.folder, folder)
+    changes = ("Run.export_dtype='bfloat16'", "Run.accept_changes=True")
+    settings = [f"Run.folder='{folder}'", *changes]
+    words = ["--config", str(runs.config), *(x for s in settings for x in ("--set", s))]
+    out, _ = finish(two_processes(*words))
+    cost = export(folder, tmp_path / "alone").cost
+    assert cost is not None and cost.startswith("export in bfloat16: ")
+    assert out.replace("'\"'\"'", "'").count(cost) == 1
+    assert (folder / "model" / "model.safetensors").read_bytes() == (
+        tmp_path / "alone" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_two_processes_train_as_one_stop_together_and_one_goes_on(
