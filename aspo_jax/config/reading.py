@@ -1,6 +1,7 @@
 """From files and flags to a checked Config."""
 
 import argparse
+import dataclasses
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -49,7 +50,9 @@ def read_config(argv: Sequence[str], factories: Factories) -> Config:
     found = gin.read_file(path, ())
     for number, text in enumerate(arguments.set, start=1):
         found |= gin.read_flag(text, f"--set #{number}")
-    return _build(found, factories, str(path), path.stem)
+    config = _build(found, factories, str(path), path.stem)
+    source = "" if arguments.config == DEFAULT else arguments.config
+    return dataclasses.replace(config, source=source, settings=tuple(arguments.set))
 
 
 def parse_config(text: str, factories: Factories, name: str = "text") -> Config:
