@@ -16,6 +16,7 @@ from typing import IO, NamedTuple
 
 import rich.console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task
+from rich.table import Column
 from rich.text import Text
 
 from aspo_jax.config import Config
@@ -79,7 +80,7 @@ class Bar:
         self._console.moved()
 
     def __str__(self) -> str:
-        """sampling 37/256 samples, at least 1,234 tokens/s, about 0:25 left"""
+        """sampling 37/256 samples, 1,234+ tokens/s, 0:25 left"""
         of = "" if self.total is None or self._is_cap else f"/{self.total:,}"
         count = "" if self.total is None else f" {self.done:,}{of} {self._unit}"
         return ", ".join(filter(None, (f"{self._name}{count}", self._speed, self._left)))
@@ -88,8 +89,8 @@ class Bar:
     def _speed(self) -> str:
         if self._figures or not self._tokens:
             return self._figures
-        # What is still being drawn is not counted yet.
-        return f"at least {self._tokens / (time.monotonic() - self._start):,.0f} tokens/s"
+        # More than that: what is still being drawn is not counted yet.
+        return f"{self._tokens / (time.monotonic() - self._start):,.0f}+ tokens/s"
 
     @property
     def _left(self) -> str:
@@ -97,7 +98,7 @@ class Bar:
         if self.total is None or not moved:
             return ""
         seconds = (time.monotonic() - self._start) / moved * (self.total - self.done)
-        return f"{'at most' if self._is_cap else 'about'} {_clock(seconds)} left"
+        return f"{'at most ' if self._is_cap else ''}{_clock(seconds)} left"
 
 
 def _clock(seconds: float) -> str:
@@ -133,7 +134,7 @@ class Console:
         )
         self.is_terminal = self._console.is_terminal
         self._warnings = _Warnings(self)
-        self._progress = Progress(BarColumn(24), _Words(), console=self._console, transient=True)
+        self._progress = Progress(BarColumn(10), _Words(), console=self._console, transient=True)
         self._bars: list[Bar] = []
         self._spoke = time.monotonic()
         self._compiling: dict[str, threading.Timer] = {}
@@ -329,6 +330,9 @@ class _Warnings(logging.Handler):
 
 class _Words(ProgressColumn):
     """What the bar says of itself."""
+
+    def __init__(self):
+        super().__init__(Column(no_wrap=True))
 
     def render(self, task: Task) -> Text:
         return Text(str(task.fields["bar"]), "dim")

@@ -319,7 +319,7 @@ def _is_over_nothing(value: Any) -> bool:
     if isinstance(value, Mean):
         return not value.count
     if isinstance(value, Max):
-        return value.value == -math.inf
+        return float(value.value) == -math.inf
     return isinstance(value, Histogram) and not value.counts.any()
 
 

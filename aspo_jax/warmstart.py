@@ -115,7 +115,7 @@ def _train(config: Config, mesh: Mesh, target_folder: Path, console: Console) ->
             bar.advance()
             if step % w.eval_every == 0:
                 average = evaluate(state.params)[0].avg
-                bar.advance(0, figures=f"held-out avg@{k} {average:.3f}, target {w.target}")
+                bar.advance(0, figures=f"held-out avg@{k} {average:.3f} of {w.target}")
                 if average >= w.target:
                     break
     if average < w.target:

@@ -75,7 +75,7 @@ def test_whatever_it_does_is_a_verdict(module, monkeypatch):
     with Scorer(2, Rules(timeout_s=1.0, function="my_rewards:judge"), ("custom",)) as scorer:
         verdicts = dict(zip(texts, scorer.score([say(t) for t in texts]), strict=True))
         (environment,) = scorer.score([say("environment")])
-    fine, crash = Verdict(0.5, "match"), Verdict(0.0, "crash", is_valid=False)
+    fine, crash = Verdict(0.5, "mismatch"), Verdict(0.0, "crash", is_valid=False)
     assert verdicts["fine"] == verdicts["flood"] == fine
     assert verdicts["hang"] == Verdict(0.0, "timeout")
     assert verdicts["verdict"] == Verdict(0.25, "mismatch")
@@ -149,7 +149,7 @@ def test_it_judges_while_nobody_waits(module):
             end = time.monotonic() + 20
             while not grading._round.verdicts and time.monotonic() < end:
                 time.sleep(0.01)
-            assert grading._round.verdicts == {0: Verdict(0.5, "match")}
+            assert grading._round.verdicts == {0: Verdict(0.5, "mismatch")}
             assert len(grading.results()) == 1
 
 
@@ -163,7 +163,7 @@ def test_leaving_early_gives_up_and_the_next_round_is_clean(module):
             raise KeyboardInterrupt
         assert time.monotonic() - start < 10
         assert not any(thread.name == "grading" for thread in threading.enumerate())
-        assert scorer.score([say("fine")]) == [Verdict(0.5, "match")]
+        assert scorer.score([say("fine")]) == [Verdict(0.5, "mismatch")]
 
 
 def test_a_worker_that_cannot_start_is_told_to_who_waits():
