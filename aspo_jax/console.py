@@ -21,6 +21,7 @@ from rich.text import Text
 
 from aspo_jax.config import Config
 
+_logger = logging.getLogger("aspo_jax")
 PROGRESS_S = 30.0
 COMPILING_S = 3.0  # a compilation that takes longer is announced
 
@@ -64,17 +65,20 @@ class Bar:
     def __init__(self, console: Console, name: str, total: int | None, unit: str, is_cap: bool):
         self._console, self._name, self._unit, self._is_cap = console, name, unit, is_cap
         self.total, self.done, self._tokens, self._figures = total, 0, 0, ""
-        self._start, self._done_at_start = time.monotonic(), 0
+        self._start = self._moved = time.monotonic()
+        self._done_at_start = 0
 
     def begin_at(self, done: int, total: int | None = None) -> None:
         """So much was done before: the time left is judged by what comes from now on."""
         self.done = self._done_at_start = done
+        self._start = self._moved = time.monotonic()
         self.total = self.total if total is None else total
         self._console.moved()
 
     def advance(self, amount: int = 1, *, tokens: int = 0, figures: str | None = None) -> None:
         """Move on: by so many tokens too, with figures of the moment to show."""
         self.done += amount
+        self._moved = time.monotonic()
         self._tokens += tokens
         self._figures = self._figures if figures is None else figures
         self._console.moved()
@@ -94,10 +98,13 @@ class Bar:
 
     @property
     def _left(self) -> str:
-        moved = self.done - self._done_at_start
-        if self.total is None or not moved:
+        steps = self.done - self._done_at_start
+        if self.total is None or not steps:
             return ""
-        seconds = (time.monotonic() - self._start) / moved * (self.total - self.done)
+        step_s = (self._moved - self._start) / steps
+        # The step under way has used up the time of one at most.
+        seconds = step_s * (self.total - self.done) - min(time.monotonic() - self._moved, step_s)
+        seconds = max(seconds, 0.0)
         return f"{'at most ' if self._is_cap else ''}{_clock(seconds)} left"
 
 
@@ -114,8 +121,8 @@ class Console:
     is_terminal: bars and colours or plain lines; None finds out by itself.
     is_quiet: say nothing, as all processes of a run but one.
 
-    As a context it shows the warnings of this package above the bars of a terminal, where a line
-    written past it would end up in them.
+    As a context it says the warnings of this package: above the bars of a terminal, where a line
+    written past it would end up in them, else on standard error.
     """
 
     def __init__(
@@ -133,7 +140,7 @@ class Console:
             quiet=is_quiet,
         )
         self.is_terminal = self._console.is_terminal
-        self._warnings = _Warnings(self)
+        self._warnings = _Warnings(self) if self.is_terminal else logging.StreamHandler()
         self._progress = Progress(BarColumn(10), _Words(), console=self._console, transient=True)
         self._bars: list[Bar] = []
         self._spoke = time.monotonic()
@@ -144,12 +151,13 @@ class Console:
         self._lines = 0
 
     def __enter__(self) -> Console:
-        if self.is_terminal:
-            logging.getLogger("aspo_jax").addHandler(self._warnings)
+        _logger.addHandler(self._warnings)
+        _logger.propagate = False  # libraries set up the root logger in their own way
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        logging.getLogger("aspo_jax").removeHandler(self._warnings)
+        _logger.removeHandler(self._warnings)
+        _logger.propagate = True
 
     # --- what runs, and how it goes -----------------------------------------------------------
 

@@ -135,7 +135,7 @@ def _draw(ax: Axes, panel: Panel, runs: Mapping[str, Rows]) -> None:
         return
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(panel.curves) > 1:
-        k = _samples(runs)
+        k = samples_shown(runs)
         keys = [
             Line2D([], [], color=INK, linestyle=c.dash, label=c.label.format(k=k))
             for c in panel.curves
@@ -143,7 +143,7 @@ def _draw(ax: Axes, panel: Panel, runs: Mapping[str, Rows]) -> None:
         ax.legend(handles=keys, fontsize=8, frameon=False)
 
 
-def _samples(runs: Mapping[str, Rows]) -> str:
+def samples_shown(runs: Mapping[str, Rows]) -> str:
     """16, or 4|16 where runs differ; k where none says."""
     name = "evaluate/samples"
     found = {int(row[name]) for rows in runs.values() for row in rows if row.get(name)}

@@ -40,6 +40,8 @@ MODULE = """
         return Verdict(0.25, "mismatch") if completion == "verdict" else 0.5
 
     def two(prompt, completion): return 0.0
+
+    def constant(prompt, completion, answer): return answer
 """
 
 
@@ -47,6 +49,14 @@ MODULE = """
 def module(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(textwrap.dedent(MODULE))
     monkeypatch.chdir(tmp_path)
+
+
+def test_numbers_from_one_on_are_right(module):
+    with build_scorer(1, Rules(function="my_rewards:constant"), ("custom",)) as scorer:
+        answers = [-1.0, 0, 0.05, 0.999, 1, 1.5]
+        verdicts = scorer.score([say("", answer=answer) for answer in answers])
+    assert [v.reward for v in verdicts] == answers
+    assert [v.reason for v in verdicts] == ["mismatch"] * 4 + ["match"] * 2
 
 
 def say(text, kind="custom", answer: object = 2):
@@ -91,7 +101,7 @@ def test_whatever_it_does_is_a_verdict(module, monkeypatch):
         ("my_rewards", "expected 'package.module:function'"),
         ("my_rewards:", "expected 'package.module:function'"),
         ("my_reward:length", "cannot import my_reward .*No module named.*PYTHONPATH"),
-        ("my_rewards:lenght", "has no function 'lenght'; it has judge, length, two"),
+        ("my_rewards:lenght", "has no function 'lenght'; it has constant, judge, length, two"),
         ("my_rewards:not_a_function", "has no function 'not_a_function'"),
         ("my_rewards:two", r"cannot be called with \(prompt, completion, answer\)"),
     ],
