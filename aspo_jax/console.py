@@ -11,11 +11,11 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, NamedTuple
 
 import rich.console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID
 from rich.table import Column
 from rich.text import Text
 
@@ -60,10 +60,13 @@ class Bar:
 
     total: how much there is to do; None: not known yet.
     is_cap: the total is a limit at which the phase need not arrive.
+    moved: is called with the bar whenever it has moved.
     """
 
-    def __init__(self, console: Console, name: str, total: int | None, unit: str, is_cap: bool):
-        self._console, self._name, self._unit, self._is_cap = console, name, unit, is_cap
+    def __init__(
+        self, name: str, total: int | None, unit: str, is_cap: bool, moved: Callable[[Bar], None]
+    ):
+        self._name, self._unit, self.is_cap, self._report = name, unit, is_cap, moved
         self.total, self.done, self._tokens, self._figures = total, 0, 0, ""
         self._start = self._moved = time.monotonic()
         self._done_at_start = 0
@@ -73,7 +76,7 @@ class Bar:
         self.done = self._done_at_start = done
         self._start = self._moved = time.monotonic()
         self.total = self.total if total is None else total
-        self._console.moved()
+        self._report(self)
 
     def advance(self, amount: int = 1, *, tokens: int = 0, figures: str | None = None) -> None:
         """Move on: by so many tokens too, with figures of the moment to show."""
@@ -81,11 +84,11 @@ class Bar:
         self._moved = time.monotonic()
         self._tokens += tokens
         self._figures = self._figures if figures is None else figures
-        self._console.moved()
+        self._report(self)
 
     def __str__(self) -> str:
         """sampling 37/256 samples, 1,234+ tokens/s, 0:25 left"""
-        of = "" if self.total is None or self._is_cap else f"/{self.total:,}"
+        of = "" if self.total is None or self.is_cap else f"/{self.total:,}"
         count = "" if self.total is None else f" {self.done:,}{of} {self._unit}"
         return ", ".join(filter(None, (f"{self._name}{count}", self._speed, self._left)))
 
@@ -105,7 +108,7 @@ class Bar:
         # The step under way has used up the time of one at most.
         seconds = step_s * (self.total - self.done) - min(time.monotonic() - self._moved, step_s)
         seconds = max(seconds, 0.0)
-        return f"{'at most ' if self._is_cap else ''}{_clock(seconds)} left"
+        return f"{'at most ' if self.is_cap else ''}{_clock(seconds)} left"
 
 
 def _clock(seconds: float) -> str:
@@ -142,7 +145,7 @@ class Console:
         self.is_terminal = self._console.is_terminal
         self._warnings = _Warnings(self) if self.is_terminal else logging.StreamHandler()
         self._progress = Progress(BarColumn(10), _Words(), console=self._console, transient=True)
-        self._bars: list[Bar] = []
+        self._bars: dict[Bar, TaskID] = {}
         self._spoke = time.monotonic()
         self._compiling: dict[str, threading.Timer] = {}
         self._announced: set[str] = set()
@@ -190,13 +193,9 @@ class Console:
         """
         is_dense = abs(scores[_REWARD.metric] - scores["evaluate/avg"]) > 1e-6
         columns = (_REWARD, *_HELD_OUT) if is_dense else _HELD_OUT
-        words = [
-            f"{self._label(c)} {_shown(c, scores)}{' ' if c.metric.endswith('/avg') else '   '}"
-            for c in columns
-        ]
-        self._print(
-            Text(f"{iteration:>4}/{self._total:<4} held out   {''.join(words).rstrip()}", "bold")
-        )
+        words = "   ".join(f"{self._label(c)} {_shown(c, scores)}" for c in columns)
+        words = words.replace("   +-", " +-")
+        self._print(Text(f"{iteration:>4}/{self._total:<4} held out   {words}", "bold"))
 
     def iteration(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """One line, and a sentence where the iteration had nothing to learn from.
@@ -265,21 +264,23 @@ class Console:
         self, name: str, total: int | None = None, unit: str = "", *, is_cap: bool = False
     ) -> Iterator[Bar]:
         """The progress of the body, within that of the phases it is part of; leaves no trace."""
-        bar = Bar(self, name, total, unit, is_cap)
-        self._bars.append(bar)
-        task = self._progress.add_task("", total=None if is_cap else total, bar=bar)
+        bar = Bar(name, total, unit, is_cap, self._moved)
+        self._bars[bar] = task = self._progress.add_task("", total=None, bar=bar)
+        self._moved(bar)
         if self.is_terminal:
             self._progress.start()
         try:
             yield bar
         finally:
-            self._bars.remove(bar)
+            del self._bars[bar]
             self._progress.remove_task(task)
             if self.is_terminal and not self._bars:
                 self._progress.stop()
 
-    def moved(self) -> None:
-        """A bar has moved: off a terminal it is time for a line, or not yet."""
+    def _moved(self, bar: Bar) -> None:
+        """Move the bar on the screen; elsewhere it is time for a line, or not yet."""
+        total = None if bar.is_cap else bar.total
+        self._progress.update(self._bars[bar], completed=bar.done, total=total)
         if not self.is_terminal and time.monotonic() - self._spoke >= PROGRESS_S:
             self.note("  " + "; ".join(map(str, self._bars)))
 

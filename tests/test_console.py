@@ -60,6 +60,13 @@ FACTORIES = {
 CONFIG = parse_config((config_folder() / "countdown_cpu.gin").read_text(), FACTORIES, "demo")
 
 
+@pytest.fixture(autouse=True)
+def terminal(monkeypatch):
+    """Whatever terminal the tests are run in, that of the console has colours."""
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+
+
 def _console(is_terminal: bool = False) -> tuple[Console, io.StringIO]:
     out = io.StringIO()
     console = Console(is_terminal, out)
@@ -152,6 +159,15 @@ def test_progress_off_a_terminal_is_a_line_when_one_is_due(monkeypatch):
         "  training 21/80 iterations, 9:40 left; sampling 20/256 samples, 100+ tokens/s, 3:56 left",
         "  training 21/80 iterations, 9:40 left; sampling 50/256 samples, 100+ tokens/s, 3:26 left",
     ]
+
+
+def test_a_bar_fills_as_the_phase_goes_on():
+    console, out = _console(is_terminal=True)
+    with console.phase("sampling", 4, "samples") as bar:
+        bar.advance(2)
+        _wait_for(lambda: "sampling 2/4 samples" in _without_colours(out.getvalue()))
+    assert re.search(r"m━{10}\x1b", out.getvalue())  # nothing done: ten cells of one colour
+    assert re.search(r"m━{5}\x1b", out.getvalue())  # half of it
 
 
 def test_a_phase_that_may_end_early_says_at_most(monkeypatch):

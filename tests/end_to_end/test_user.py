@@ -138,7 +138,7 @@ def test_nothing_to_learn_from_is_said_and_a_dense_reward_is_a_mean(
     (tmp_path / "thin.py").write_text("def reward(prompt, completion, answer):\n    return 0.05\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     data, folder = tmp_path / "rows.jsonl", tmp_path / "run"
-    data.write_text('{"prompt": "1 2:3", "answer": "", "kind": "custom"}\n')
+    data.write_text('{"prompt": "1 2:3", "answer": "3", "kind": "custom"}\n')
     flags = (
         f"Model.path='{finished.folder / 'model'}'",
         "Data.kind='jsonl'",
