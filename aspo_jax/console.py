@@ -150,6 +150,7 @@ class Console:
         self._compiling: dict[str, threading.Timer] = {}
         self._announced: set[str] = set()
         self._compiling_lock = threading.Lock()
+        self._remark = " (minutes for a large model on a CPU; XLA itself may remark on it)"
         self._samples, self._total, self._prompts = "k", 0, 0
         self._lines = 0
 
@@ -314,7 +315,8 @@ class Console:
             # there then.
             if self.is_terminal:
                 self._progress.stop()
-            self.note(f"  compiling {program} ... (once; XLA may remark that it is slow)")
+            self.note(f"  compiling {program} ...{self._remark}")
+            self._remark = ""
 
     def _print(self, text: Text) -> None:
         self._spoke = time.monotonic()
