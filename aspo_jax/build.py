@@ -82,10 +82,12 @@ from aspo_jax.rollout import (
     gather_outcomes,
     judge,
     submitter,
+    unwatched,
 )
 from aspo_jax.sampler import (
     EVALUATE,
     Choice,
+    Completion,
     Limits,
     PagedSampler,
     Sampler,
@@ -98,6 +100,9 @@ FACTORIES = {
     "aggregate": losses.AGGREGATES,
     "shape": SHAPES,
 }
+
+
+Watch = Callable[[int], Callable[[Completion], None]]
 
 
 class Policy(NamedTuple):
@@ -119,7 +124,8 @@ class Machines(NamedTuple):
     """Everything a run is made of.
 
     peers: the processes of the run; sampler, scorer and prompts are this process's share.
-    evaluate: params -> (held-out scores, this process's share of the rollout they count).
+    evaluate: params -> (held-out scores, this process's share of the rollout they count). A second
+        argument is told how many samples will be drawn; what it returns is told each completion.
     reference: bfloat16 weights of the frozen reference policy; None when no rule reads it.
     reward_shape: what is done to the verdicts of a step before its advantages.
     learning_rate: number of updates applied -> rate of the next one.
@@ -136,7 +142,7 @@ class Machines(NamedTuple):
     shape: BatchShape
     peers: Peers
     prompts: PromptStream
-    evaluate: Callable[[Any], tuple[Scores, Rollout]]
+    evaluate: Callable[..., tuple[Scores, Rollout]]
     learning_rate: optax.Schedule
 
 
@@ -610,7 +616,7 @@ def _is_cpu(mesh: Mesh, platform: str | None) -> bool:
 
 def build_evaluate(
     config: Config, policy: Policy, sampler: PagedSampler, scorer: Scorer, mesh: Mesh
-) -> Callable[[Any], tuple[Scores, Rollout]]:
+) -> Callable[..., tuple[Scores, Rollout]]:
     """Held-out evaluation with paired sampling keys: every call draws with the same randomness.
 
     Each process samples and grades its share of the prompts; the scores are those of all.
@@ -625,10 +631,10 @@ def build_evaluate(
     e = config.evaluate
     sampler = sampler.drawing(e.temperature, Choice(e.top_k, e.top_p, e.min_p))
 
-    def evaluate(params: Any) -> tuple[Scores, Rollout]:
+    def evaluate(params: Any, watch: Watch = lambda total: unwatched) -> tuple[Scores, Rollout]:
         codec, k = policy.codec, config.evaluate.samples
         with scorer.begin() as grading:
-            hand_in = submitter(grading, codec, own, k, domain=EVALUATE)
+            hand_in = submitter(grading, codec, own, k, domain=EVALUATE, watch=watch(len(own) * k))
             sampler.start(params)
             completions = draw(
                 sampler,
@@ -643,7 +649,10 @@ def build_evaluate(
             rollout = judge(grading, codec, own, completions)
         o = gather_outcomes(rollout, peers, total=len(held_out))
         distinct_P = o.distinct_right_PG[:, 0]
-        return scores(o.is_right_PG, distinct_P, o.is_finished_PG, o.length_PG), rollout
+        return (
+            scores(o.reward_PG, o.is_right_PG, distinct_P, o.is_finished_PG, o.length_PG),
+            rollout,
+        )
 
     return evaluate
 

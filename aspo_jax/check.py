@@ -1,20 +1,24 @@
 """Sample, score again with the trainer's forward pass, and say how far the two are apart.
 
     python -m aspo_jax.check --config configs/aspo_math_1p5b.gin [--prompts 8]
+    python -m aspo_jax.check runs/countdown_cpu-aspo-seed0
 
 Once in float32, where they must agree to 1e-4 nats on every token, and once as the run would have
 it (``Model.dtype``, ``Sampler.cache_type``), where the mean must be below ``Sampler.max_gap``. The
-prompts are the held-out ones, the weights those of ``Model.path``, or new ones without it.
+prompts are the held-out ones. The weights are those of ``Model.path``, or new ones without it; of
+a run folder, those of its newest checkpoint.
 
 Exit status: 0 they agree, 1 they do not, 2 a mistake in the arguments.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,13 +38,21 @@ from aspo_jax.build import (
     load_policy,
     new_policy,
 )
-from aspo_jax.config import Config, config_flags, read
-from aspo_jax.errors import CommandParser, run_command
+from aspo_jax.checkpoint import Checkpoints
+from aspo_jax.config import Config, config_flags, parse_config, read
+from aspo_jax.config.reading import DEFAULT
+from aspo_jax.errors import CommandParser, UserError, run_command
 from aspo_jax.learner import build_learner
 from aspo_jax.model import load_params, shardings
+from aspo_jax.records import CONFIG
 from aspo_jax.rollout import BatchShape, Example, draw, fill
 from aspo_jax.sampler import EVALUATE
 from aspo_jax.structs import Minibatch
+from aspo_jax.warmstart import INITIAL_MODEL
+
+
+class CheckError(UserError):
+    """What was asked for cannot be checked."""
 
 
 def as_dtype(config: Config, dtype: str, cache_type: Any) -> Config:
@@ -52,9 +64,9 @@ def as_dtype(config: Config, dtype: str, cache_type: Any) -> Config:
     )
 
 
-def gaps(config: Config, mesh: Mesh, prompts: int) -> list[Gap]:
+def gaps(config: Config, mesh: Mesh, prompts: int, run: Path | None = None) -> list[Gap]:
     """Gaps of ``Train.samples_per_prompt`` samples of each prompt, see `by_position`."""
-    policy, params = _policy_and_params(config, mesh)
+    policy, params = _trained(config, mesh, run) if run else _policy_and_params(config, mesh)
     held_out = held_out_prompts(config, policy.tokenizer)[:prompts]
     group = config.train.samples_per_prompt
     sampler = build_sampler(config, policy, mesh)
@@ -81,6 +93,24 @@ def _policy_and_params(config: Config, mesh: Mesh) -> tuple[Policy, Any]:
     policy = load_policy(config, config.model.path, mesh)
     weights = shardings(mesh, policy.model.partition_specs())
     return policy, load_params(config.model.path, policy.model.config, shardings=weights)
+
+
+def _trained(config: Config, mesh: Mesh, run: Path) -> tuple[Policy, Any]:
+    """The policy of a run folder with the weights of its newest checkpoint."""
+    policy = load_policy(config, config.model.path or run / INITIAL_MODEL, mesh)
+    wanted = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(policy.model.init, jax.random.key(0)),
+        shardings(mesh, policy.model.partition_specs()),
+    )
+    with Checkpoints(run / "checkpoints", config.checkpoint.keep) as checkpoints:
+        restored = checkpoints.restore_params(wanted)
+    if restored is None:
+        raise CheckError(
+            f"{run / 'checkpoints'}: no complete checkpoint; the run saves every "
+            f"{config.checkpoint.every} iterations (Checkpoint.every) and when it is stopped"
+        )
+    return policy, restored[1]
 
 
 def _rescored(
@@ -118,23 +148,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m aspo_jax.check",
         description=(__doc__ or "").partition("\n")[0],
     )
+    parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="a run folder")
     config_flags(parser)
     parser.add_argument("--prompts", type=int, default=8, help="held-out prompts to sample")
     a = parser.parse_args(argv)
     if a.prompts < 1:
         parser.error(f"--prompts {a.prompts}: expected 1 or more")
-    return run_command(lambda: check(read(a, FACTORIES), a.prompts))
+    return run_command(lambda: check(_config(a), a.prompts, a.run))
 
 
-def check(config: Config, prompts: int) -> int:
+def _config(flags: argparse.Namespace) -> Config:
+    run = flags.run
+    if run is None:
+        return read(flags, FACTORIES)
+    if flags.config != DEFAULT or flags.set:
+        raise CheckError(f"{run} has its own config; leave --config and --set out, or the folder")
+    if not (run / CONFIG).is_file():
+        raise CheckError(f"{run}: not a run; expected a run folder (with {CONFIG}), or --config")
+    return parse_config((run / CONFIG).read_text(), FACTORIES, str(run / CONFIG))
+
+
+def check(config: Config, prompts: int, run: Path | None = None) -> int:
     """Print both tables and the verdict; returns the exit status, 0 or 1."""
     mesh = runtime.start(**dataclasses.asdict(config.runtime))
     check_shares(config, mesh)
-    exact = gaps(as_dtype(config, "float32", None), mesh, prompts)
+    in_float32 = as_dtype(config, "float32", None)
+    exact = as_run = gaps(in_float32, mesh, prompts, run)
     print(report("float32", exact))
-    as_run = gaps(config, mesh, prompts)
-    cache = config.sampler.cache_type or config.model.dtype
-    print(report(f"the run's types: {config.model.dtype}, cache {cache}", as_run))
+    if config != in_float32:
+        as_run = gaps(config, mesh, prompts, run)
+        cache = config.sampler.cache_type or config.model.dtype
+        print(report(f"the run's types: {config.model.dtype}, cache {cache}", as_run))
     limit, agree = config.sampler.max_gap, "agree"
     if exact[0].largest > EXACT or as_run[0].mean > limit:
         agree = "DISAGREE"

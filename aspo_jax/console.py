@@ -1,71 +1,131 @@
-"""What the user sees: bars, tables and one line per iteration; plain lines off a terminal.
+"""What the user sees: a line per iteration and per evaluation, and what is going on meanwhile.
 
-Off a terminal every line is a row of ``key=value`` words in shell quoting, so that `shlex.split`
-(or grep) reads it; there are no bars and no colours.
+The lines are the same everywhere. A terminal shows bars and colours besides; a file or a pipe gets
+a line of progress every `PROGRESS_S` seconds at most. `metrics.jsonl` has all figures.
 """
 
 from __future__ import annotations
 
 import contextlib
-import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from typing import IO, Any, NamedTuple
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import IO, NamedTuple
 
 import rich.console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID
+from rich.table import Column
 from rich.text import Text
 
 from aspo_jax.config import Config
 
+_logger = logging.getLogger("aspo_jax")
+PROGRESS_S = 30.0
+COMPILING_S = 3.0  # a compilation that takes longer is announced
+
 
 class _Column(NamedTuple):
-    label: str  # {k} is the number of samples per held-out prompt; speeds are in tokens
+    label: str
     metric: str
     form: str
 
 
-_COLUMNS = (
+_COLUMNS = (  # speeds are in tokens
     _Column("reward", "rollout/reward_mean", "{:.3f}"),
-    _Column("avg@{k}", "evaluate/avg", "{:.3f}"),
-    _Column("pass@{k}", "evaluate/pass_any", "{:.3f}"),
+    _Column("signal", "rollout/valid_groups", "{:.0%}"),
+    _Column("length", "rollout/response_length", "{:,.1f}"),
+    _Column("cut", "rollout/truncated", "{:.1%}"),
     _Column("entropy", "update/old_entropy", "{:.3f}"),
     _Column("clip", "update/clip_share", "{:.2%}"),
     _Column("KL", "update/ratio_kl", "{:.4f}"),
     _Column("sampled/s", "speed/sample", "{:,.0f}"),
     _Column("trained/s", "speed/train", "{:,.0f}"),
+    _Column("seconds", "seconds/iteration", "{:,.1f}"),
 )
+_HELD_OUT = (
+    _Column("avg@{k}", "evaluate/avg", "{:.3f}"),
+    _Column("+-", "evaluate/avg_stderr", "{:.3f}"),
+    _Column("pass@{k}", "evaluate/pass_any", "{:.3f}"),
+    _Column("distinct right", "evaluate/distinct_right", "{:.2f}"),
+    _Column("length", "evaluate/response_length", "{:,.1f}"),
+    _Column("cut", "evaluate/truncated", "{:.1%}"),
+)
+_REWARD = _Column("reward", "evaluate/reward_mean", "{:.3f}")
 
 
 class Bar:
-    """The progress of one phase."""
+    """The progress of one phase.
 
-    def __init__(self, progress: Progress | None, task: TaskID | None):
-        self._progress, self._task = progress, task
+    total: how much there is to do; None: not known yet.
+    is_cap: the total is a limit at which the phase need not arrive.
+    moved: is called with the bar whenever it has moved.
+    """
 
-    def advance(self, amount: float = 1, **figures: float) -> None:
-        """Move on, with figures of the moment to show beside the bar."""
-        if self._progress is None or self._task is None:
-            return
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
-        changed: dict[str, Any] = {"figures": shown} if figures else {}
-        self._progress.update(self._task, advance=amount, **changed)
+    def __init__(
+        self, name: str, total: int | None, unit: str, is_cap: bool, moved: Callable[[Bar], None]
+    ):
+        self._name, self._unit, self.is_cap, self._report = name, unit, is_cap, moved
+        self.total, self.done, self._tokens, self._figures = total, 0, 0, ""
+        self._start = self._moved = time.monotonic()
+        self._done_at_start = 0
+
+    def begin_at(self, done: int, total: int | None = None) -> None:
+        """So much was done before: the time left is judged by what comes from now on."""
+        self.done = self._done_at_start = done
+        self._start = self._moved = time.monotonic()
+        self.total = self.total if total is None else total
+        self._report(self)
+
+    def advance(self, amount: int = 1, *, tokens: int = 0, figures: str | None = None) -> None:
+        """Move on: by so many tokens too, with figures of the moment to show."""
+        self.done += amount
+        self._moved = time.monotonic()
+        self._tokens += tokens
+        self._figures = self._figures if figures is None else figures
+        self._report(self)
+
+    def __str__(self) -> str:
+        """sampling 37/256 samples, 1,234+ tokens/s, 0:25 left"""
+        of = "" if self.total is None or self.is_cap else f"/{self.total:,}"
+        count = "" if self.total is None else f" {self.done:,}{of} {self._unit}"
+        return ", ".join(filter(None, (f"{self._name}{count}", self._speed, self._left)))
+
+    @property
+    def _speed(self) -> str:
+        if self._figures or not self._tokens:
+            return self._figures
+        # More than that: what is still being drawn is not counted yet.
+        return f"{self._tokens / (time.monotonic() - self._start):,.0f}+ tokens/s"
+
+    @property
+    def _left(self) -> str:
+        steps = self.done - self._done_at_start
+        if self.total is None or not steps:
+            return ""
+        step_s = (self._moved - self._start) / steps
+        # The step under way has used up the time of one at most.
+        seconds = step_s * (self.total - self.done) - min(time.monotonic() - self._moved, step_s)
+        seconds = max(seconds, 0.0)
+        return f"{'at most ' if self.is_cap else ''}{_clock(seconds)} left"
+
+
+def _clock(seconds: float) -> str:
+    """0:05, 12:30, 1:02:30"""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class Console:
     """Talks to the user on standard output.
 
-    is_terminal: rich output or plain lines; None finds out by itself.
+    is_terminal: bars and colours or plain lines; None finds out by itself.
     is_quiet: say nothing, as all processes of a run but one.
+
+    As a context it says the warnings of this package: above the bars of a terminal, where a line
+    written past it would end up in them, else on standard error.
     """
 
     def __init__(
@@ -83,83 +143,92 @@ class Console:
             quiet=is_quiet,
         )
         self.is_terminal = self._console.is_terminal
-        self._samples, self._total = "k", 0
-        self._evaluated: dict[str, float] = {}
+        self._warnings = _Warnings(self) if self.is_terminal else logging.StreamHandler()
+        self._progress = Progress(BarColumn(10), _Words(), console=self._console, transient=True)
+        self._bars: dict[Bar, TaskID] = {}
+        self._spoke = time.monotonic()
+        self._compiling: dict[str, threading.Timer] = {}
+        self._announced: set[str] = set()
+        self._compiling_lock = threading.Lock()
+        self._remark = " (minutes for a large model on a CPU; XLA itself may remark on it)"
+        self._samples, self._total, self._prompts = "k", 0, 0
         self._lines = 0
+
+    def __enter__(self) -> Console:
+        _logger.addHandler(self._warnings)
+        _logger.propagate = False  # libraries set up the root logger in their own way
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        _logger.removeHandler(self._warnings)
+        _logger.propagate = True
+
+    # --- what runs, and how it goes -----------------------------------------------------------
 
     def title(self, config: Config, sizes: Sequence[tuple[str, str]] | None = None) -> None:
         """What will run, where, and what its sizes amount to; None: ``config.derived()``."""
         self._samples, self._total = str(config.evaluate.samples), config.train.iterations
-        if self.is_terminal:
-            self._console.print()
-            self._console.print(
-                Text.assemble((config.name, "bold"), f"  seed {config.run.seed}  ->  ")
-                + Text(config.run_folder, "cyan")
-            )
-        else:
-            self._plain(config=config.name, seed=config.run.seed, folder=config.run_folder)
+        self._prompts = config.train.prompts_per_step
+        self._print(
+            Text.assemble((config.name, "bold"), f"  seed {config.run.seed}  ->  ")
+            + Text(config.run_folder, "cyan")
+        )
         self.table("What will run", config.derived() if sizes is None else sizes)
 
     def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Rows of a name and a value."""
-        if not self.is_terminal:
-            for name, value in rows:
-                self._plain(table=title, row=name, value=value)
-            return
-        table = Table(title=title, title_justify="left", title_style="bold", show_header=False)
-        table.box = None
-        table.add_column(style="dim")
-        table.add_column()
+        self._print(Text(f"\n{title}", "bold"))
+        width = max((len(name) for name, _ in rows), default=0)
         for name, value in rows:
-            table.add_row(Text(name), Text(value))
-        self._console.print()
-        self._console.print(table)
+            self._print(Text.assemble((f"  {name:<{width}}  ", "dim"), value))
 
-    @contextlib.contextmanager
-    def phase(self, name: str, total: float, unit: str = "") -> Iterator[Bar]:
-        """A bar with rate and time left while the body runs; it leaves no trace."""
-        if not self.is_terminal:
-            yield Bar(None, None)
-            return
-        progress = Progress(
-            TextColumn("  [dim]{task.description:<12}"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            _Rate(unit),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[figures]}"),
-            console=self._console,
-            transient=True,
-        )
-        with progress:
-            yield Bar(progress, progress.add_task(name, total=total, figures=""))
+    def note(self, text: str, style: str = "") -> None:
+        """A sentence."""
+        self._print(Text(text, style))
+
+    def evaluation(self, iteration: int, scores: Mapping[str, float]) -> None:
+        """The held-out scores of the policy after so many iterations, as soon as they are there.
+
+        Rewards that are not all 0 or 1 have a mean that says more than the share of right answers:
+        it comes first then.
+        """
+        is_dense = abs(scores[_REWARD.metric] - scores["evaluate/avg"]) > 1e-6
+        columns = (_REWARD, *_HELD_OUT) if is_dense else _HELD_OUT
+        words = "   ".join(f"{self._label(c)} {_shown(c, scores)}" for c in columns)
+        words = words.replace("   +-", " +-")
+        self._print(Text(f"{iteration:>4}/{self._total:<4} held out   {words}", "bold"))
 
     def iteration(self, iteration: int, metrics: Mapping[str, float]) -> None:
-        """One line; the held-out scores are those of the latest evaluation."""
-        if not self.is_terminal:
-            self._plain(
-                iteration=iteration, of=self._total, **{k: f"{v:.6g}" for k, v in metrics.items()}
-            )
+        """One line, and a sentence where the iteration had nothing to learn from.
+
+        A row without a rollout, which only the last evaluation writes, is no line.
+        """
+        if "rollout/valid_groups" not in metrics:
             return
-        self._evaluated |= {k: v for k, v in metrics.items() if k.startswith("evaluate/")}
-        shown = {**self._evaluated, **metrics}
+        widths = [max(len(column.label), 6) + 2 for column in _COLUMNS]
         if self._lines % 20 == 0:
-            labels = "".join(f"{column:>{width}}" for column, width in self._header())
-            self._console.print(Text(f"{'':>8}{labels}", "dim"))
-        line = Text.assemble((f"{iteration:>4}/{self._total:<3}", "bold"))
-        for column, (_, width) in zip(_COLUMNS, self._header(), strict=True):
-            value = column.form.format(shown[column.metric]) if column.metric in shown else "-"
-            is_old = column.metric not in metrics
-            line.append(f"{value:>{width}}", "dim" if is_old else "")
-        self._console.print(line)
+            labels = "".join(f"{c.label:>{w}}" for c, w in zip(_COLUMNS, widths, strict=True))
+            self._print(Text(f"{'':>9}{labels}", "dim"))
+        shown = [
+            f"{_shown(c, metrics) if c.metric in metrics else '-':>{w}}"
+            for c, w in zip(_COLUMNS, widths, strict=True)
+        ]
+        self._print(Text.assemble((f"{iteration:>4}/{self._total:<4}", "bold"), *shown))
+        if metrics["rollout/valid_groups"] == 0:
+            self.note(f"{'':>9}  {self._why_nothing(metrics)}")
         self._lines += 1
 
-    def note(self, text: str) -> None:
-        """A sentence."""
-        if self.is_terminal:
-            self._console.print(Text(text))
-        else:
-            self._plain(note=text)
+    def _why_nothing(self, metrics: Mapping[str, float]) -> str:
+        right = round(metrics["rollout/solve_all"] * self._prompts)
+        wrong = round(metrics["rollout/solve_none"] * self._prompts)
+        counts = f"all right: {right} groups, all wrong: {wrong}"
+        if right + wrong < self._prompts:
+            counts += f", masked or equal in reward: {self._prompts - right - wrong}"
+            return f"no group had a signal ({counts}): nothing to learn from, no update"
+        return (
+            f"no group had both right and wrong answers ({counts}): nothing to learn from, no "
+            "update"
+        )
 
     def final(
         self,
@@ -169,52 +238,112 @@ class Console:
         next_command: str,
     ) -> None:
         """Held-out figures before and after, where everything is, and what to try next."""
-        names = [name for name in after if name in before]
-        if not self.is_terminal:
-            for name in names:
-                self._plain(result=name, before=f"{before[name]:.6g}", after=f"{after[name]:.6g}")
-            for name, path in paths.items():
-                self._plain(path=name, value=path)
-            self._plain(next=next_command)
-            return
-        table = Table(title="Held-out result", title_justify="left", title_style="bold")
-        table.box = None
-        table.add_column("")
-        for heading in ("before", "after", "change"):
-            table.add_column(heading, justify="right", header_style="dim")
-        for name in names:
-            change = after[name] - before[name]
-            cells = (f"{before[name]:.3f}", f"{after[name]:.3f}", f"{change:+.3f}")
-            table.add_row(Text(self._label(name)), *cells)
-        self._console.print()
-        self._console.print(table)
+        self._print(
+            Text(f"\n{'Held-out result':<20}{'before':>10}{'after':>10}{'change':>10}", "bold")
+        )
+        for name in (c.metric for c in (*_HELD_OUT, _REWARD)):
+            if name in before and name in after:
+                old, new = before[name], after[name]
+                cells = f"{old:>10.3f}{new:>10.3f}{new - old:>+10.3f}"
+                self._print(Text.assemble((f"  {self._name(name):<18}", "dim"), cells))
         self.table("Where things are", list(paths.items()))
-        self._console.print()
-        self._console.print(Text.assemble(("Next: ", "bold"), next_command))
+        self._print(Text.assemble(("\nNext: ", "bold"), next_command))
 
-    def _header(self) -> list[tuple[str, int]]:
-        labels = [column.label.format(k=self._samples) for column in _COLUMNS]
-        return [(label, max(len(label), 6) + 2) for label in labels]
+    def _label(self, column: _Column) -> str:
+        return column.label.format(k=self._samples)
 
-    def _label(self, metric: str) -> str:
-        """evaluate/avg -> avg@16, evaluate/distinct_right -> distinct right."""
-        for column in _COLUMNS:
-            if column.metric == metric:
-                return column.label.format(k=self._samples)
-        return metric.rpartition("/")[2].replace("_", " ")
+    def _name(self, metric: str) -> str:
+        """evaluate/avg -> avg@16, evaluate/avg_stderr -> avg stderr."""
+        named = {"evaluate/avg", "evaluate/pass_any"}
+        labels = {c.metric: self._label(c) for c in _HELD_OUT if c.metric in named}
+        return labels.get(metric, metric.rpartition("/")[2].replace("_", " "))
 
-    def _plain(self, **words: object) -> None:
-        line = " ".join(shlex.quote(f"{key}={value}") for key, value in words.items())
-        # A line end inside a value would break the one-line-per-record rule.
-        self._console.print(Text(line.replace("\n", " ")))
+    # --- progress -----------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def phase(
+        self, name: str, total: int | None = None, unit: str = "", *, is_cap: bool = False
+    ) -> Iterator[Bar]:
+        """The progress of the body, within that of the phases it is part of; leaves no trace."""
+        bar = Bar(name, total, unit, is_cap, self._moved)
+        self._bars[bar] = task = self._progress.add_task("", total=None, bar=bar)
+        self._moved(bar)
+        if self.is_terminal:
+            self._progress.start()
+        try:
+            yield bar
+        finally:
+            del self._bars[bar]
+            self._progress.remove_task(task)
+            if self.is_terminal and not self._bars:
+                self._progress.stop()
+
+    def _moved(self, bar: Bar) -> None:
+        """Move the bar on the screen; elsewhere it is time for a line, or not yet."""
+        total = None if bar.is_cap else bar.total
+        self._progress.update(self._bars[bar], completed=bar.done, total=total)
+        if not self.is_terminal and time.monotonic() - self._spoke >= PROGRESS_S:
+            self.note("  " + "; ".join(map(str, self._bars)))
+
+    def compiling(self, program: str) -> None:
+        """A compilation began; it is announced if it takes long."""
+        timer = threading.Timer(COMPILING_S, self._announce, (program,))
+        timer.daemon = True
+        with self._compiling_lock:
+            self._compiling[program] = timer
+        timer.start()
+
+    def compiled(self, program: str, seconds: float) -> None:
+        """The compilation has ended."""
+        with self._compiling_lock:
+            timer = self._compiling.pop(program, None)
+            is_announced = program in self._announced
+            self._announced.discard(program)
+        if timer is not None:
+            timer.cancel()
+        if is_announced:
+            self.note(f"  compiled {program} in {_clock(seconds)}")
+            if self.is_terminal and self._bars:
+                self._progress.start()
+
+    def _announce(self, program: str) -> None:
+        with self._compiling_lock:
+            if program not in self._compiling:
+                return
+            self._announced.add(program)
+            # XLA itself complains on standard error about compilations of minutes: no bar may be
+            # there then.
+            if self.is_terminal:
+                self._progress.stop()
+            self.note(f"  compiling {program} ...{self._remark}")
+            self._remark = ""
+
+    def _print(self, text: Text) -> None:
+        self._spoke = time.monotonic()
+        self._console.print(text)
 
 
-class _Rate(ProgressColumn):
-    def __init__(self, unit: str):
-        super().__init__()
-        self._unit = unit
+def _shown(column: _Column, metrics: Mapping[str, float]) -> str:
+    value = metrics[column.metric]
+    return column.form.format(value) if math.isfinite(value) else "nan"
+
+
+class _Warnings(logging.Handler):
+    """Shows warnings on a console."""
+
+    def __init__(self, console: Console):
+        super().__init__(logging.WARNING)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.note(record.getMessage(), "yellow")
+
+
+class _Words(ProgressColumn):
+    """What the bar says of itself."""
+
+    def __init__(self):
+        super().__init__(Column(no_wrap=True))
 
     def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        unit = f" {self._unit}" if self._unit else ""
-        return Text("" if speed is None else f"{speed:,.1f}{unit}/s", "dim")
+        return Text(str(task.fields["bar"]), "dim")

@@ -25,7 +25,10 @@ INK, GRID = "#333333", "#e4e4e4"
 
 
 class Curve(NamedTuple):
-    """One line of a panel; a band needs the names of its lower and upper edge."""
+    """One line of a panel; a band needs the names of its lower and upper edge.
+
+    {k} in a label is the number of samples per held-out prompt.
+    """
 
     metric: str
     label: str = ""
@@ -49,14 +52,21 @@ def _weights(sign: str) -> tuple[Curve, ...]:
 
 PANELS = (
     Panel(
-        "Score",
-        "reward",
+        "Right answers, held out",
+        "share",
         (
-            Curve("evaluate/avg", "held-out avg@k", has_markers=True),
-            Curve("rollout/reward_mean", "training reward", ":"),
+            Curve("evaluate/avg", "avg@{k}", has_markers=True),
+            Curve("evaluate/pass_any", "pass@{k}", "--", has_markers=True),
         ),
     ),
-    Panel("pass@k, held out", "share of prompts", (Curve("evaluate/pass_any", has_markers=True),)),
+    Panel(
+        "Mean reward",
+        "reward",
+        (
+            Curve("evaluate/reward_mean", "held out", has_markers=True),
+            Curve("rollout/reward_mean", "training", ":"),
+        ),
+    ),
     Panel("Entropy", "nats", (Curve("update/old_entropy"),)),
     Panel("Repetition", "share of 20-grams", (Curve("rollout/repetition"),)),
     Panel("Clip ratio", "share of tokens", (Curve("update/clip_share"),)),
@@ -125,8 +135,19 @@ def _draw(ax: Axes, panel: Panel, runs: Mapping[str, Rows]) -> None:
         return
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(panel.curves) > 1:
-        keys = [Line2D([], [], color=INK, linestyle=c.dash, label=c.label) for c in panel.curves]
+        k = samples_shown(runs)
+        keys = [
+            Line2D([], [], color=INK, linestyle=c.dash, label=c.label.format(k=k))
+            for c in panel.curves
+        ]
         ax.legend(handles=keys, fontsize=8, frameon=False)
+
+
+def samples_shown(runs: Mapping[str, Rows]) -> str:
+    """16, or 4|16 where runs differ; k where none says."""
+    name = "evaluate/samples"
+    found = {int(row[name]) for rows in runs.values() for row in rows if row.get(name)}
+    return "|".join(map(str, sorted(found))) or "k"
 
 
 def _curve(ax: Axes, curve: Curve, rows: Rows, colour: str) -> bool:

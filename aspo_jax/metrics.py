@@ -1,8 +1,8 @@
 """What a run records: the name, unit and definition of every metric, and the log that keeps them.
 
-`Log` writes late: the values of iteration i stay on the device until those of i + 1 arrive, so
-that the loop never waits for them. Each iteration becomes one line of ``metrics.jsonl`` and, if
-wanted, a TensorBoard event. A new metric is a new line of `METRICS`.
+Each iteration becomes one line of ``metrics.jsonl`` and, if wanted, a TensorBoard event. Values
+stay on the device until their line is whole. A mean over nothing is no value: such a metric is
+left out of the line. A new metric is a new line of `METRICS`.
 """
 
 from __future__ import annotations
@@ -109,16 +109,24 @@ _UPDATE = {
     "skipped_empty": Info(
         "share of updates", "updates not applied because no sample carried a signal"
     ),
-    "learning_rate": Info("", "learning rate of the iteration's last update"),
+    "learning_rate": Info("", "learning rate of the iteration's last update that was applied"),
 }
 
 _EVALUATE = {
-    "avg": Info("share", "avg@k: held-out samples that are right, k = Evaluate.samples per prompt"),
+    "avg": Info(
+        "share",
+        "avg@k: held-out samples that are right, k = Evaluate.samples per prompt. Right is the"
+        " verdict `match`; of numbers that a Reward.function returns, those from 1 on",
+    ),
     "avg_stderr": Info("share", "standard error of avg over the prompts"),
+    "reward_mean": Info(
+        "reward", "mean reward of the held-out samples, not shaped; 0 where a grader failed"
+    ),
     "pass_any": Info("share", "pass@k: held-out prompts with at least one right sample among k"),
     "distinct_right": Info("texts", "mean number of different right answers among k samples"),
     "truncated": Info("share of samples", "samples cut off before they ended themselves"),
     "response_length": Info("tokens", "mean number of response tokens, the end token included"),
+    "samples": Info("samples", "k, the samples per held-out prompt"),
 }
 
 _SPEED = {
@@ -132,7 +140,7 @@ _SECONDS = {
     "score": Info("seconds", "log-probabilities under the old and the reference policy"),
     "update": Info("seconds", "all optimizer updates"),
     "evaluate": Info("seconds", "held-out evaluation"),
-    "save": Info("seconds", "the part of saving that the loop waits for"),
+    "save": Info("seconds", "waiting for saves since the line before; the last line has the last"),
     "iteration": Info("seconds", "the whole iteration"),
 }
 
@@ -182,7 +190,7 @@ def metrics_page() -> str:
         "Every name in `metrics.jsonl` and TensorBoard."
         " Made by `python -m aspo_jax.metrics > docs/metrics.md`.",
         "A is the advantage, w the token weight, pi the policy, pi_old the policy that sampled."
-        " A value that is not finite is `null` in the file.",
+        " A metric that has nothing to count in an iteration is absent; `null` is not finite.",
     ]
     for group, meaning in _GROUPS.items():
         lines += ["", f"## {group}", "", meaning, ""]
@@ -232,8 +240,8 @@ class Log:
     def write(self, iteration: int, values: Mapping[str, float | jax.Array | Metric]) -> None:
         """Hand in scalars or `Metric`s; calls with the same iteration add up to one line.
 
-        Device values are fetched when a later iteration is written, or at `flush`. A `Histogram`
-        is one of token weights and becomes three quantiles.
+        Device values are fetched when the line ends: at `end_row`, `flush`, or a later iteration.
+        A `Histogram` is one of token weights and becomes three quantiles.
         """
         for name, value in values.items():
             probe = f"{name}_q50" if isinstance(value, Histogram) else name
@@ -245,6 +253,10 @@ class Log:
             self._record()
         self._iteration = iteration
         self._pending |= values
+
+    def end_row(self) -> None:
+        """The iteration's line is whole; a later `write` must be of a later iteration."""
+        self._record()
 
     def flush(self) -> None:
         """Write what is pending and make it safe against a crash of the machine.
@@ -285,11 +297,13 @@ class Log:
 
 
 def _scalars(values: Mapping[str, Any]) -> dict[str, float]:
-    """Means divided, histograms turned into quantiles; NaN where nothing was counted."""
+    """Means divided, histograms turned into quantiles; without those that counted nothing."""
     scalars: dict[str, float] = {}
     for name, value in values.items():
+        if _is_over_nothing(value):
+            continue
         if isinstance(value, Mean):
-            scalars[name] = float(value.total / value.count) if value.count else math.nan
+            scalars[name] = float(value.total / value.count)
         elif isinstance(value, Max):
             scalars[name] = float(value.value)
         elif isinstance(value, Histogram):
@@ -299,6 +313,14 @@ def _scalars(values: Mapping[str, Any]) -> dict[str, float]:
         else:
             scalars[name] = float(value)
     return scalars
+
+
+def _is_over_nothing(value: Any) -> bool:
+    if isinstance(value, Mean):
+        return not value.count
+    if isinstance(value, Max):
+        return float(value.value) == -math.inf
+    return isinstance(value, Histogram) and not value.counts.any()
 
 
 class Clock:

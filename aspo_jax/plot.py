@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,12 +20,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Draw the training dynamics of one or several runs into one picture.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
-    parser.add_argument("--out", default="comparison.png", metavar="PNG", help="(%(default)s)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="PNG",
+        help="overwritten if it exists (default: comparison.png, or the next free number of it)",
+    )
     parser.add_argument("--labels", metavar="A,B", help="one name per run (default: the folders')")
     arguments = parser.parse_args(argv)
 
     def command() -> int:
-        print(draw([Path(run) for run in arguments.runs], arguments.labels, Path(arguments.out)))
+        out = arguments.out or _free(Path("comparison.png"))
+        print(draw([Path(run) for run in arguments.runs], arguments.labels, out))
         return 0
 
     return run_command(command)
@@ -49,6 +56,12 @@ def draw(runs: Sequence[Path], labels: str | None, out: Path) -> Path:
         raise PlotError(f"--out {out}: the folder {out.parent} does not exist")
     dynamics({name: read_metrics(_file(run)) for name, run in zip(names, runs, strict=True)}, out)
     return out
+
+
+def _free(path: Path) -> Path:
+    """The path, or path_2, path_3, ...: the first that does not exist."""
+    numbered = (path.with_stem(f"{path.stem}_{i}") for i in itertools.count(2))
+    return next(p for p in itertools.chain([path], numbered) if not p.exists())
 
 
 def _file(run: Path) -> Path:

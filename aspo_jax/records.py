@@ -4,30 +4,36 @@ config.gin          the resolved config; a later start with another one is refus
 metrics.jsonl       one line per iteration            tensorboard/  the same as events
 checkpoints/        everything a bitwise resume needs
 initial_model/      the warm-started model            model/        the trained one
-transcripts/        held-out prompts, answers and verdicts at each evaluation
+transcripts/        prompts, answers and verdicts of each iteration and each evaluation
 dynamics.png        the pictures
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from aspo_jax import runtime
 from aspo_jax.checkpoint import RunLock, lock_run, write_text_atomic
-from aspo_jax.config import Config, ConfigError
+from aspo_jax.config import Config, ConfigError, command
 from aspo_jax.config.gin import LAUNCH
 from aspo_jax.metrics import read_metrics
 
 CONFIG = "config.gin"
+METRICS = "metrics.jsonl"
 
 
 class Silent:
     """The log of a process that does not write: `aspo_jax.metrics.Log` without its effects."""
 
     def write(self, iteration: int, values: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def end_row(self) -> None:
         """Nothing."""
 
     def flush(self) -> None:
@@ -70,9 +76,8 @@ def _write_config(config: Config) -> None:
     write_text_atomic(path, config.text())
 
 
-def write_transcripts(folder: Path, iteration: int, samples: Sequence[Mapping[str, Any]]) -> None:
-    """Some answers of an evaluation as JSON lines."""
-    path = folder / "transcripts" / f"iteration_{iteration:06d}.jsonl"
+def write_transcripts(path: Path, samples: Sequence[Mapping[str, Any]]) -> None:
+    """Some answers as JSON lines."""
     path.parent.mkdir(exist_ok=True)
     write_text_atomic(path, "".join(json.dumps(sample) + "\n" for sample in samples))
 
@@ -81,7 +86,37 @@ def before_and_after(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
     """The held-out figures of the first and of the last evaluation."""
     rows = [
         {name: value for name, value in row.items() if name.startswith("evaluate/")}
-        for row in read_metrics(folder / "metrics.jsonl")
+        for row in read_metrics(folder / METRICS)
         if "evaluate/avg" in row
     ]
     return rows[0], rows[-1]
+
+
+def without_signal(folder: Path) -> int:
+    """How many iterations had no group to learn from."""
+    return sum(row.get("rollout/valid_groups") == 0 for row in read_metrics(folder / METRICS))
+
+
+def next_command(config: Config) -> str:
+    """What to try next: the run's rival, or a picture of both once the rival's folder is there."""
+    rival = "aspo" if config.objective.name == "dapo" else "dapo"
+    folders = _rival_folders(config, rival)
+    for folder in folders:
+        if (Path(folder) / METRICS).is_file():
+            return command("plot", config.run_folder, folder)
+    settings = [f"Objective.name={rival}"]
+    if config.run.folder is not None:
+        # A plain word is text for --set, unless it could be another literal.
+        is_plain = re.fullmatch(r"[\w.~-]*/[\w.~/-]*", folders[0])
+        settings.append(f"Run.folder={folders[0] if is_plain else repr(folders[0])}")
+    return config.command("train", *settings)
+
+
+def _rival_folders(config: Config, rival: str) -> list[str]:
+    """Where the same run with the rival's rule would be; the first is where to put it."""
+    objective = dataclasses.replace(config.objective, name=rival)
+    if config.run.folder is None:
+        return [dataclasses.replace(config, objective=objective).run_folder]
+    own = str(Path(config.run.folder))
+    stem = own.removesuffix(f"-{config.objective.name}")
+    return [f"{stem}-{rival}", *([stem] if stem != own else [])]

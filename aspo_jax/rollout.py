@@ -127,6 +127,10 @@ class Codec(NamedTuple):
     decode: Callable[[Sequence[int] | np.ndarray], str]
 
 
+def unwatched(completion: Completion) -> None:
+    """Nothing is done with a completion as soon as it is there."""
+
+
 def draw(
     sampler: Sampler,
     codec: Codec,
@@ -135,7 +139,7 @@ def draw(
     *,
     domain: int,
     retry: int = 0,
-    finished: Callable[[Completion], None] = lambda completion: None,
+    finished: Callable[[Completion], None] = unwatched,
 ) -> list[Completion]:
     """Sample every prompt ``samples_per_prompt`` times; completions in the order of the prompts.
 
@@ -162,8 +166,12 @@ def submitter(
     *,
     domain: int,
     iteration: int = 0,
+    watch: Callable[[Completion], None] = unwatched,
 ) -> Callable[[Completion], None]:
-    """Hands a completion to the graders while others are still being sampled (`draw`)."""
+    """Hands a completion to the graders while others are still being sampled (`draw`).
+
+    watch: is called with it too.
+    """
 
     def submit(c: Completion) -> None:
         p, g = divmod(c.request, samples_per_prompt)
@@ -179,6 +187,7 @@ def submitter(
             iteration,
         )
         grading.submit(c.request, submission)
+        watch(c)
 
     return submit
 
@@ -313,9 +322,10 @@ def assemble(
     room = sum(int(m.count) for m in minibatches) * shape.rows * shape.row_tokens
     figures = _figures(outcomes, advantage_PG) | {
         "train_tokens": train_tokens,
-        "packing_waste": 1.0 - train_tokens / room if room else 0.0,
+        "packing_waste": 1.0 - train_tokens / room if room else math.nan,
     }
-    return minibatches, {f"rollout/{name}": float(value) for name, value in figures.items()}
+    counted = {name: float(value) for name, value in figures.items() if not math.isnan(value)}
+    return minibatches, {f"rollout/{name}": value for name, value in counted.items()}
 
 
 class Outcomes(NamedTuple):
@@ -452,15 +462,33 @@ def _figures(outcomes: Outcomes, advantage_PG: np.ndarray) -> dict[str, Any]:
     }
 
 
-def transcripts(rollout: Rollout, count: int) -> list[dict[str, Any]]:
-    """One sample each of the first ``count`` prompts, as plain JSON."""
-    shown = rollout.samples[:: rollout.samples_per_prompt][:count]
-    return [
-        {
-            "prompt": sample.prompt.text,
-            "response": sample.text,
-            "reward": sample.verdict.reward,
-            "reason": sample.verdict.reason,
-        }
-        for sample in shown
-    ]
+def held_out_transcripts(rollout: Rollout, count: int) -> list[dict[str, Any]]:
+    """The first sample of each of the first ``count`` prompts, as plain JSON."""
+    return [_transcript(group, 0) for group in rollout.groups[:count]]
+
+
+def training_transcripts(rollout: Rollout, count: int) -> list[dict[str, Any]]:
+    """At most ``count`` samples as plain JSON: of each prompt the best and the worst."""
+    shown: list[dict[str, Any]] = []
+    for group, reward_G in zip(rollout.groups, rollout.reward_PG, strict=True):
+        if len(shown) >= count:
+            break
+        chosen = dict.fromkeys((int(reward_G.argmax()), int(reward_G.argmin())))
+        shown += [_transcript(group, g) for g in chosen]
+    return shown[:count]
+
+
+def _transcript(group: Sequence[Sample], g: int) -> dict[str, Any]:
+    sample = group[g]
+    return {
+        "id": sample.prompt.id,
+        "draw": sample.prompt.draw,
+        "sample": g,
+        "prompt": sample.prompt.text,
+        "response": sample.text,
+        "answer": sample.prompt.answer,
+        "reward": sample.verdict.reward,
+        "reason": sample.verdict.reason,
+        "tokens": len(sample.completion.tokens_T),
+        "ending": sample.completion.ending,
+    }

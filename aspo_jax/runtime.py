@@ -17,7 +17,7 @@ import time
 import traceback
 import types
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,6 +44,7 @@ class PeerError(UserError):
     """Another process failed; this one ends with it."""
 
 
+_COMPILE = "/jax/core/compile/backend_compile_duration"  # its start is a scalar event
 EXACT_BFLOAT16 = "--xla_allow_excess_precision=false"
 LAUNCH_VARIABLES = ("ASPO_COORDINATOR", "ASPO_NUM_PROCESSES", "ASPO_PROCESS_ID")
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
@@ -96,6 +97,39 @@ def _return_freed_blocks() -> None:
     """
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(_M_MMAP_THRESHOLD, _BLOCK)
+
+
+@contextlib.contextmanager
+def compilations(
+    began: Callable[[str], None], ended: Callable[[str, float], None]
+) -> Iterator[None]:
+    """Say when a program's compilation (or its loading from the cache) begins and how long it took.
+
+    Args:
+        began: called with the name of the program.
+        ended: called with the name and the seconds.
+    """
+
+    def on_scalar(event: str, value: float, **details: Any) -> None:
+        if event == _COMPILE:
+            began(_program(details))
+
+    def on_duration(event: str, duration_secs: float, **details: Any) -> None:
+        if event == _COMPILE:
+            ended(_program(details), duration_secs)
+
+    jax.monitoring.register_scalar_listener(on_scalar)
+    jax.monitoring.register_event_duration_secs_listener(on_duration)
+    try:
+        yield
+    finally:
+        jax.monitoring.unregister_scalar_listener(on_scalar)
+        jax.monitoring.unregister_event_duration_listener(on_duration)
+
+
+def _program(details: Mapping[str, Any]) -> str:
+    """jit_decode or jit(decode) -> decode"""
+    return str(details.get("fun_name", "a program")).removeprefix("jit").strip("_()")
 
 
 # --- finding the other processes ----------------------------------------------------------------

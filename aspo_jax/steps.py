@@ -2,27 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
-from functools import reduce
+import datetime
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from aspo_jax import runtime
 from aspo_jax.agreement import SamplingError, gap_metrics
 from aspo_jax.build import Machines, save_policy
 from aspo_jax.checkpoint import Checkpoints
 from aspo_jax.config import Config
-from aspo_jax.console import Console
+from aspo_jax.console import Bar, Console
 from aspo_jax.figures import dynamics
 from aspo_jax.metrics import Clock, Log, read_metrics
-from aspo_jax.records import Silent, before_and_after, write_transcripts
-from aspo_jax.rollout import assemble, check_failures, draw, judge, submitter, transcripts
+from aspo_jax.records import (
+    Silent,
+    before_and_after,
+    next_command,
+    without_signal,
+    write_transcripts,
+)
+from aspo_jax.rollout import (
+    Rollout,
+    assemble,
+    check_failures,
+    draw,
+    held_out_transcripts,
+    judge,
+    submitter,
+    training_transcripts,
+)
 from aspo_jax.rounding import rounding_cost
-from aspo_jax.sampler import TRAIN
-from aspo_jax.structs import Minibatch, TrainState, merge_metrics
+from aspo_jax.sampler import TRAIN, Completion
+from aspo_jax.structs import Mean, Minibatch, TrainState, merge_metrics
 
 
 class Run(NamedTuple):
@@ -34,6 +52,14 @@ class Run(NamedTuple):
     checkpoints: Checkpoints
     log: Log | Silent
     clock: Clock
+    console: Console
+
+    @contextlib.contextmanager
+    def phase(self, name: str, total: int | None = None, unit: str = "") -> Iterator[Bar]:
+        """Time a phase and show how far it is."""
+        doing = f"{name.removesuffix('e')}ing"
+        with self.clock(name), self.console.phase(doing, total, unit) as bar:
+            yield bar
 
 
 def restore_or_init(checkpoints: Checkpoints, m: Machines) -> tuple[TrainState, int]:
@@ -46,33 +72,52 @@ def restore_or_init(checkpoints: Checkpoints, m: Machines) -> tuple[TrainState, 
     return restored.state, restored.meta["iteration"]
 
 
+def resumed(run: Run, done: int) -> str:
+    """Where a run goes on that has ``done`` iterations."""
+    saved = (run.folder / "checkpoints" / str(done)).stat().st_mtime
+    when = datetime.datetime.fromtimestamp(saved).isoformat(" ", "minutes")
+    total = run.config.train.iterations
+    return f"going on after {done} of {total} iterations (checkpoint of {when})"
+
+
 def roll_out(run: Run, state: TrainState) -> tuple[list[Minibatch], dict[str, Any]]:
     """This iteration's prompts, answers, verdicts, advantages and old log-probabilities.
 
     Each process samples and grades its own share; the mini-batches and figures are those of all.
     """
-    m, train, clock = run.machines, run.config.train, run.clock
+    m, train = run.machines, run.config.train
     prompts = next(m.prompts)
     codec, G = m.policy.codec, train.samples_per_prompt
     iteration = prompts[0].draw // train.prompts_per_step
     with m.scorer.begin() as grading:
-        hand_in = submitter(grading, codec, prompts, G, domain=TRAIN, iteration=iteration)
-        with clock("sample"):
+        with run.phase("sample", unit="samples") as bar:
+            hand_in = submitter(
+                grading,
+                codec,
+                prompts,
+                G,
+                domain=TRAIN,
+                iteration=iteration,
+                watch=counter(bar, len(prompts) * G),
+            )
             m.sampler.start(state.params)
             completions = draw(m.sampler, codec, prompts, G, domain=TRAIN, finished=hand_in)
             m.sampler.release()
-        with clock("grade"):
+        with run.phase("grade"):
             rollout = judge(grading, codec, prompts, completions, m.reward_shape)
+    keep_transcripts(run, "train", iteration, training_transcripts, rollout)
     check_failures(rollout, run.config.reward.max_failures)
     minibatches, figures = assemble(rollout, m.advantage, m.shape, m.peers)
-    with clock("score"):
+    with run.phase("score", len(minibatches), "minibatches") as bar:
         placed = [m.learner.place(part) for part in minibatches]
         old = [m.learner.old_policy(state.params, m.reference, part) for part in placed]
         minibatches = [
             dataclasses.replace(part, old=old_policy)
             for part, old_policy in zip(placed, old, strict=True)
         ]
-        jax.block_until_ready(minibatches)
+        for part in minibatches:
+            jax.block_until_ready(part)
+            bar.advance()
     return minibatches, figures | check_agreement(run.config, minibatches, figures)
 
 
@@ -96,7 +141,7 @@ def check_agreement(
         raise SamplingError(
             f"the sampler's log-probabilities are {float(mean.total) / float(mean.count):.3g} nats "
             f"from the trainer's on average, expected at most Sampler.max_gap = {s.max_gap}; "
-            f"`python -m aspo_jax.check --config {config.name}` shows where"
+            f"`{config.command('check')}` shows where"
         )
     return {f"update/{name}": gap for name, gap in gaps.items()}
 
@@ -106,28 +151,31 @@ def update(
 ) -> tuple[TrainState, dict[str, Any]]:
     """Epochs times mini-batches of the jitted step; the report covers all of them."""
     m, reports = run.machines, []
-    with run.clock("update"):
-        for _ in range(run.config.train.epochs):
+    epochs = run.config.train.epochs
+    with run.phase("update", epochs * len(minibatches), "updates") as bar:
+        for _ in range(epochs):
             for part in minibatches:
                 state, report = m.learner.step(state, part)
-                reports.append(report)
+                reports.append(jax.block_until_ready(report))
+                bar.advance()
         # The next thing is to sample from the new weights: waiting here costs nothing and makes
         # the times of the phases true.
         jax.block_until_ready(state)
     merged = reduce(_merge, reports)
-    rate = m.learning_rate(state.step - 1)
+    applied = jnp.minimum(merged["grad_norm"].count, 1)
+    rate = Mean(applied * m.learning_rate(state.step - 1), applied)
     return state, {f"update/{k}": v for k, v in merged.items()} | {"update/learning_rate": rate}
 
 
 def speeds(config: Config, figures: dict[str, float], laps: dict[str, float]) -> dict[str, float]:
-    """Tokens per second of sampling and of training."""
+    """Tokens per second of sampling, and of training where there was any."""
     samples = config.train.prompts_per_step * config.train.samples_per_prompt
     sampled = figures["rollout/response_length"] * samples
     trained = figures["rollout/train_tokens"] * config.train.epochs
-    return {
-        "speed/sample": sampled / laps["seconds/sample"],
-        "speed/train": trained / laps["seconds/update"],
-    }
+    shown = {"speed/sample": sampled / laps["seconds/sample"]}
+    if trained:
+        shown["speed/train"] = trained / laps["seconds/update"]
+    return shown
 
 
 _merge = jax.jit(merge_metrics)
@@ -136,17 +184,36 @@ _gap_metrics = jax.jit(gap_metrics)
 
 def evaluate(run: Run, state: TrainState, iteration: int) -> None:
     """Score the policy on the held-out prompts."""
-    with run.clock("evaluate"):
-        scores, rollout = run.machines.evaluate(state.params)
-    run.log.write(iteration, {f"evaluate/{k}": v for k, v in scores._asdict().items()})
+    with run.phase("evaluate", unit="samples") as bar:
+        scores, rollout = run.machines.evaluate(state.params, partial(counter, bar))
+    figures = {f"evaluate/{k}": v for k, v in scores._asdict().items()}
+    run.log.write(iteration, figures)
+    run.console.evaluation(iteration, figures)
+    keep_transcripts(run, "held_out", iteration, held_out_transcripts, rollout)
+
+
+def counter(bar: Bar, total: int) -> Callable[[Completion], None]:
+    """Moves a bar on at each of so many completions."""
+    bar.begin_at(0, total)
+    return lambda completion: bar.advance(tokens=len(completion.tokens_T))
+
+
+def keep_transcripts(
+    run: Run,
+    kind: str,
+    iteration: int,
+    of: Callable[[Rollout, int], list[dict[str, Any]]],
+    rollout: Rollout,
+) -> None:
+    """Some samples of a rollout, in a file of their own."""
     if runtime.is_main():
-        shown = transcripts(rollout, run.config.metrics.transcripts)
-        write_transcripts(run.folder, iteration, shown)
+        path = run.folder / "transcripts" / f"{kind}_{iteration:06d}.jsonl"
+        write_transcripts(path, of(rollout, run.config.metrics.transcripts))
 
 
 def save(run: Run, state: TrainState, done: int, position: int) -> None:
     """Start saving the state after ``done`` iterations; the log is safe before the checkpoint."""
-    with run.clock("save"):
+    with run.phase("save"):
         run.log.flush()
         meta = {
             "iteration": done,
@@ -155,6 +222,14 @@ def save(run: Run, state: TrainState, done: int, position: int) -> None:
             "config": run.config.text(),
         }
         run.checkpoints.save(done, state, meta)
+
+
+def settle(run: Run, done: int) -> None:
+    """Wait for the last save; its time and that of the last evaluation are in the last line."""
+    with run.phase("save"):
+        run.checkpoints.wait()
+    laps = run.clock.lap()
+    run.log.write(done, {k: v for k, v in laps.items() if k != "seconds/iteration"})
 
 
 def finish(run: Run, state: TrainState, console: Console) -> None:
@@ -167,7 +242,11 @@ def finish(run: Run, state: TrainState, console: Console) -> None:
 
 
 def _conclude(run: Run, console: Console) -> None:
-    folder, name = run.folder, run.config.name
+    folder = run.folder
+    if idle := without_signal(folder):
+        console.note(
+            f"{idle} of {run.config.train.iterations} iterations had no group to learn from"
+        )
     dynamics({folder.name: read_metrics(folder / "metrics.jsonl")}, folder / "dynamics.png")
     paths = {
         "model (Hugging Face)": folder / "model",
@@ -180,5 +259,5 @@ def _conclude(run: Run, console: Console) -> None:
     console.final(
         *before_and_after(folder),
         {label: str(path) for label, path in paths.items()},
-        f"python -m aspo_jax.train --config {name} --set Objective.name=dapo",
+        next_command(run.config),
     )

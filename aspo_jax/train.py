@@ -32,8 +32,10 @@ from aspo_jax.steps import (
     evaluate,
     finish,
     restore_or_init,
+    resumed,
     roll_out,
     save,
+    settle,
     speeds,
     update,
 )
@@ -52,8 +54,10 @@ def _run(argv: Sequence[str]) -> int:
     runtime.join(here.coordinator, here.num_processes, here.process_id)
     agree = None if runtime.is_alone() else runtime.any_of
     sizes = check_inputs(config)
-    with lock_folder(config), StopRequest(agree) as stop:
-        return train(config, Console(is_quiet=not runtime.is_main()), stop, sizes)
+    console = Console(is_quiet=not runtime.is_main())
+    compilations = runtime.compilations(console.compiling, console.compiled)
+    with lock_folder(config), console, compilations, StopRequest(agree) as stop:
+        return train(config, console, stop, sizes)
 
 
 def train(
@@ -77,13 +81,19 @@ def train(
     console.note(f"attention: {attention.name} ({attention.reason})")
 
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
-    with m.scorer, checkpoints, console.phase("training", config.train.iterations) as bar:
+    with (
+        m.scorer,
+        checkpoints,
+        console.phase("training", config.train.iterations, "iterations") as bar,
+    ):
         state, done = restore_or_init(checkpoints, m)
-        bar.advance(done)
+        bar.begin_at(done)
         log = Silent()
         if runtime.is_main():
             log = Log(folder, done, config.metrics.tensorboard, on_row=console.iteration)
-        run = Run(config, m, folder, checkpoints, log, Clock())
+        run = Run(config, m, folder, checkpoints, log, Clock(), console)
+        if done:
+            console.note(resumed(run, done))
         position = m.prompts.state()
         try:
             for i in range(done, config.train.iterations):
@@ -96,11 +106,13 @@ def train(
                 done, position = i + 1, m.prompts.state()
                 laps = run.clock.lap()
                 log.write(i, figures | report | laps | speeds(config, figures, laps))
+                log.end_row()
                 bar.advance()
                 if done % config.checkpoint.every == 0 or done == config.train.iterations:
                     save(run, state, done, position)
             with stop.interruptible():
                 evaluate(run, state, done)
+            settle(run, done)
         except (Interrupted, SamplingError) as reason:
             save(run, state, done, position)
             runtime.on_main(checkpoints.wait)

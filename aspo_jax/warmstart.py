@@ -104,17 +104,18 @@ def _train(config: Config, mesh: Mesh, target_folder: Path, console: Console) ->
     )
     shape = BatchShape(1, 1, w.batch_size, config.train.row_tokens, config.train.pack)
     state = learner.init(policy.model.init(jax.random.key(config.run.seed)))
-    with open_scorer(config) as scorer, console.phase("warm start", w.max_steps, "steps") as bar:
+    progress = console.phase("warm start", w.max_steps, "steps", is_cap=True)
+    with open_scorer(config) as scorer, progress as bar:
         sampler = build_sampler(config, policy, mesh)
         evaluate = build_evaluate(config, policy, sampler, scorer, mesh)
-        average = 0.0
+        average, k = 0.0, config.evaluate.samples
         for step in range(1, w.max_steps + 1):
             batch = _demonstrations(policy, spec, config.run.seed, step, shape)
             state, _ = learner.step(state, learner.place(batch))
             bar.advance()
             if step % w.eval_every == 0:
                 average = evaluate(state.params)[0].avg
-                bar.advance(0, held_out_avg=average)
+                bar.advance(0, figures=f"held-out avg@{k} {average:.3f} of {w.target}")
                 if average >= w.target:
                     break
     if average < w.target:

@@ -7,7 +7,7 @@ import json
 import matplotlib.image
 import pytest
 
-from aspo_jax.figures import PANELS, dynamics
+from aspo_jax.figures import PANELS, dynamics, samples_shown
 from aspo_jax.metrics import METRICS
 from aspo_jax.plot import main
 
@@ -48,9 +48,33 @@ def _run(folder, name):
 
 def test_plot_command(tmp_path, capsys):
     runs = [_run(tmp_path, "aspo"), _run(tmp_path, "dapo")]
-    out = str(tmp_path / "comparison.png")
-    assert main([*runs, "--out", out, "--labels", "one,two"]) == 0
-    assert capsys.readouterr().out == f"{out}\n"
+    out = str(tmp_path / "both.png")
+    for _ in range(2):  # asked for by name: written over
+        assert main([*runs, "--out", out, "--labels", "one,two"]) == 0
+        assert capsys.readouterr().out == f"{out}\n"
+
+
+def test_a_picture_is_not_written_over_unasked(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = _run(tmp_path, "aspo")
+    for name in ("comparison.png", "comparison_2.png", "comparison_3.png"):
+        assert main([run]) == 0
+        assert capsys.readouterr().out == f"{name}\n"
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.png")}
+    assert main([run]) == 0
+    assert all(path.stat().st_mtime_ns == before[path] for path in before)
+
+
+def test_shares_and_rewards_have_panels_of_their_own():
+    for panel in PANELS:
+        units = {METRICS[curve.metric].unit.partition(" ")[0] for curve in panel.curves}
+        assert len(units) == 1, panel.title
+
+
+@pytest.mark.parametrize(("k", "shown"), [((), "k"), ((16, 16), "16"), ((16, 4), "4|16")])
+def test_the_legend_says_k(k, shown):
+    runs = {str(i): [{"iteration": 0, "evaluate/samples": float(n)}] for i, n in enumerate(k)}
+    assert samples_shown(runs) == shown
 
 
 def test_plot_command_explains_mistakes(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The log: late, strict about names, and whole after a crash."""
+"""The log: a line per iteration, strict about names, and whole after a crash."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from aspo_jax.metrics import METRICS, Log, MetricsError, metrics_page, profile, read_metrics
+from aspo_jax.structs import Histogram, Max, Mean
 
 A, B = "rollout/reward_mean", "update/clip_share"
 DOCS = Path(__file__).parents[1] / "docs" / "metrics.md"
@@ -25,16 +26,19 @@ def test_every_metric_is_defined_and_on_the_page():
         assert info.definition and f"| `{name}` |" in page
 
 
-def test_values_are_fetched_one_iteration_late(tmp_path):
+def test_a_line_is_written_when_it_is_whole(tmp_path):
     log = Log(tmp_path, tensorboard=False)
     path = tmp_path / "metrics.jsonl"
     log.write(0, {A: jnp.float32(0.5)})
     assert read_metrics(path) == [] and log.latest == {}
     log.write(0, {B: 0.25})
     assert read_metrics(path) == []
-    log.write(1, {A: 0.75})
+    log.end_row()
     assert read_metrics(path) == [{"iteration": 0, A: 0.5, B: 0.25}]
     assert log.latest == {A: 0.5, B: 0.25}
+    with pytest.raises(ValueError, match="iteration 0 after iteration 1"):
+        log.write(0, {A: 1.0})
+    log.write(1, {A: 0.75})
     log.flush()
     assert log.latest == {A: 0.75}
     log.close()
@@ -63,6 +67,17 @@ def test_not_finite_is_null(tmp_path):
     log.close()
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"iteration": 0, A: None, B: None}]
     assert math.isnan(log.latest[A])
+
+
+def test_a_metric_that_counted_nothing_is_absent_and_a_broken_one_null(tmp_path):
+    zero, weight = jnp.zeros(()), "update/weight_positive"
+    nothing = {A: Mean(zero, zero), B: Max(-jnp.inf + zero), weight: Histogram(jnp.zeros(401))}
+    log = Log(tmp_path)
+    log.write(0, nothing)
+    log.write(1, nothing | {"update/entropy": Mean(zero * jnp.nan, zero + 3)})
+    log.close()
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert rows == [{"iteration": 0}, {"iteration": 1, "update/entropy": None}]
 
 
 def test_resume_drops_what_will_be_written_again(tmp_path):

@@ -21,9 +21,10 @@ from aspo_jax.rollout import (
     check_failures,
     draw,
     fill,
+    held_out_transcripts,
     judge,
     submitter,
-    transcripts,
+    training_transcripts,
 )
 from aspo_jax.sampler import LENGTH, STOP, TRAIN, Completion
 from aspo_jax.structs import Prompt, Rows
@@ -243,7 +244,15 @@ def test_nothing_to_learn_from_is_empty_minibatches():
     rollout = rollout_of([[RIGHT, RIGHT], [WRONG, WRONG]])
     parts, figures = assemble(rollout, group_zscore(), shape_of(rollout, 2))
     assert [int(part.count) for part in parts] == [0, 0]
-    assert figures["rollout/packing_waste"] == 0
+    assert "rollout/packing_waste" not in figures  # no row, no waste
+    assert figures["rollout/valid_groups"] == 0 and figures["rollout/train_tokens"] == 0
+
+
+def test_without_a_valid_sample_there_is_no_mean_reward():
+    rollout = rollout_of([[FAILED, FAILED]])
+    _, figures = assemble(rollout, group_zscore(), shape_of(rollout, 1))
+    assert "rollout/reward_mean" not in figures
+    assert not any(math.isnan(x) for x in figures.values())
 
 
 def test_samples_whose_grader_failed_are_masked():
@@ -293,11 +302,34 @@ def test_figures_by_hand():
     assert all(type(x) is float for x in figures.values())
 
 
-def test_transcripts_show_one_answer_per_prompt():
+def test_transcripts_say_what_was_asked_for_answered_and_expected():
     rollout = rollout_of([[WRONG, RIGHT], [RIGHT, WRONG], [FAILED, RIGHT]])
-    shown = transcripts(rollout, 2)
+    shown = held_out_transcripts(rollout, 2)
+    assert shown[0] == {
+        "id": "p0",
+        "draw": 100,
+        "sample": 0,
+        "prompt": "q",
+        "response": "a",
+        "answer": {"n": 0},
+        "reward": 0.0,
+        "reason": "mismatch",
+        "tokens": 1,
+        "ending": LENGTH,
+    }
+    assert [(s["id"], s["response"], s["ending"]) for s in shown[1:]] == [("p1", "abc", STOP)]
+    assert len(held_out_transcripts(rollout, 9)) == 3 and held_out_transcripts(rollout, 0) == []
+
+
+def test_transcripts_of_training_show_the_best_and_the_worst_of_a_prompt():
+    rollout = rollout_of([[WRONG, WRONG, RIGHT], [RIGHT, RIGHT, RIGHT], [RIGHT, WRONG, FAILED]])
+    shown = [(s["id"], s["sample"], s["reason"]) for s in training_transcripts(rollout, 9)]
     assert shown == [
-        {"prompt": "q", "response": "a", "reward": 0.0, "reason": "mismatch"},
-        {"prompt": "qq", "response": "abc", "reward": 1.0, "reason": "match"},
+        ("p0", 2, "match"),
+        ("p0", 0, "mismatch"),
+        ("p1", 0, "match"),
+        ("p2", 0, "match"),
+        ("p2", 1, "mismatch"),
     ]
-    assert len(transcripts(rollout, 9)) == 3 and transcripts(rollout, 0) == []
+    assert training_transcripts(rollout, 9)[:3] == training_transcripts(rollout, 3)
+    assert training_transcripts(rollout, 0) == []

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from aspo_jax import runtime
-from aspo_jax.runtime import EXACT_BFLOAT16, MeshError, make_mesh
+from aspo_jax.runtime import EXACT_BFLOAT16, MeshError, compilations, make_mesh
 
 CACHE_SETTINGS = (
     "jax_compilation_cache_dir",
@@ -96,3 +98,26 @@ def test_compiled_programs_are_kept_where_the_config_says(fresh, tmp_path):
 
 def test_peak_memory_is_in_gib():
     assert 0.05 < runtime.peak_memory_gib() < 100
+
+
+def test_compilations_are_heard_when_they_begin_and_when_they_end():
+    heard: list[tuple[Any, ...]] = []
+
+    def strange_name(x):
+        return x * 3 + 1
+
+    def began(program: str) -> None:
+        heard.append(("began", program))
+
+    def ended(program: str, seconds: float) -> None:
+        heard.append(("ended", program))
+        assert seconds >= 0
+
+    with compilations(began, ended):
+        jax.jit(strange_name)(jnp.ones(7))
+    jax.jit(lambda x: x * 5 + 2)(jnp.ones(9))
+    assert [h for h in heard if h[1] == "strange_name"] == [
+        ("began", "strange_name"),
+        ("ended", "strange_name"),
+    ]
+    assert heard[-1] == ("ended", "strange_name")

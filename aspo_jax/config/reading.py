@@ -1,6 +1,7 @@
 """From files and flags to a checked Config."""
 
 import argparse
+import dataclasses
 import os
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -96,7 +97,8 @@ def read(flags: argparse.Namespace, factories: Factories) -> Config:
     if flags.print_config:
         print(config.text(), end="")
         raise SystemExit(0)
-    return config
+    source = "" if flags.config == DEFAULT else flags.config
+    return dataclasses.replace(config, source=source, settings=tuple(flags.set))
 
 
 def parse_config(text: str, factories: Factories, name: str = "text") -> Config:

@@ -2,8 +2,12 @@
 
 import dataclasses
 import re
+import shlex
+import shutil
+import sys
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import annotated_types
@@ -292,7 +296,11 @@ SECTIONS: dict[str, type[Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All settings of a run. ``name`` is the config file's stem, not part of its identity."""
+    """All settings of a run.
+
+    Not part of its identity: ``name``, the config file's stem; ``source``, how the command line
+    named that file ("": the default's); ``settings``, its ``--set``.
+    """
 
     run: Run
     data: Data
@@ -310,12 +318,21 @@ class Config:
     runtime: Runtime
     factories: Mapping[str, Mapping[str, Any]]  # factory -> the keyword arguments that were set
     name: str = dataclasses.field(compare=False)
+    source: str = dataclasses.field(default="", compare=False)
+    settings: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
     @property
     def run_folder(self) -> str:
         """Where the run is kept."""
         default = f"runs/{self.name}-{self.objective.name}-seed{self.run.seed}"
         return self.run.folder or default
+
+    def command(self, module: str, *settings: str) -> str:
+        """The shell command that runs ``aspo_jax.MODULE`` with this config and more settings."""
+        replaced = {setting.partition("=")[0] for setting in settings}
+        kept = [s for s in self.settings if s.partition("=")[0].strip() not in replaced]
+        named = ["--config", self.source] if self.source else []
+        return command(module, *named, *(w for s in (*kept, *settings) for w in ("--set", s)))
 
     def bindings(self) -> dict[str, Any]:
         """Every setting by its gin name, in a fixed order."""
@@ -420,6 +437,16 @@ class Config:
             f"new Qwen2: width {m.hidden_size}, {m.layers} layers, {m.heads}/{m.kv_heads} heads,"
             f" SwiGLU {m.intermediate_size}, warm-started to avg@k {self.warm_start.target}"
         )
+
+
+def command(module: str, *words: str) -> str:
+    """The shell command that runs ``aspo_jax.MODULE`` with the interpreter of this process."""
+    here = python = Path(sys.executable)
+    if shutil.which("python") == sys.executable:
+        python = Path("python")
+    elif here.is_relative_to(Path.cwd()):
+        python = here.relative_to(Path.cwd())
+    return shlex.join([str(python), "-m", f"aspo_jax.{module}", *words])
 
 
 def attribute(name: str) -> str:

@@ -4,7 +4,7 @@
 
 It runs in the killable workers like every other grader and may be as slow, or as wrong, as it
 likes. An exception, or a value that is no reward, is a ``crash``: tried again once, then masked. A
-number above 0 counts as a right answer in the metrics; return a `Verdict` to say more.
+number from 1 on counts as a right answer in the metrics; return a `Verdict` to say more.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def grade(submission: Submission, function: Function) -> Verdict:
     reward = float(said)
     if not math.isfinite(reward):
         raise ValueError(f"{_name(function)} returned {reward}, expected a finite number")
-    return Verdict(reward, "match" if reward > 0 else "mismatch")
+    return Verdict(reward, "match" if reward >= 1 else "mismatch")
 
 
 def _name(function: Function) -> str:

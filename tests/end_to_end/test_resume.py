@@ -85,6 +85,7 @@ def test_stopped_by_signals(runs, assert_same_run, tmp_path):
     assert "stopped after 1 iterations, saved; the same command goes on" in out
     assert "SIGINT: saving, then stopping" in err and "Traceback" not in err
     out, err = stopped("aspo_jax.train:update:2:SIGTERM", EXIT_SAVED)  # an update is finished
+    assert f"going on after 1 of {ITERATIONS} iterations (checkpoint of 20" in out
     assert "stopped after 3 iterations, saved" in out
     assert "SIGTERM: saving, then stopping" in err and "Traceback" not in err
     stopped("aspo_jax.train:save:1:SIGTERM+SIGTERM", 128 + signal.SIGTERM)  # the second: at once

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 
 import jax
@@ -12,7 +13,9 @@ import pytest
 from toy import bits
 from trainer_runs import ITERATIONS, TRAIN, finish, last_checkpoint, launch, metrics
 
+from aspo_jax import check
 from aspo_jax.checkpoint import lock_run
+from aspo_jax.metrics import read_metrics
 from aspo_jax.model import load_params
 
 
@@ -61,8 +64,15 @@ def test_finished_run_says_where_everything_is(finished):
     assert not finished.err
     for name in ("model", "checkpoints", "metrics.jsonl", "dynamics.png", "transcripts"):
         assert (finished.folder / name).exists()
-        assert f"value={finished.folder / name}" in finished.out
-    assert "result=evaluate/avg before=" in finished.out
+        assert f" {finished.folder / name}\n" in finished.out
+    # A score is shown when it is known: before the iteration that comes after it.
+    begun = [line for line in finished.out.splitlines() if f" 0/{ITERATIONS} " in line]
+    assert ["held out   avg@4" in line for line in begun] == [True, False]
+    assert "Held-out result" in finished.out
+    assert {path.name for path in (finished.folder / "transcripts").iterdir()} == {
+        *(f"train_{i:06d}.jsonl" for i in range(ITERATIONS)),
+        *(f"held_out_{i:06d}.jsonl" for i in range(0, ITERATIONS + 1, 2)),
+    }
     assert (finished.folder / "dynamics.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -112,13 +122,48 @@ def test_own_model_and_own_prompts(runs, finished, tmp_path):
     out, _ = runs.run(folder, *flags)
     assert "warm start" not in out and not (folder / "initial_model").exists()
     assert [row["iteration"] for row in metrics(folder)] == [0, 1, 2]
-    shown = (folder / "transcripts" / "iteration_000000.jsonl").read_text()
+    shown = (folder / "transcripts" / "held_out_000000.jsonl").read_text()
     assert [row["prompt"] in shown for row in rows] == [True] * 3
 
     rows[1]["kind"] = "exakt"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     _, err = runs.run(folder, *flags, expect=2)
     assert f"error: {data}:2: found kind 'exakt', expected one of" in err
+
+
+def test_nothing_to_learn_from_is_said_and_a_dense_reward_is_a_mean(
+    runs, finished, tmp_path, monkeypatch
+):
+    """Every sample earns 0.05: no group has a signal, and none of the samples is right."""
+    (tmp_path / "thin.py").write_text("def reward(prompt, completion, answer):\n    return 0.05\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    data, folder = tmp_path / "rows.jsonl", tmp_path / "run"
+    data.write_text('{"prompt": "1 2:3", "answer": "3", "kind": "custom"}\n')
+    flags = (
+        f"Model.path='{finished.folder / 'model'}'",
+        "Data.kind='jsonl'",
+        f"Data.train_path='{data}'",
+        f"Data.eval_path='{data}'",
+        "Reward.function='thin:reward'",
+        "Train.iterations=2",
+    )
+    out, _ = runs.run(folder, *flags)
+    assert out.count("no group had both right and wrong answers (all right: 0 groups") == 2
+    assert "2 of 2 iterations had no group to learn from" in out
+    assert "held out   reward 0.050   avg@4 0.000" in out
+    assert not re.search(r"\b(nan|inf)\b", out)
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert all(value is not None for row in rows for value in row.values())
+    assert rows[0]["update/skipped_empty"] == 1 and "update/learning_rate" not in rows[0]
+    assert {"seconds/save", "seconds/evaluate"} <= rows[-1].keys()
+
+
+def test_the_run_folder_can_be_checked(finished, capsys):
+    assert check.main([str(finished.folder), "--prompts", "2"]) == 0
+    assert "sampler and trainer agree" in capsys.readouterr().out
+    assert check.main([str(finished.folder), "--set", "Run.seed=1"]) == 2
+    assert check.main([str(finished.folder / "model")]) == 2
+    assert "not a run; expected a run folder (with config.gin)" in capsys.readouterr().err
 
 
 def test_a_sampler_that_disagrees_stops_the_run_and_loses_nothing(runs, finished, tmp_path):

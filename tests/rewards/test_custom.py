@@ -40,6 +40,8 @@ MODULE = """
         return Verdict(0.25, "mismatch") if completion == "verdict" else 0.5
 
     def two(prompt, completion): return 0.0
+
+    def constant(prompt, completion, answer): return answer
 """
 
 
@@ -47,6 +49,14 @@ MODULE = """
 def module(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(textwrap.dedent(MODULE))
     monkeypatch.chdir(tmp_path)
+
+
+def test_numbers_from_one_on_are_right(module):
+    with build_scorer(1, Rules(function="my_rewards:constant"), ("custom",)) as scorer:
+        answers = [-1.0, 0, 0.05, 0.999, 1, 1.5]
+        verdicts = scorer.score([say("", answer=answer) for answer in answers])
+    assert [v.reward for v in verdicts] == answers
+    assert [v.reason for v in verdicts] == ["mismatch"] * 4 + ["match"] * 2
 
 
 def say(text, kind="custom", answer: object = 2):
@@ -75,7 +85,7 @@ def test_whatever_it_does_is_a_verdict(module, monkeypatch):
     with Scorer(2, Rules(timeout_s=1.0, function="my_rewards:judge"), ("custom",)) as scorer:
         verdicts = dict(zip(texts, scorer.score([say(t) for t in texts]), strict=True))
         (environment,) = scorer.score([say("environment")])
-    fine, crash = Verdict(0.5, "match"), Verdict(0.0, "crash", is_valid=False)
+    fine, crash = Verdict(0.5, "mismatch"), Verdict(0.0, "crash", is_valid=False)
     assert verdicts["fine"] == verdicts["flood"] == fine
     assert verdicts["hang"] == Verdict(0.0, "timeout")
     assert verdicts["verdict"] == Verdict(0.25, "mismatch")
@@ -91,7 +101,7 @@ def test_whatever_it_does_is_a_verdict(module, monkeypatch):
         ("my_rewards", "expected 'package.module:function'"),
         ("my_rewards:", "expected 'package.module:function'"),
         ("my_reward:length", "cannot import my_reward .*No module named.*PYTHONPATH"),
-        ("my_rewards:lenght", "has no function 'lenght'; it has judge, length, two"),
+        ("my_rewards:lenght", "has no function 'lenght'; it has constant, judge, length, two"),
         ("my_rewards:not_a_function", "has no function 'not_a_function'"),
         ("my_rewards:two", r"cannot be called with \(prompt, completion, answer\)"),
     ],
@@ -149,7 +159,7 @@ def test_it_judges_while_nobody_waits(module):
             end = time.monotonic() + 20
             while not grading._round.verdicts and time.monotonic() < end:
                 time.sleep(0.01)
-            assert grading._round.verdicts == {0: Verdict(0.5, "match")}
+            assert grading._round.verdicts == {0: Verdict(0.5, "mismatch")}
             assert len(grading.results()) == 1
 
 
@@ -163,7 +173,7 @@ def test_leaving_early_gives_up_and_the_next_round_is_clean(module):
             raise KeyboardInterrupt
         assert time.monotonic() - start < 10
         assert not any(thread.name == "grading" for thread in threading.enumerate())
-        assert scorer.score([say("fine")]) == [Verdict(0.5, "match")]
+        assert scorer.score([say("fine")]) == [Verdict(0.5, "mismatch")]
 
 
 def test_a_worker_that_cannot_start_is_told_to_who_waits():
