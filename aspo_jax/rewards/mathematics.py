@@ -84,8 +84,8 @@ def compare_cheaply(gold: str, given: str) -> bool | None:
     a, b = number(gold), number(given)
     if a is not None and b is not None:
         return are_equal_numbers(a, b)
-    if _is_choice(gold) and _is_choice(given):
-        return _choice(gold) == _choice(given)
+    if (wanted := _choice(gold)) is not None and (chosen := _chosen(given)) is not None:
+        return wanted == chosen
     return None
 
 
@@ -99,16 +99,20 @@ def _compare_bases(gold: str, given: str) -> bool | None:
     return None
 
 
-_CHOICE = re.compile(r"[(\[]?([A-Ja-j])[)\].:]?(?![a-zA-Z0-9])")
+_CHOICE = re.compile(r"[(\[]?([A-Ja-j])[)\].:]?")
+_CHOICE_WITH_TEXT = re.compile(r"(?:\(([A-J])\)|([A-J])[).:])\s?\S.*", re.DOTALL)
 
 
-def _is_choice(text: str) -> bool:
-    return _CHOICE.fullmatch(unwrap(clean(text))) is not None
-
-
-def _choice(text: str) -> str:
+def _choice(text: str) -> str | None:
+    """The letter of an answer that is a letter, as of multiple choice."""
     found = _CHOICE.fullmatch(unwrap(clean(text)))
-    return found[1].upper() if found else ""
+    return found[1].upper() if found else None
+
+
+def _chosen(text: str) -> str | None:
+    """`_choice`, also of a letter with the text that it stands for, as '(B) 12'."""
+    found = _CHOICE_WITH_TEXT.fullmatch(unwrap(clean(text)))
+    return (found[1] or found[2]) if found else _choice(text)
 
 
 # --- semantic, in the child -----------------------------------------------------------------------
@@ -174,6 +178,7 @@ def _means(gold: str, given: str) -> bool:
 
 def are_equal(gold: str, given: str) -> bool:
     """Whether two answers mean the same. May take any time: call it in a child."""
+    gold, given = _only_element(gold), _only_element(given)
     said = compare_cheaply(gold, given)
     if said is not None:
         return said
@@ -184,7 +189,49 @@ def are_equal(gold: str, given: str) -> bool:
         if _fits(a[0], b[0]):
             return all(map(are_equal, a[1], b[1]))
         return False
-    return _equal_to_math_verify(gold, given)
+    return _equal_to_math_verify(gold, given) or _equal_as_solutions(gold, given)
+
+
+def _only_element(text: str) -> str:
+    """A set of one element is that element."""
+    parts = split(text)
+    return parts[1][0] if parts is not None and parts[0] == "{" and len(parts[1]) == 1 else text
+
+
+_RELATION = re.compile(r"(\\le(?![a-zA-Z])|\\ge(?![a-zA-Z])|[<>])")
+_OR = re.compile(r"\\(?:text|mbox|mathrm)\s?\{\s?or\s?\}|\bor\b|\\(?:lor|vee)(?![a-zA-Z])")
+_NAME = re.compile(r"\\?[a-zA-Z]+")
+
+
+def _solutions(text: str) -> tuple[str, str] | None:
+    """The variable of inequalities such as 'x < -2 or 3 > x > 1' and the intervals they allow."""
+    found = [_interval(part) for part in _OR.split(clean(text))]
+    names = {name for name, _ in filter(None, found)}
+    if None in found or len(names) != 1:
+        return None
+    return names.pop(), r" \cup ".join(interval for _, interval in filter(None, found))
+
+
+def _interval(text: str) -> tuple[str, str] | None:
+    sides = [side.strip() for side in _RELATION.split(text)]
+    if len(sides) in (3, 5) and all(sign in (">", r"\ge") for sign in sides[1::2]):
+        sides = [{">": "<", r"\ge": r"\le"}.get(side, side) for side in reversed(sides)]
+    if not all(sides) or not all(sign in ("<", r"\le") for sign in sides[1::2]):
+        return None
+    if len(sides) == 3:
+        sides = [r"-\infty", "<", *sides] if _NAME.fullmatch(sides[0]) else [*sides, "<", r"\infty"]
+    if len(sides) != 5 or not _NAME.fullmatch(sides[2]):
+        return None
+    low, first, name, second, high = sides
+    return name, f"{'(' if first == '<' else '['}{low},{high}{')' if second == '<' else ']'}"
+
+
+def _equal_as_solutions(gold: str, given: str) -> bool:
+    """Inequalities compared by the sets that they describe."""
+    a, b = _solutions(gold), _solutions(given)
+    if (a is None and b is None) or (a is not None and b is not None and a[0] != b[0]):
+        return False
+    return _equal_to_math_verify(a[1] if a else gold, b[1] if b else given)
 
 
 def _fits(gold: str, given: str) -> bool:
