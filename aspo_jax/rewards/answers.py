@@ -25,7 +25,7 @@ _LONGEST = 400_000  # characters of a response that are searched, its end
 _TAIL = 20_000  # characters that are searched for an answer without a box, a tag or hashes
 
 _BRACES = re.compile(r"\\{1,2}(?:boxed|fbox)(?![a-zA-Z])|\\.|[{}]", re.DOTALL)
-_UNBRACED = re.compile(r"(?:\\[a-zA-Z]+|[^\s$\\])[^\s$]*")
+_UNBRACED = re.compile(r"(?:\\[a-zA-Z]{1,20}|[^\s$\\])[^\s$\\]{0,200}")
 _GAP = 80  # characters between two boxes of one answer
 _BETWEEN_BOXES = re.compile(
     r"(?P<part>\(?(?:[a-h]|[ivx]{1,4}|\d)\)|[,;&]|\b(?:and|or)\b"
@@ -56,7 +56,7 @@ _CONNECTOR = re.compile(r"\b(?:is|are|be|equals|equal to|get|gives|obtain)\b|[:=
 _WORD = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{3,}")
 _LATEX = re.compile(r"\\[a-zA-Z]+\s*|\{[^{}]*\}")
 _LINK = re.compile(r"and|or|percent|pct|sqrt|pi|sin|cos|tan|log|ln")
-_WORDS = re.compile(r"[A-Za-z]{2,}")
+_WORDS = re.compile(r"(?<![^\s(])[A-Za-z]{2,}(?=[\s.,;:!?)]|$)")
 _LABEL = re.compile(r"[A-Z][a-z]{0,9}:\s+")
 _WRAPPER = re.compile(r"\\(?:text|mbox|textbf|mathrm)\b|[{}]")
 _VARIABLE = re.compile(r"\s*\\?[a-zA-Z]+(?:_(?:\w|\{\w{1,9}\}))?\s*")
@@ -86,22 +86,30 @@ def conclusion(text: str) -> str:
 # --- boxes ----------------------------------------------------------------------------------------
 
 
-def _boxes(text: str) -> list[Span]:
-    """All boxes in the order of their starts; an unclosed box has content ''."""
-    boxes: list[Span] = []
+class _Box(NamedTuple):
+    """Places in a text: of a box, and of what is in it (nothing, where it was never closed)."""
+
+    start: int
+    end: int
+    inner: slice
+
+
+def _boxes(text: str) -> list[_Box]:
+    """All boxes in the order of their starts."""
+    boxes: list[_Box] = []
     opened: list[int | None] = []  # the box that a brace opened, by its place in `boxes`
-    after_command = -1
+    brace = -1  # of the last command
     for found in _BRACES.finditer(text):
         if found[0].endswith(("boxed", "fbox")):
-            after_command = _skip_spaces(text, found.end())
-            boxes.append(Span(found.start(), after_command, ""))
-            if after_command < len(text) and text[after_command] != "{":
-                boxes[-1] = _unbraced(text, boxes[-1])
+            brace = _skip_spaces(text, found.end())
+            inner = None if text.startswith("{", brace) else _UNBRACED.match(text, brace)
+            end = inner.end() if inner else brace
+            boxes.append(_Box(found.start(), end, slice(brace, end)))
         elif found[0] == "{":
-            opened.append(len(boxes) - 1 if found.start() == after_command else None)
-        elif found[0] == "}" and opened and (box := opened.pop()) is not None:
-            start, inner, _ = boxes[box]
-            boxes[box] = Span(start, found.end(), text[inner + 1 : found.start()])
+            opened.append(len(boxes) - 1 if found.start() == brace else None)
+        elif found[0] == "}" and opened and (number := opened.pop()) is not None:
+            start, before, _ = boxes[number]
+            boxes[number] = _Box(start, found.end(), slice(before + 1, found.start()))
     return boxes
 
 
@@ -109,12 +117,6 @@ def _skip_spaces(text: str, place: int) -> int:
     while place < len(text) and text[place].isspace():
         place += 1
     return place
-
-
-def _unbraced(text: str, box: Span) -> Span:
-    r"""The box of ``\boxed 5``."""
-    found = _UNBRACED.match(text, box.end)
-    return Span(box.start, found.end(), found[0]) if found else box
 
 
 def _are_parts(text: str, start: int, end: int) -> bool:
@@ -139,21 +141,14 @@ def last_box(text: str) -> str | None:
     boxes = _boxes(text)
     if not boxes:
         return None
-    start, _, content = boxes.pop()
-    contents = {content: None}  # the last first, each once
-    while boxes and content:
-        before, before_end, content = boxes.pop()
-        if not content or not _are_parts(text, before_end, start):
+    start, _, inner = boxes.pop()
+    contents = {text[inner]: None}  # the last first, each once
+    while boxes and _are_parts(text, boxes[-1].end, start):
+        start, _, inner = boxes.pop()
+        if not text[inner]:
             break
-        contents.setdefault(content)
-        start = before
+        contents.setdefault(text[inner])
     return ", ".join(reversed(contents)).strip()
-
-
-def _boxed(text: str) -> str | None:
-    """`last_box`; of a box with a sentence in it, the answer of that sentence."""
-    said = last_box(text)
-    return (_phrased(said) or said) if said and "nswer" in said else said
 
 
 # --- formulas and numbers -------------------------------------------------------------------------

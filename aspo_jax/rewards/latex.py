@@ -94,7 +94,6 @@ _TIME = re.compile(r"(\d{1,2}:\d\d)([ap])\.?m\.?", re.IGNORECASE)
 _MIXED = re.compile(r"(?<![\d.}])(\d+)(?:\s*\\frac\{(\d+)\}\{(\d+)\}|\s+(\d+)\s*/\s*(\d+))")
 _REPEATING = re.compile(r"(\d*)\.(\d*)\\overline\s*\{(\d+)\}")
 _NAMED_BY_LETTERS = re.compile(r"\\(?:overline|angle|triangle)\s*\{?\s*([A-Z]{2,3})\s*\}?")
-_TRAILING = re.compile(r"(?:[\s.,;:]|\\\\)+$")
 
 
 def clean(text: str) -> str:
@@ -112,7 +111,20 @@ def clean(text: str) -> str:
     text = _SHORT_FRACTION.sub(r"\\\1{\2}", text)
     text = _SHORT_DENOMINATOR.sub(r"\1{\2}", text)
     text = _SHORT_ROOT.sub(lambda m: rf"\sqrt{m[1] or ''}{{{m[2]}}}", text)
-    return _TRAILING.sub("", text).strip()
+    return _without_stops(text).strip()
+
+
+def _without_stops(text: str) -> str:
+    """Without white space, stops and row ends at its end."""
+    end = len(text)
+    while end:
+        if end > 1 and text.startswith("\\\\", end - 2, end):
+            end -= 2
+        elif text[end - 1] in ".,;:" or text[end - 1].isspace():
+            end -= 1
+        else:
+            break
+    return text[:end]
 
 
 def without_units(text: str) -> str:
@@ -129,7 +141,7 @@ def unwrap(text: str) -> str:
             break
     text = _NAMED_BY_LETTERS.sub(r"\1", _DEGREES.sub("", text))
     text = re.sub(r"\s+", " ", text).strip()
-    return _TRAILING.sub("", without_units(text)).strip()
+    return _without_stops(without_units(text)).strip()
 
 
 def plain_thousands(text: str) -> str:

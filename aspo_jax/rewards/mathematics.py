@@ -11,6 +11,7 @@ Gold answers: a string, a number, or a list of those, any of which will do.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import re
 from collections.abc import Sequence
@@ -33,12 +34,46 @@ from aspo_jax.rewards.verdict import Verdict
 _LONGEST = 1500  # characters of an answer, beyond four times the gold's
 
 
-def read_golds(answer: Any) -> list[str]:
-    """The gold answers as strings; empty if there is none that can be used."""
+_MOST_DIGITS = 4000  # of a whole number; Python turns no longer ones into text
+
+
+def find_problem(answer: Any) -> str | None:
+    """What is wrong with a gold answer; None if it can be used.
+
+    The law: a gold answer must match itself in a box. A word does; an empty text, braces that do
+    not balance or a thinking tag do not, and no response could ever match them.
+    """
     listed = answer if isinstance(answer, list) else [answer]
-    usable = (str, int, float)
-    golds = [_gold(a) for a in listed if isinstance(a, usable) and not isinstance(a, bool)]
-    return [gold for gold in golds if normalise(gold)] if len(golds) == len(listed) else []
+    if not listed:
+        return "found an empty list of answers, expected at least one"
+    return next(filter(None, map(_problem, listed)), None)
+
+
+def _problem(answer: Any) -> str | None:
+    usable = isinstance(answer, str | int | float) and not isinstance(answer, bool)
+    if not usable or (not isinstance(answer, str) and not abs(answer) < 10**_MOST_DIGITS):
+        shown = "a number that is too long" if isinstance(answer, int) else f"{answer!r:.60}"
+        return f"found the answer {shown}, expected a string, a finite number, or a list of those"
+    gold = _gold(answer)
+    if _matches_itself(gold):
+        return None
+    return (
+        f"found the answer {gold!r:.60}, which no response can match: expected a text that stays "
+        "the same in \\boxed{...}; balance its braces, or take out the row"
+    )
+
+
+@functools.lru_cache(1024)
+def _matches_itself(gold: str) -> bool:
+    found = find_answer(rf"\boxed{{{gold}}}")
+    return found is not None and normalise(found.text) == normalise(gold) != ""
+
+
+def read_golds(answer: Any) -> list[str]:
+    """The gold answers as strings; empty where one cannot be used (`find_problem`)."""
+    if find_problem(answer) is not None:
+        return []
+    return [_gold(one) for one in (answer if isinstance(answer, list) else [answer])]
 
 
 def _gold(answer: str | int | float) -> str:
@@ -46,15 +81,25 @@ def _gold(answer: str | int | float) -> str:
     return last_box(text) or text
 
 
-def grade(text: str, answer: Any, is_finished: bool, limit_s: float = 5.0) -> Verdict:
-    """1 for an answer equal to a gold, else 0 and why; a text that was cut off is judged as it is.
+def grade(
+    text: str,
+    answer: Any,
+    is_finished: bool,
+    limit_s: float = 5.0,
+    grade_truncated: bool = False,
+) -> Verdict:
+    """1 for an answer equal to a gold, else 0 and why.
+
+    A text that was cut off is judged by what it calls its answer: a box, a tag, 'the answer is',
+    hashes. What merely stands last in it is whatever it was busy with: ``truncated``.
 
     limit_s: seconds for the semantic comparison, after which the answer is wrong: ``timeout``.
+    grade_truncated: judge also such a text by the formula or number that stands last.
     """
     golds = read_golds(answer)
     if not golds:
         return Verdict(0.0, "bad_gold", is_valid=False)
-    found = find_answer(text)
+    found = find_answer(text, is_explicit=not is_finished and not grade_truncated)
     if found is None:
         return Verdict(0.0, "no_answer" if is_finished else "truncated")
     given = found.text
