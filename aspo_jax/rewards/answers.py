@@ -35,7 +35,8 @@ _BETWEEN_BOXES = re.compile(
 )
 _TAG = re.compile("<(/?)answer>", re.IGNORECASE)
 _PHRASE = re.compile(
-    r"\banswers?\b[*_\s]{0,9}(?:[^.:=\n]{0,60}?\b(?:is|are|be)\b[ \t]{0,9}:?|[:=])[*_\"']{0,9}",
+    r"(?<![a-z])answers?(?![a-z])[*_\s]{0,9}"
+    r"(?:[^.:=\n]{0,60}?\b(?:is|are|be|equals)\b[ \t]{0,9}:?|=>|->|[:=→])[*_\"']{0,9}",
     re.IGNORECASE,
 )
 _HASHES = re.compile(r"^####[ \t]*", re.MULTILINE)
@@ -50,13 +51,14 @@ _NUMBER = re.compile(
     rf"(?<![\w.])[-−]?(?:{_FRACTION}|(?:{_DIGITS})(?:\s{{0,2}}[-+*/^]\s{{0,2}}[-(]?(?:{_DIGITS})\)?)*)"
     r"(?:\s{0,2}\\?%|\s{1,2}percent\b)?"
 )
+_ABBREVIATION = re.compile(r"\b(?:i\.e|e\.g|approx|resp)\.")
 _START_OF_PLAIN = re.compile(r"[\s$*]*((?:[a-zA-Z](?:_?\w)?\s?[-+*/^=(]|[-+−]?[\d.,(\[{\\])[^\n]*)")
 _START_OF_PROSE = re.compile(r"(?!(?:and|or|sqrt|pi|sin|cos|tan|log|ln)\b)[A-Za-z]{2,}")
 _CONNECTOR = re.compile(r"\b(?:is|are|be|equals|equal to|get|gives|obtain)\b|[:=]")
 _WORD = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{3,}")
 _LATEX = re.compile(r"\\[a-zA-Z]+\s*|\{[^{}]*\}")
 _LINK = re.compile(r"and|or|percent|pct|sqrt|pi|sin|cos|tan|log|ln")
-_WORDS = re.compile(r"(?<![^\s(])[A-Za-z]{2,}(?=[\s.,;:!?)]|$)")
+_WORDS = re.compile(r"(?<![^\s(])[A-Za-z]{2,}(?=[\s.,;:!?)']|$)")
 _LABEL = re.compile(r"[A-Z][a-z]{0,9}:\s+")
 _WRAPPER = re.compile(r"\\(?:text|mbox|textbf|mathrm)\b|[{}]")
 _VARIABLE = re.compile(r"\s*\\?[a-zA-Z]+(?:_(?:\w|\{\w{1,9}\}))?\s*")
@@ -256,7 +258,7 @@ def _after_phrase(rest: str) -> str | None:
 
 def _stated(line: str) -> str | None:
     """The value that the first sentence gives: what its last 'is' with a value behind it says."""
-    sentence = _SENTENCE_END.split(line, maxsplit=1)[0]
+    sentence = _SENTENCE_END.split(_ABBREVIATION.sub("   ", line), maxsplit=1)[0]
     formulas = spans(sentence)
     values = sorted([*_telling(formulas), *_numbers(sentence, formulas)])
     places = [c.end() for c in _CONNECTOR.finditer(sentence)]
@@ -305,7 +307,7 @@ def _last_math(text: str) -> str | None:
 
 def _whole(text: str) -> str | None:
     """A text that is nothing but an answer: one short line of mathematics, or a word or two."""
-    line = _LABEL.sub("", text.strip().strip("*").strip()).lstrip("= ")
+    line = _LABEL.sub("", text.strip().strip("*`").strip()).lstrip("=>∴⇒ ")
     if not 0 < len(line) <= 200 or "\n" in line or "<<" in line:
         return None
     words = [w for w in _WORDS.findall(_LATEX.sub(" ", line)) if not _LINK.fullmatch(w)]
@@ -314,7 +316,14 @@ def _whole(text: str) -> str | None:
 
 
 def _last_number(text: str) -> str | None:
-    numbers = _numbers(text[-_TAIL:], ())
+    """A formula without dollars that ends the text, after '=' or 'is'; else the last number."""
+    text = text[-_TAIL:].rstrip(" \n.*`")
+    line = text[text.rfind("\n") + 1 :]
+    places = [connector.end() for connector in _CONNECTOR.finditer(line)]
+    end = line[places[-1] :].strip(" *`") if places else ""
+    if end and not set("$>") & set(end) and not _WORDS.search(_LATEX.sub(" ", end)):
+        return end
+    numbers = _numbers(text, ())
     return numbers[-1].text if numbers else None
 
 

@@ -50,9 +50,11 @@ def find_problem(answer: Any) -> str | None:
 
 
 def _problem(answer: Any) -> str | None:
-    usable = isinstance(answer, str | int | float) and not isinstance(answer, bool)
-    if not usable or (not isinstance(answer, str) and not abs(answer) < 10**_MOST_DIGITS):
-        shown = "a number that is too long" if isinstance(answer, int) else f"{answer!r:.60}"
+    is_number = isinstance(answer, int | float) and not isinstance(answer, bool)
+    is_small = is_number and abs(answer) < 10**_MOST_DIGITS
+    if not isinstance(answer, str) and not is_small:
+        is_long = is_number and isinstance(answer, int)
+        shown = f"a number of over {_MOST_DIGITS} digits" if is_long else f"{answer!r:.60}"
         return f"found the answer {shown}, expected a string, a finite number, or a list of those"
     gold = _gold(answer)
     if _matches_itself(gold):
@@ -129,8 +131,12 @@ def compare_cheaply(gold: str, given: str) -> bool | None:
     a, b = number(gold), number(given)
     if a is not None and b is not None:
         return are_equal_numbers(a, b)
-    if (wanted := _choice(gold)) is not None and (chosen := _chosen(given)) is not None:
-        return wanted == chosen
+    labelled = _CHOICE_WITH_TEXT.fullmatch(unwrap(clean(given)))
+    if (wanted := _choice(gold)) is not None:
+        chosen = (labelled[1] or labelled[2]) if labelled else _choice(given)
+        return None if chosen is None else wanted == chosen
+    if labelled and not _CHOICE_WITH_TEXT.fullmatch(unwrap(clean(gold))):
+        return compare_cheaply(gold, labelled[3])
     return None
 
 
@@ -145,19 +151,14 @@ def _compare_bases(gold: str, given: str) -> bool | None:
 
 
 _CHOICE = re.compile(r"[(\[]?([A-Ja-j])[)\].:]?")
-_CHOICE_WITH_TEXT = re.compile(r"(?:\(([A-J])\)|([A-J])[).:])\s?\S.*", re.DOTALL)
+# a letter and the text that it stands for, as '(B) 12'
+_CHOICE_WITH_TEXT = re.compile(r"(?:\(([A-J])\)|([A-J])[).:])\s+(\S.*)", re.DOTALL)
 
 
 def _choice(text: str) -> str | None:
     """The letter of an answer that is a letter, as of multiple choice."""
     found = _CHOICE.fullmatch(unwrap(clean(text)))
     return found[1].upper() if found else None
-
-
-def _chosen(text: str) -> str | None:
-    """`_choice`, also of a letter with the text that it stands for, as '(B) 12'."""
-    found = _CHOICE_WITH_TEXT.fullmatch(unwrap(clean(text)))
-    return (found[1] or found[2]) if found else _choice(text)
 
 
 # --- semantic, in the child -----------------------------------------------------------------------
@@ -223,6 +224,8 @@ def _means(gold: str, given: str) -> bool:
 
 def are_equal(gold: str, given: str) -> bool:
     """Whether two answers mean the same. May take any time: call it in a child."""
+    if "=" not in given and len(_DOTS.findall(gold)) != len(_DOTS.findall(given)):
+        return False
     gold, given = _only_element(gold), _only_element(given)
     said = compare_cheaply(gold, given)
     if said is not None:
@@ -243,6 +246,7 @@ def _only_element(text: str) -> str:
     return parts[1][0] if parts is not None and parts[0] == "{" and len(parts[1]) == 1 else text
 
 
+_DOTS = re.compile(r"\\[lc]?dots(?![a-zA-Z])")
 _RELATION = re.compile(r"(\\le(?![a-zA-Z])|\\ge(?![a-zA-Z])|[<>])")
 _OR = re.compile(r"\\(?:text|mbox|mathrm)\s?\{\s?or\s?\}|\bor\b|\\(?:lor|vee)(?![a-zA-Z])")
 _NAME = re.compile(r"\\?[a-zA-Z]+")
