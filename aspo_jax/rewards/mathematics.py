@@ -126,18 +126,14 @@ def compare_cheaply(gold: str, given: str) -> bool | None:
         return None
     if normalise(gold) == normalise(given):
         return True
+    if (wanted := _choice(gold)) is not None:
+        chosen = _label(given)[0] or _choice(given)
+        return None if chosen is None else wanted == chosen
+    given = _without_label(gold, given)
     if (based := _compare_bases(gold, given)) is not None:
         return based
     a, b = number(gold), number(given)
-    if a is not None and b is not None:
-        return are_equal_numbers(a, b)
-    labelled = _CHOICE_WITH_TEXT.fullmatch(unwrap(clean(given)))
-    if (wanted := _choice(gold)) is not None:
-        chosen = (labelled[1] or labelled[2]) if labelled else _choice(given)
-        return None if chosen is None else wanted == chosen
-    if labelled and not _CHOICE_WITH_TEXT.fullmatch(unwrap(clean(gold))):
-        return compare_cheaply(gold, labelled[3])
-    return None
+    return are_equal_numbers(a, b) if a is not None and b is not None else None
 
 
 _BASED = re.compile(r"([0-9A-Za-z]+)_\{?([0-9]+)\}?")
@@ -151,14 +147,26 @@ def _compare_bases(gold: str, given: str) -> bool | None:
 
 
 _CHOICE = re.compile(r"[(\[]?([A-Ja-j])[)\].:]?")
-# a letter and the text that it stands for, as '(B) 12'
-_CHOICE_WITH_TEXT = re.compile(r"(?:\(([A-J])\)|([A-J])[).:])\s+(\S.*)", re.DOTALL)
+_LABEL = re.compile(r"(?:\(([A-J])\)|([A-J])[).:])\s+(\S.*)", re.DOTALL)
 
 
 def _choice(text: str) -> str | None:
     """The letter of an answer that is a letter, as of multiple choice."""
     found = _CHOICE.fullmatch(unwrap(clean(text)))
     return found[1].upper() if found else None
+
+
+def _label(text: str) -> tuple[str | None, str]:
+    """The letter before an answer, as in '(B) 12', and the text that it stands for."""
+    text = unwrap(clean(text))
+    found = _LABEL.fullmatch(text)
+    return (found[1] or found[2], found[3]) if found else (None, text)
+
+
+def _without_label(gold: str, given: str) -> str:
+    """An answer without the letter of a choice, where the gold has none."""
+    letter, text = _label(given)
+    return text if letter and not _label(gold)[0] else given
 
 
 # --- semantic, in the child -----------------------------------------------------------------------
@@ -226,7 +234,7 @@ def are_equal(gold: str, given: str) -> bool:
     """Whether two answers mean the same. May take any time: call it in a child."""
     if "=" not in given and len(_DOTS.findall(gold)) != len(_DOTS.findall(given)):
         return False
-    gold, given = _only_element(gold), _only_element(given)
+    gold, given = _only_element(gold), _only_element(_without_label(gold, given))
     said = compare_cheaply(gold, given)
     if said is not None:
         return said
