@@ -55,7 +55,7 @@ def _problem(answer: Any) -> str | None:
     if not isinstance(answer, str) and not is_small:
         is_long = is_number and isinstance(answer, int)
         shown = f"a number of over {_MOST_DIGITS} digits" if is_long else f"{answer!r:.60}"
-        return f"found the answer {shown}, expected a string, a finite number, or a list of those"
+        return f"found the answer {shown}, expected a string, a number (finite), or a list of those"
     gold = _gold(answer)
     if _matches_itself(gold):
         return None
