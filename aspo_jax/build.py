@@ -497,6 +497,7 @@ def open_scorer(config: Config) -> Scorer:
     r, kinds = config.reward, data_kinds(config)
     rules = Rules(
         timeout_s=r.timeout_s,
+        grade_truncated=r.grade_truncated,
         function=r.function,
         sandbox=r.sandbox,
         test_timeout_s=r.test_timeout_s,

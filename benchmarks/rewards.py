@@ -60,23 +60,20 @@ def code_submission(program: str, answer: Any) -> Submission:
     return Submission("code", f"```python\n{program}\n```", answer, True, 1)
 
 
-def core_cases() -> list[tuple[Any, str, bool]]:
-    return [case for cases in math_cases.CORE.values() for case in cases]
-
-
 # --- rivals ---------------------------------------------------------------------------------------
 
 
 def as_verl(gold: Any, response: str) -> bool:
     """Math-Verify the way verl's `math_verify` reward does: gold in a box, both extractions."""
     from math_verify import ExprExtractionConfig, LatexExtractionConfig
+    from math_verify.errors import TimeoutException
     from math_verify.metric import math_metric
 
     metric = math_metric(
         gold_extraction_target=(LatexExtractionConfig(),),
         pred_extraction_target=(ExprExtractionConfig(), LatexExtractionConfig()),
     )
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception, TimeoutException):
         return metric([rf"\boxed{{{gold}}}"], [response])[0] == 1.0
     return False
 
@@ -244,13 +241,14 @@ def _speed_of_programs(count: int) -> None:
 
 def cases() -> None:
     print(header("Graders: mathematics", "python benchmarks/rewards.py cases", PACKAGES))
-    core = core_cases()
+    listed = math_cases.listed()
+    core = [case for _, *case in listed]
     with Scorer(2, 5.0, kinds=("math",)) as scorer:
         verdicts = scorer.score([math_submission(response, gold) for gold, response, _ in core])
     judged = {"ours": [verdict.reason == "match" for verdict in verdicts]}
     for name, judge in (("Math-Verify as verl", as_verl), ("Math-Verify as TRL", as_trl)):
         judged[name] = [any_gold(judge, gold, response) for gold, response, _ in core]
-    kinds = [kind for kind, listed in math_cases.CORE.items() for _ in listed]
+    kinds = [kind for kind, *_ in listed]
     print(
         table(["grader", "right", "false positives", "false negatives"], _totals(core, judged)),
         "\n",
@@ -280,7 +278,7 @@ def _totals(core, judged) -> list[list[str]]:
 
 def _by_kind(core, kinds, judged) -> list[list[str]]:
     rows = []
-    for kind in math_cases.CORE:
+    for kind in dict.fromkeys(kinds):
         places = [i for i, k in enumerate(kinds) if k == kind]
         right = [str(sum(said[i] == core[i][2] for i in places)) for said in judged.values()]
         rows.append([kind, str(len(places)), *right])

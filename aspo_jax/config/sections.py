@@ -159,6 +159,9 @@ class Reward:
     timeout_s: float = setting(
         5.0, "seconds", "time allowed per answer (not programs)", gt=0, le=86_400
     )
+    grade_truncated: bool = setting(
+        False, "", "mathematics: a text that was cut off may be judged by what stands last in it"
+    )
     function: str | None = setting(
         None, "", "judges answers of kind 'custom': 'package.module:function'"
     )

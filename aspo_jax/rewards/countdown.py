@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from aspo_jax.rewards.verdict import Verdict
@@ -52,6 +53,68 @@ def read_gold(answer: Any) -> _Gold | None:
     return gold if is_usable else None
 
 
+_MOST_CHECKED = 6  # numbers: all results of six take about 0.1 s, of seven some seconds
+
+
+def find_problem(answer: Any) -> str | None:
+    """What is wrong with an answer; None if it can be used.
+
+    Whether the target can be reached is looked at for up to six numbers.
+    """
+    gold = read_gold(answer)
+    if gold is None:
+        return (
+            f"found the answer {answer!r:.60}, expected such as "
+            '{"numbers": [3, 3, 6, 7], "target": 7, "operations": "+-"}'
+        )
+    if len(gold.numbers) <= _MOST_CHECKED and not is_reachable(gold):
+        return (
+            f"found the target {gold.target}, which no steps with {gold.operations!r} on all of "
+            f"{gold.numbers} reach; correct the row or take it out"
+        )
+    return None
+
+
+def is_reachable(gold: _Gold) -> bool:
+    """Whether some steps lead to the target. Its time grows tenfold and more with each number."""
+    everything = (1 << len(gold.numbers)) - 1
+    known: dict[int, set[int]] = {1 << i: {n} for i, n in enumerate(gold.numbers)}
+    halves = sorted(_splits(everything), key=lambda pair: -min(map(int.bit_count, pair)))
+    return any(
+        gold.target in _combine(a, b, gold.operations)
+        for left, right in halves
+        for a in _values(left, known, gold.operations)
+        for b in _values(right, known, gold.operations)
+    )
+
+
+def _splits(chosen: int) -> Iterator[tuple[int, int]]:
+    """Every way to part a set of numbers (bits) in two; each once."""
+    part = (chosen - 1) & chosen
+    while part > chosen ^ part:
+        yield part, chosen ^ part
+        part = (part - 1) & chosen
+
+
+def _values(chosen: int, known: dict[int, set[int]], operations: str) -> set[int]:
+    """Whatever steps on all of some numbers (bits) can leave."""
+    if chosen not in known:
+        known[chosen] = {
+            value
+            for left, right in _splits(chosen)
+            for a in _values(left, known, operations)
+            for b in _values(right, known, operations)
+            for value in _combine(a, b, operations)
+        }
+    return known[chosen]
+
+
+def _combine(a: int, b: int, operations: str) -> list[int]:
+    """The results of one step with two values, in either order, that can be written."""
+    results = (OPERATIONS[sign](max(a, b), min(a, b)) for sign in operations)
+    return [result for result in results if result < 10**_DIGITS]
+
+
 def _last_value(text: str, gold: _Gold) -> int | None:
     """The one value left after all steps; None if the text breaks a rule."""
     count = len(gold.numbers) - 1
@@ -77,7 +140,10 @@ def _last_value(text: str, gold: _Gold) -> int | None:
 
 
 def grade(text: str, answer: Any, is_finished: bool) -> Verdict:
-    """1 for a right answer, 0 for any other; see the module's rules and `verdict.Reason`."""
+    """1 for a right answer, 0 for any other; see the module's rules and `verdict.Reason`.
+
+    A text that was cut off is not the whole response: ``truncated``, whatever it says.
+    """
     gold = read_gold(answer)
     if gold is None:
         return Verdict(0.0, "bad_gold", is_valid=False)

@@ -12,15 +12,27 @@ def _normalise(text: str) -> str:
     return " ".join(text.split())
 
 
+def find_problem(answer: Any) -> str | None:
+    """What is wrong with an answer; None if it can be used."""
+    if isinstance(answer, str | int) and not isinstance(answer, bool):
+        return None if _normalise(str(answer)) else "found an empty answer, expected some text"
+    remedy = "; put it in quotes" if isinstance(answer, bool | float) else ""
+    return (
+        f"found the answer {answer!r:.60} of type {type(answer).__name__}, expected a string or a "
+        f"whole number{remedy}"
+    )
+
+
 def grade(text: str, answer: Any, is_finished: bool) -> Verdict:
-    """1 where ``text`` equals ``answer`` (a string or a whole number) but for white space."""
-    is_usable = isinstance(answer, str | int) and not isinstance(answer, bool)
-    gold = _normalise(str(answer)) if is_usable else ""
-    if not gold:
+    """1 where ``text`` equals ``answer`` (a string or a whole number) but for white space.
+
+    A text that was cut off is not the whole response: ``truncated``, whatever it says.
+    """
+    if find_problem(answer) is not None:
         return Verdict(0.0, "bad_gold", is_valid=False)
     if not is_finished:
         return Verdict(0.0, "truncated")
     given = _normalise(text)
     if not given:
         return Verdict(0.0, "no_answer")
-    return Verdict(1.0, "match") if given == gold else Verdict(0.0, "mismatch")
+    return Verdict(1.0, "match") if given == _normalise(str(answer)) else Verdict(0.0, "mismatch")

@@ -20,6 +20,8 @@ from typing import Literal
 from aspo_jax.rewards import jail
 
 _EXHAUSTED, _FAULT = 3, 4
+# An exception, or in C code: a fault, too deep a stack, a library that gives up.
+_OUT_OF_MEMORY = (_EXHAUSTED, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT)
 _MEMORY = 2 * 2**30
 
 
@@ -43,8 +45,7 @@ def in_child(
         return "timeout"
     if reply in (b"true", b"false"):
         return json.loads(reply)
-    # Out of memory shows as an exception, or as a segmentation fault in C code.
-    return "exhausted" if status in (_EXHAUSTED, -signal.SIGSEGV) else "crash"
+    return "exhausted" if status in _OUT_OF_MEMORY else "crash"
 
 
 def _serve(function: Callable[[], bool], outgoing: int, parent: int, limit_s: float) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Collection
 from typing import Any, Literal
 
@@ -30,6 +31,8 @@ class Rules:
     """How graders judge. Plain values: they travel to the workers.
 
     timeout_s: seconds for an answer of any kind but ``code``.
+    grade_truncated: a ``math`` text that was cut off may be judged by the formula or number that
+        stands last in it, and not only by what it calls its answer.
     function: ``package.module:function`` of the kind ``custom``.
     sandbox: tier that programs run in; ``auto`` is the safest that withstands the probe's attacks.
     test_timeout_s, test_memory_mib: limits of each test of a program.
@@ -38,6 +41,7 @@ class Rules:
     """
 
     timeout_s: float = 5.0
+    grade_truncated: bool = False
     function: str | None = None
     sandbox: Literal["auto", "namespaces", "landlock", "rlimits"] = "auto"
     test_timeout_s: float = 6.0
@@ -82,9 +86,10 @@ def _open_math(rules: Rules) -> Grader:
     from aspo_jax.rewards import mathematics
 
     mathematics.warm_up()
-    return functools.partial(
-        _on_text, functools.partial(mathematics.grade, limit_s=rules.timeout_s)
+    grade = functools.partial(
+        mathematics.grade, limit_s=rules.timeout_s, grade_truncated=rules.grade_truncated
     )
+    return functools.partial(_on_text, grade)
 
 
 def _open_code(rules: Rules) -> Grader:
@@ -112,21 +117,38 @@ def _open_custom(rules: Rules) -> Grader:
 
 def find_problem(kind: str, answer: Any) -> str | None:
     """What is wrong with the answer of a data row for its grader; None if it can be used."""
-    from aspo_jax.rewards import mathematics, programs
+    from aspo_jax.rewards import mathematics
 
-    if kind == "code":
-        try:
-            programs.read_tests(answer)
-        except programs.BadTests as error:
-            return (
-                f"found tests that cannot be used ({error}), expected one of the forms that "
-                "docs/rewards.md lists"
-            )
-    if kind == "math" and not mathematics.read_golds(answer):
-        return f"found the answer {answer!r:.60}, expected a string, a number, or a list of those"
-    if kind == "countdown" and countdown.read_gold(answer) is None:
+    finders = {
+        "math": mathematics.find_problem,
+        "code": _find_problem_of_tests,
+        "exact": exact.find_problem,
+        "countdown": countdown.find_problem,
+    }
+    if kind not in finders:
+        return None
+    return finders[kind](answer) or _find_lone_surrogate(answer)
+
+
+def _find_problem_of_tests(answer: Any) -> str | None:
+    from aspo_jax.rewards import programs
+
+    try:
+        programs.read_tests(answer)
+    except programs.BadTests as error:
         return (
-            f"found the answer {answer!r:.60}, expected such as "
-            '{"numbers": [3, 3, 6, 7], "target": 7, "operations": "+-"}'
+            f"found tests that cannot be used ({error}), expected one of the forms that "
+            "docs/rewards.md lists"
+        )
+    return None
+
+
+def _find_lone_surrogate(answer: Any) -> str | None:
+    try:
+        json.dumps(answer, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return (
+            f"found half a surrogate pair ({error.object[error.start]!a}) in the answer, which no "
+            "response can contain; expected Unicode text: repair the file's encoding"
         )
     return None

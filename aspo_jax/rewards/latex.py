@@ -29,16 +29,51 @@ _TRANSLATED = str.maketrans(_CHARACTERS)
 
 _LAYOUT = re.compile(
     r"(?<!\\)\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits|quad|qquad|hfill"
-    r"|phantom\{[^{}]*\}|hspace\{[^{}]*\}|,|;|:|!|>)(?![a-zA-Z])"
+    r"|bf|rm|it|sf|tt|large|Large|LARGE|huge|Huge|small|(?:text)?color\{[a-zA-Z]*\}"
+    r"|phantom\{[^{}]*\}|hspace\{[^{}]*\}|,|;|:|>)(?![a-zA-Z])"
 )
 _WRAPPER = re.compile(
     r"\\(?:text(?:bf|it|rm|tt|sf|normal|sc)?|math(?:rm|bf|it|sf|tt|cal|normal)|mbox|hbox|bm"
     r"|boldsymbol|emph|operatorname\*?|underline|textnormal|ensuremath)\s*\{([^{}]*)\}"
 )
 _DEGREES = re.compile(r"\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree)\b)|\\degree\b")
-_SHORT_FRACTION = re.compile(r"\\frac\s*(?:([0-9a-zA-Z])\s*(?=[0-9a-zA-Z{\\]))")
-_SHORT_DENOMINATOR = re.compile(r"(\\frac\{[^{}]*\})\s*([0-9a-zA-Z])")
-_SHORT_ROOT = re.compile(r"\\sqrt\s*([0-9a-zA-Z])")
+_LEAD = re.compile(
+    r"(?:[=≈∴⇒\s]|=>|\\(?:approx|therefore|Rightarrow|implies|Longrightarrow)(?![a-zA-Z])"
+    r"|(?:\\text\s?\{\s?)?(?:approximately|about|roughly)\b\s?\}?)*"
+)
+_ROWS = re.compile(
+    r"(?:\{|\\\{)?\s?\\begin\{(aligned|align|cases|gathered|gather|split|equation|array)\*?\}"
+    r"(?:\{[lcr|]*\})?(.*)\\end\{\1\*?\}\.?",
+    re.DOTALL,
+)
+_CLOSER = re.compile(r"\s?(?<!\\)\\!\s?")
+_ROW_GAP = re.compile(r"\\\\\[[^\[\]]{0,12}\]")
+_SYNONYMS = (  # pattern, replacement: one command for several
+    (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
+    (re.compile(r"\\[dt]binom(?![a-zA-Z])"), r"\\binom"),
+    (re.compile(r"\\(?:leq|leqslant)(?![a-zA-Z])"), r"\\le "),
+    (re.compile(r"\\(?:geq|geqslant)(?![a-zA-Z])"), r"\\ge "),
+    (re.compile(r"\\neq(?![a-zA-Z])"), r"\\ne "),
+    (re.compile(r"\\lt(?![a-zA-Z])"), "<"),
+    (re.compile(r"\\gt(?![a-zA-Z])"), ">"),
+    (re.compile(r"\\varnothing(?![a-zA-Z])"), r"\\emptyset "),
+    (re.compile(r"\\colon(?![a-zA-Z])"), ":"),
+    (re.compile(r"\\langle(?![a-zA-Z])\s?"), "("),
+    (re.compile(r"\s?\\rangle(?![a-zA-Z])"), ")"),
+    (re.compile(r"\\lbrace(?![a-zA-Z])\s?"), r"\\{"),
+    (re.compile(r"\\rbrace(?![a-zA-Z])"), r"\\}"),
+    (re.compile(r"\\log_(?:e(?![a-zA-Z])|\{e\})"), r"\\ln "),
+    (re.compile(r"\\mathbb\s?([A-Z])(?![a-zA-Z])"), r"\\mathbb{\1}"),
+    (re.compile(r"\\bar\s?\{(\d+)\}"), r"\\overline{\1}"),
+    (re.compile(r"\\(max|min|gcd)\s?\\\{([^{}]*)\\\}"), r"\\\1(\2)"),
+    (re.compile(r"(?<![0-9a-zA-Z])([0-9]+|[a-zA-Z])!\^"), r"(\1!)^"),
+    (re.compile(r"\\pmod\s?(\w)"), r"\\pmod{\1}"),
+)
+_GREEK = r"\\(?:pi|alpha|beta|gamma|theta|phi|omega|lambda|mu)(?![a-zA-Z])"
+_TOKEN_ARGUMENT = rf"([0-9a-zA-Z]|{_GREEK})"
+_SHORT_FRACTION = re.compile(rf"\\(frac|binom)\s?{_TOKEN_ARGUMENT}\s?(?=[0-9a-zA-Z{{\\])")
+_SHORT_DENOMINATOR = re.compile(rf"(\\(?:frac|binom)\{{[^{{}}]*\}})\s?{_TOKEN_ARGUMENT}")
+_SHORT_ROOT = re.compile(r"\\sqrt\s?(\[[^\[\]{}]{0,20}\])?\s?([0-9a-zA-Z])")
 _UNIT_NAMES = (
     r"cm|mm|km|kg|mg|ml|mi|ft|in|inch(?:es)?|feet|foot|yards?|miles?|meters?|metres?|centimeters?|"
     r"kilometers?|liters?|litres?|grams?|kilograms?|pounds?|ounces?|seconds?|secs?|minutes?|mins?|"
@@ -48,12 +83,13 @@ _UNIT_NAMES = (
     r"percent|percentage|pct|per|hour|m|s|g|L"
 )
 _UNITS = re.compile(
-    rf"(?<=[0-9}})!\]])\s+((?:(?:{_UNIT_NAMES})\b\.?"
+    rf"(?:(?<=[0-9}})!\]])\s+|(?<=\d)(?=[a-z]{{2}}))((?:(?:{_UNIT_NAMES})\b\.?"
     r"(?:\s*\^\s*(?:\{\s*[23]\s*\}|[23]))?[\s/]*)+)$"
 )
 _WRAPPED_UNIT = re.compile(
-    r"(?<=[0-9}\])])\s*\\(?:text|mbox|mathrm|textrm|textbf|textit|textnormal|operatorname)\s*"
-    r"\{(?!\s*[ei]\s*\})[^{}0-9,]*\}(?:\s*\^\s*(?:\{\s*[23]\s*\}|[23]))?$"
+    r"(?:(?<=[0-9}\])])|(?<=\\pi)|(?<=\\pi ))\s*"
+    r"\\(?:text|mbox|mathrm|textrm|textbf|textit|textnormal|operatorname)\s*"
+    r"\{(?!\s*(?:[ei]|[apAP]\.?[mM]\.?)\s*\})[^{}0-9,]*\}(?:\s*\^\s*(?:\{\s*[23]\s*\}|[23]))?$"
 )
 _PERCENT_WORD = re.compile(r"\s*\b(?:percent(?:age)?|pct)\b\.?\s*$")
 _THOUSANDS = re.compile(r"(?<![\d.,(\[])\d{1,3}(?:(?:,|\{,\})\d{3})+(?!\d|,\d|\s*[)\]])")
@@ -61,36 +97,69 @@ _SPACED_THOUSANDS = re.compile(r"(?<![\d.])(\d{1,3}(?:\s\d{3})+)(?![\d])")
 _DECIMAL_COMMA = re.compile(r"-?\d+(?:,|\{,\})\d+")
 _ASSIGNMENT = re.compile(
     r"^\\?[a-zA-Z]+(?:_\{?\w+\}?)?(?:\([a-zA-Z]\))?\s*(?:=|\\approx)\s*(?=[^=])"
+    r"|(?<=\d)\s?=\s?[a-zA-Z]$"
 )
+_TUPLE_NAME = re.compile(r"^\(\s*\\?[a-zA-Z]+(?:\s*,\s*\\?[a-zA-Z]+)+\s*\)\s*=\s*(?=\()")
+_ORDINAL = re.compile(
+    r"(?<=\d)\s?(?:\^\s?)?\{?\s?(?:\\(?:text|mathrm)\{)?(?:st|nd|rd|th)\}?\s?\}?$"
+)
+_ARTICLE = re.compile(r"^(?:an?|the) (?=[a-z]+$)", re.IGNORECASE)
+_TIME = re.compile(r"(\d{1,2}:\d\d)([ap])\.?m\.?", re.IGNORECASE)
 _MIXED = re.compile(r"(?<![\d.}])(\d+)(?:\s*\\frac\{(\d+)\}\{(\d+)\}|\s+(\d+)\s*/\s*(\d+))")
 _REPEATING = re.compile(r"(\d*)\.(\d*)\\overline\s*\{(\d+)\}")
 _NAMED_BY_LETTERS = re.compile(r"\\(?:overline|angle|triangle)\s*\{?\s*([A-Z]{2,3})\s*\}?")
-_TRAILING = re.compile(r"(?:[\s.,;:]|\\\\)+$")
 
 
 def clean(text: str) -> str:
     """The same LaTeX with one spelling per sign: no invisible characters, no layout commands."""
     text = _SUPERSCRIPT.sub(lambda m: "^{" + m[0].translate(_SUPERSCRIPTS) + "}", text)
     text = unicodedata.normalize("NFKC", _INVISIBLE.sub("", text.translate(_TRANSLATED)))
-    text = text.translate(_TRANSLATED)
+    text = re.sub(r"\s+", " ", text.translate(_TRANSLATED))
+    text = _CLOSER.sub("", _ROW_GAP.sub(r"\\\\", text))
     text = text.replace(r"\$", "").replace("$", "").replace(r"\%", "%").replace("£", "")
     text = text.replace("€", "").replace("{:}", ":").replace(r"\(", "").replace(r"\)", "")
     text = text.replace(r"\[", "").replace(r"\]", "")
-    text = re.sub(r"\\[dtc]frac(?![a-zA-Z])", r"\\frac", text)
-    text = re.sub(r"\\(?:leq|leqslant)(?![a-zA-Z])", r"\\le ", text)
-    text = re.sub(r"\\(?:geq|geqslant)(?![a-zA-Z])", r"\\ge ", text)
-    text = re.sub(r"\\neq(?![a-zA-Z])", r"\\ne ", text)
-    text = re.sub(r"\\varnothing(?![a-zA-Z])", r"\\emptyset ", text)
     text = re.sub(r"(?<!\\)\\ ", " ", _LAYOUT.sub(" ", text)).replace("~", " ")
-    text = _SHORT_FRACTION.sub(r"\\frac{\1}", text)
+    text = re.sub(r"\s+", " ", text)
+    for pattern, replacement in _SYNONYMS:
+        text = pattern.sub(replacement, text)
+    text = _SHORT_FRACTION.sub(r"\\\1{\2}", text)
     text = _SHORT_DENOMINATOR.sub(r"\1{\2}", text)
-    text = _SHORT_ROOT.sub(r"\\sqrt{\1}", text)
-    return _TRAILING.sub("", re.sub(r"\s+", " ", text)).strip()
+    text = _without_rows(text[_end(_LEAD.match(text)) :].strip())
+    text = _SHORT_ROOT.sub(lambda m: rf"\sqrt{m[1] or ''}{{{m[2]}}}", text)
+    return _without_stops(text).strip()
+
+
+def _end(found: re.Match[str] | None) -> int:
+    return found.end() if found else 0
+
+
+def _without_rows(text: str) -> str:
+    """Rows of equations as a list; a row that goes on with '=' takes the place of the one above."""
+    found = _ROWS.fullmatch(text)
+    if found is None or (found[1] == "array" and "=" not in found[2]):
+        return text
+    parts: list[str] = []
+    for row in found[2].split(r"\\"):
+        said = row.replace("&", "").strip(" ,;")
+        if said.startswith("=") and parts:
+            parts[-1] = said[1:].strip()
+        elif said:
+            parts.append(said)
+    return ", ".join(parts)
+
+
+def _without_stops(text: str) -> str:
+    """Without white space, stops and backslashes at its end."""
+    end = len(text)
+    while end and (text[end - 1] in ".,;:\\" or text[end - 1].isspace()):
+        end -= 1
+    return text[:end]
 
 
 def without_units(text: str) -> str:
     r"""``5 cm``, ``5\text{ cm}^2`` as 5; ``5m`` stays, for m may be a variable."""
-    text = _UNITS.sub("", _PERCENT_WORD.sub("%", text))
+    text = _UNITS.sub("", _PERCENT_WORD.sub("%", _ORDINAL.sub("", text)))
     return _WRAPPED_UNIT.sub("", text).strip()
 
 
@@ -102,7 +171,7 @@ def unwrap(text: str) -> str:
             break
     text = _NAMED_BY_LETTERS.sub(r"\1", _DEGREES.sub("", text))
     text = re.sub(r"\s+", " ", text).strip()
-    return _TRAILING.sub("", without_units(text)).strip()
+    return _without_stops(without_units(text)).strip()
 
 
 def plain_thousands(text: str) -> str:
@@ -119,24 +188,32 @@ def variable(text: str) -> str | None:
 def normalise(text: str) -> str:
     """The form in which two spellings of an answer are compared as strings."""
     text = unwrap(clean(text))
-    text = _ASSIGNMENT.sub("", text)
+    text = _ARTICLE.sub("", _ASSIGNMENT.sub("", _TUPLE_NAME.sub("", text)))
     text = plain_thousands(text)
     text = re.sub(r"\^\{(\w)\}", r"^\1", re.sub(r"_\{(\w)\}", r"_\1", text))
     text = re.sub(r"(?<=[\s(\[{,])\.(?=\d)|^\.(?=\d)|(?<=^-)\.(?=\d)", "0.", text)
     text = re.sub(r"\s+", "", text)
-    while len(text) > 1 and text[0] == "{" and text[-1] == "}" and _encloses(text):
-        text = text[1:-1]
+    text = _without_outer_braces(text)
+    text = _TIME.sub(lambda m: f"{m[1]}{m[2].lower()}m", text)
+    if text.lower() in ("infinity", "+infinity", r"+\infty"):
+        return r"\infty"
     return text.lower() if re.fullmatch(r"[A-Za-z,]{2,}", text) else text
 
 
-def _encloses(text: str) -> bool:
-    """Whether the first bracket is closed by the last character."""
-    depth = 0
+def _without_outer_braces(text: str) -> str:
+    if not text.startswith("{"):
+        return text
+    opened: list[int] = []
+    closing: dict[int, int] = {}
     for i, character in enumerate(text):
-        depth += (character in "({[") - (character in ")}]")
-        if depth == 0:
-            return i == len(text) - 1
-    return False
+        if character in "({[":
+            opened.append(i)
+        elif character in ")}]" and opened:
+            closing[opened.pop()] = i
+    start, end = 0, len(text)
+    while end > start and text[start] == "{" and closing.get(start) == end - 1:
+        start, end = start + 1, end - 1
+    return text[start:end]
 
 
 # --- plain numbers --------------------------------------------------------------------------------
@@ -167,6 +244,8 @@ def number(text: str) -> Number | None:
     """The exact value of a text that is arithmetic on rational numbers; None for any other text."""
     text = _ASSIGNMENT.sub("", unwrap(clean(text)))
     text = plain_thousands(text)
+    if len(text) > 2 * _DIGITS:
+        return None
     if _DECIMAL_COMMA.fullmatch(text):
         text = text.replace("{,}", ".").replace(",", ".")
     if _SPACED_THOUSANDS.fullmatch(text.removeprefix("-")):
@@ -190,8 +269,6 @@ class _Reader:
     """Recursive descent over a short text: sum > product > power > atom."""
 
     def __init__(self, text: str):
-        if len(text) > 2 * _DIGITS:
-            raise _NotANumber
         self._tokens: list[str] = []
         self._is_decimal = False
         place = 0

@@ -11,6 +11,7 @@ Gold answers: a string, a number, or a list of those, any of which will do.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import re
 from collections.abc import Sequence
@@ -33,12 +34,48 @@ from aspo_jax.rewards.verdict import Verdict
 _LONGEST = 1500  # characters of an answer, beyond four times the gold's
 
 
-def read_golds(answer: Any) -> list[str]:
-    """The gold answers as strings; empty if there is none that can be used."""
+_MOST_DIGITS = 4000  # of a whole number; Python turns no longer ones into text
+
+
+def find_problem(answer: Any) -> str | None:
+    """What is wrong with a gold answer; None if it can be used.
+
+    The law: a gold answer must match itself in a box. A word does; an empty text, braces that do
+    not balance or a thinking tag do not, and no response could ever match them.
+    """
     listed = answer if isinstance(answer, list) else [answer]
-    usable = (str, int, float)
-    golds = [_gold(a) for a in listed if isinstance(a, usable) and not isinstance(a, bool)]
-    return [gold for gold in golds if normalise(gold)] if len(golds) == len(listed) else []
+    if not listed:
+        return "found an empty list of answers, expected at least one"
+    return next(filter(None, map(_problem, listed)), None)
+
+
+def _problem(answer: Any) -> str | None:
+    is_number = isinstance(answer, int | float) and not isinstance(answer, bool)
+    is_small = is_number and abs(answer) < 10**_MOST_DIGITS
+    if not isinstance(answer, str) and not is_small:
+        is_long = is_number and isinstance(answer, int)
+        shown = f"a number of over {_MOST_DIGITS} digits" if is_long else f"{answer!r:.60}"
+        return f"found the answer {shown}, expected a string, a number (finite), or a list of those"
+    gold = _gold(answer)
+    if _matches_itself(gold):
+        return None
+    return (
+        f"found the answer {gold!r:.60}, which no response can match: expected a text that stays "
+        "the same in \\boxed{...}; balance its braces, or take out the row"
+    )
+
+
+@functools.lru_cache(1024)
+def _matches_itself(gold: str) -> bool:
+    found = find_answer(rf"\boxed{{{gold}}}")
+    return found is not None and normalise(found.text) == normalise(gold) != ""
+
+
+def read_golds(answer: Any) -> list[str]:
+    """The gold answers as strings; empty where one cannot be used (`find_problem`)."""
+    if find_problem(answer) is not None:
+        return []
+    return [_gold(one) for one in (answer if isinstance(answer, list) else [answer])]
 
 
 def _gold(answer: str | int | float) -> str:
@@ -46,15 +83,25 @@ def _gold(answer: str | int | float) -> str:
     return last_box(text) or text
 
 
-def grade(text: str, answer: Any, is_finished: bool, limit_s: float = 5.0) -> Verdict:
-    """1 for an answer equal to a gold, else 0 and why; a text that was cut off is judged as it is.
+def grade(
+    text: str,
+    answer: Any,
+    is_finished: bool,
+    limit_s: float = 5.0,
+    grade_truncated: bool = False,
+) -> Verdict:
+    """1 for an answer equal to a gold, else 0 and why.
+
+    A text that was cut off is judged by what it calls its answer: a box, a tag, 'the answer is',
+    hashes. What merely stands last in it is whatever it was busy with: ``truncated``.
 
     limit_s: seconds for the semantic comparison, after which the answer is wrong: ``timeout``.
+    grade_truncated: judge also such a text by the formula or number that stands last.
     """
     golds = read_golds(answer)
     if not golds:
         return Verdict(0.0, "bad_gold", is_valid=False)
-    found = find_answer(text)
+    found = find_answer(text, is_explicit=not is_finished and not grade_truncated)
     if found is None:
         return Verdict(0.0, "no_answer" if is_finished else "truncated")
     given = found.text
@@ -79,14 +126,14 @@ def compare_cheaply(gold: str, given: str) -> bool | None:
         return None
     if normalise(gold) == normalise(given):
         return True
+    if (wanted := _choice(gold)) is not None:
+        chosen = _label(given)[0] or _choice(given)
+        return None if chosen is None else wanted == chosen
+    given = _without_label(gold, given)
     if (based := _compare_bases(gold, given)) is not None:
         return based
     a, b = number(gold), number(given)
-    if a is not None and b is not None:
-        return are_equal_numbers(a, b)
-    if _is_choice(gold) and _is_choice(given):
-        return _choice(gold) == _choice(given)
-    return None
+    return are_equal_numbers(a, b) if a is not None and b is not None else None
 
 
 _BASED = re.compile(r"([0-9A-Za-z]+)_\{?([0-9]+)\}?")
@@ -99,16 +146,27 @@ def _compare_bases(gold: str, given: str) -> bool | None:
     return None
 
 
-_CHOICE = re.compile(r"[(\[]?([A-Ja-j])[)\].:]?(?![a-zA-Z0-9])")
+_CHOICE = re.compile(r"[(\[]?([A-Ja-j])[)\].:]?")
+_LABEL = re.compile(r"(?:\(([A-J])\)|([A-J])[).:])\s+(\S.*)", re.DOTALL)
 
 
-def _is_choice(text: str) -> bool:
-    return _CHOICE.fullmatch(unwrap(clean(text))) is not None
-
-
-def _choice(text: str) -> str:
+def _choice(text: str) -> str | None:
+    """The letter of an answer that is a letter, as of multiple choice."""
     found = _CHOICE.fullmatch(unwrap(clean(text)))
-    return found[1].upper() if found else ""
+    return found[1].upper() if found else None
+
+
+def _label(text: str) -> tuple[str | None, str]:
+    """The letter before an answer, as in '(B) 12', and the text that it stands for."""
+    text = unwrap(clean(text))
+    found = _LABEL.fullmatch(text)
+    return (found[1] or found[2], found[3]) if found else (None, text)
+
+
+def _without_label(gold: str, given: str) -> str:
+    """An answer without the letter of a choice, where the gold has none."""
+    letter, text = _label(given)
+    return text if letter and not _label(gold)[0] else given
 
 
 # --- semantic, in the child -----------------------------------------------------------------------
@@ -174,6 +232,9 @@ def _means(gold: str, given: str) -> bool:
 
 def are_equal(gold: str, given: str) -> bool:
     """Whether two answers mean the same. May take any time: call it in a child."""
+    if "=" not in given and len(_DOTS.findall(gold)) != len(_DOTS.findall(given)):
+        return False
+    gold, given = _only_element(gold), _only_element(_without_label(gold, given))
     said = compare_cheaply(gold, given)
     if said is not None:
         return said
@@ -184,7 +245,50 @@ def are_equal(gold: str, given: str) -> bool:
         if _fits(a[0], b[0]):
             return all(map(are_equal, a[1], b[1]))
         return False
-    return _equal_to_math_verify(gold, given)
+    return _equal_to_math_verify(gold, given) or _equal_as_solutions(gold, given)
+
+
+def _only_element(text: str) -> str:
+    """A set of one element is that element."""
+    parts = split(text)
+    return parts[1][0] if parts is not None and parts[0] == "{" and len(parts[1]) == 1 else text
+
+
+_DOTS = re.compile(r"\\[lc]?dots(?![a-zA-Z])")
+_RELATION = re.compile(r"(\\le(?![a-zA-Z])|\\ge(?![a-zA-Z])|[<>])")
+_OR = re.compile(r"\\(?:text|mbox|mathrm)\s?\{\s?or\s?\}|\bor\b|\\(?:lor|vee)(?![a-zA-Z])")
+_NAME = re.compile(r"\\?[a-zA-Z]+")
+
+
+def _solutions(text: str) -> tuple[str, str] | None:
+    """The variable of inequalities such as 'x < -2 or 3 > x > 1' and the intervals they allow."""
+    found = [_interval(part) for part in _OR.split(clean(text))]
+    names = {name for name, _ in filter(None, found)}
+    if None in found or len(names) != 1:
+        return None
+    return names.pop(), r" \cup ".join(interval for _, interval in filter(None, found))
+
+
+def _interval(text: str) -> tuple[str, str] | None:
+    sides = [side.strip() for side in _RELATION.split(text)]
+    if len(sides) in (3, 5) and all(sign in (">", r"\ge") for sign in sides[1::2]):
+        sides = [{">": "<", r"\ge": r"\le"}.get(side, side) for side in reversed(sides)]
+    if not all(sides) or not all(sign in ("<", r"\le") for sign in sides[1::2]):
+        return None
+    if len(sides) == 3:
+        sides = [r"-\infty", "<", *sides] if _NAME.fullmatch(sides[0]) else [*sides, "<", r"\infty"]
+    if len(sides) != 5 or not _NAME.fullmatch(sides[2]):
+        return None
+    low, first, name, second, high = sides
+    return name, f"{'(' if first == '<' else '['}{low},{high}{')' if second == '<' else ']'}"
+
+
+def _equal_as_solutions(gold: str, given: str) -> bool:
+    """Inequalities compared by the sets that they describe."""
+    a, b = _solutions(gold), _solutions(given)
+    if (a is None and b is None) or (a is not None and b is not None and a[0] != b[0]):
+        return False
+    return _equal_to_math_verify(a[1] if a else gold, b[1] if b else given)
 
 
 def _fits(gold: str, given: str) -> bool:

@@ -1,5 +1,6 @@
 """The countdown grader: it pays right answers, only those, and survives any text."""
 
+import itertools
 import json
 import random
 import time
@@ -7,7 +8,7 @@ import time
 import pytest
 
 from aspo_jax.data import CountdownSpec, demonstration, problem
-from aspo_jax.rewards import REASONS, countdown, exact
+from aspo_jax.rewards import REASONS, countdown, exact, find_problem
 
 GOLD = {"numbers": [3, 3, 6, 7], "target": 7, "operations": "+-"}
 ANSWER = "7-3=4,6-3=3,4+3=7"
@@ -159,6 +160,66 @@ def test_a_refused_text_costs_little():
     for _ in range(100):
         reason(text)
     assert time.perf_counter() - start < 0.2
+
+
+def reachable_by_trying(numbers, operations):
+    """All values that steps on all numbers can leave."""
+    if len(numbers) == 1:
+        return set(numbers)
+    found = set()
+    for i, j in itertools.permutations(range(len(numbers)), 2):
+        rest = [n for k, n in enumerate(numbers) if k not in (i, j)]
+        for sign in operations:
+            value = countdown.OPERATIONS[sign](numbers[i], numbers[j])
+            if value >= 0:
+                found |= reachable_by_trying((*rest, value), operations)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("numbers", "operations"),
+    [
+        ((3, 3, 6, 7), "+-"),
+        ((2, 5, 9), "+-*"),
+        ((0, 1, 4, 4), "-*"),
+        ((8, 8), "+"),
+        ((1, 2, 3), "*"),
+    ],
+)
+def test_a_target_is_a_problem_if_and_only_if_nothing_reaches_it(numbers, operations):
+    reachable = reachable_by_trying(numbers, operations)
+    for target in range(90):
+        gold = {"numbers": list(numbers), "target": target, "operations": operations}
+        assert (find_problem("countdown", gold) is None) == (target in reachable)
+
+
+def test_the_problem_of_a_target_names_what_was_found():
+    said = find_problem("countdown", GOLD | {"target": 1000})
+    assert said is not None and "the target 1000" in said and "[3, 3, 6, 7]" in said
+    seven = {"numbers": [1] * 7, "target": 10**6, "operations": "+"}
+    assert find_problem("countdown", seven) is None  # more than six are not looked at
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        ({"a": 1}, "of type dict"),
+        (["x"], "of type list"),
+        (True, "of type bool, expected a string or a whole number; put it in quotes"),
+        (2.5, "of type float"),
+        (float("inf"), "found the answer inf of type float"),
+        (None, "of type NoneType"),
+        (" \n", "empty"),
+        ("a\udc00", "half a surrogate pair"),
+    ],
+    ids=repr,
+)
+def test_answers_that_exact_cannot_use(answer, found):
+    assert found in (find_problem("exact", answer) or "")
+
+
+def test_answers_that_exact_can_use():
+    assert [find_problem("exact", answer) for answer in ("Paris", 42, "True", "é")] == [None] * 4
 
 
 @pytest.mark.parametrize(

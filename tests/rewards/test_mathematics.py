@@ -1,16 +1,17 @@
 """The math grader on answers of our own: what is equal, what only looks so, and what blows up."""
 
+import random
 import time
 
 import math_cases
 import pytest
 
-from aspo_jax.rewards import Scorer, Submission, Verdict
+from aspo_jax.rewards import Rules, Scorer, Submission, Verdict, find_problem, mathematics
 from aspo_jax.rewards.answers import SOURCES, Found, find_answer
 from aspo_jax.rewards.latex import normalise, number
 from aspo_jax.rewards.mathematics import compare_cheaply, read_golds
 
-CORE = [(kind, *case) for kind, cases in math_cases.CORE.items() for case in cases]
+CASES = [case for case in math_cases.listed() if case[0] != "missed by ours"]
 
 
 def say(response, gold, is_finished=True):
@@ -23,21 +24,31 @@ def scorer():
         yield scorer
 
 
-def test_there_are_two_hundred_cases_of_both_kinds():
-    assert len(CORE) >= 200
-    assert sum(not is_right for *_, is_right in CORE) >= 90
+def test_there_are_many_cases_of_both_kinds():
+    assert len(CASES) >= 1500
+    assert sum(not is_right for *_, is_right in CASES) >= 500
 
 
-def test_core_cases(scorer):
-    """A failure lists every case that is judged wrongly."""
-    cases = [*CORE, *(("by convention", *case) for case in math_cases.BY_CONVENTION)]
-    verdicts = scorer.score([say(response, gold) for _, gold, response, _ in cases])
-    wrong = [
+def wrong(cases, verdicts):
+    return [
         (*case, verdict.reason)
         for case, verdict in zip(cases, verdicts, strict=True)
         if (verdict.reason == "match") != case[-1] or verdict.reward != float(case[-1])
     ]
-    assert wrong == []
+
+
+def test_cases(monkeypatch):
+    """A failure lists every case that is judged wrongly."""
+    monkeypatch.setattr(mathematics, "in_child", lambda function, limit_s: function())
+    verdicts = [mathematics.grade(response, gold, True) for _, gold, response, _ in CASES]
+    assert wrong(CASES, verdicts) == []
+
+
+def test_cases_by_convention_in_a_worker(scorer):
+    cases = [("by convention", *case) for case in math_cases.BY_CONVENTION]
+    cases += [case for case in CASES if case[0] in ("algebra", "where the answer is")]
+    verdicts = scorer.score([say(response, gold) for _, gold, response, _ in cases])
+    assert wrong(cases, verdicts) == []
 
 
 def test_blow_ups_end_in_time_and_harm_nobody():
@@ -84,10 +95,132 @@ def test_bad_golds_never_pay(scorer, gold):
         assert scorer.score([say(text, gold)]) == [Verdict(0.0, "bad_gold", is_valid=False)]
 
 
-def test_truncated_texts_are_judged_as_they_are(scorer):
-    texts = [r"\boxed{4} and", "so then we have to look at this again and", r"\boxed{5}"]
-    verdicts = scorer.score([say(text, "4", is_finished=False) for text in texts])
-    assert [v.reason for v in verdicts] == ["match", "truncated", "mismatch"]
+TRUNCATED = [
+    (r"\boxed{4} and", "match", "match"),
+    (r"\boxed{5} and", "mismatch", "mismatch"),
+    ("<answer>4</answer> and", "match", "match"),
+    ("The answer is 4. To check this", "match", "match"),
+    ("#### 4\n\nQuestion:", "match", "match"),
+    ("so we look at this again and", "truncated", "truncated"),
+    (r"\boxed{4", "truncated", "truncated"),
+    ("The first step gives 4", "truncated", "match"),
+    ("The first step gives $x = 4$ and", "truncated", "match"),
+    ("4", "truncated", "match"),
+    ("so there are 5", "truncated", "mismatch"),
+]
+
+
+def test_a_text_that_was_cut_off_is_judged_by_what_it_calls_its_answer(scorer):
+    submissions = [say(text, "4", is_finished=False) for text, *_ in TRUNCATED]
+    assert [v.reason for v in scorer.score(submissions)] == [said for _, said, _ in TRUNCATED]
+    with Scorer(1, Rules(grade_truncated=True), kinds=("math",)) as lenient:
+        reasons = [v.reason for v in lenient.score(submissions)]
+    assert reasons == [said for *_, said in TRUNCATED]
+
+
+GARBAGE = [
+    "9" * 100_000,
+    "9" * 4301,
+    "1." + "3" * 9000,
+    r"0.\overline{" + "3" * 5000 + "}",
+    "(" * 2000 + "1" + ")" * 2000,
+    "{" * 3000 + "}" * 3000,
+    r"\{" * 700 + "1" + r"\}" * 700,
+    "2^" * 400 + "2",
+    "10^{10^{10}}",
+    "100000!",
+    "0/0",
+    r"\frac{1}{0}",
+    "1e999999",
+    r"\binom{10^9}{5\cdot10^8}",
+    "\0" * 50,
+    "\ud800",
+    "nan",
+    "zoo",
+    "-",
+    "=",
+    "<",
+    r"\{\}",
+    ",",
+    r"\frac" * 300,
+    "(A) " * 340,
+    r"\text{" * 200,
+    "<think>",
+]
+
+
+def test_no_text_fails_its_grader():
+    """Garbage against garbage: each pair a verdict, in its time, from the same worker."""
+    rng = random.Random(0)
+    pieces = [
+        r"\frac",
+        r"\sqrt",
+        "{",
+        "}",
+        "^",
+        "_{",
+        "(",
+        "]",
+        r"\{",
+        ",",
+        "7",
+        "0.5",
+        "x",
+        "!",
+        "=",
+        "<",
+    ]
+    pieces += [
+        r"\pm",
+        r"\cup",
+        r"\text{and}",
+        "\0",
+        "\udfff",
+        "\u0301",
+        "½",
+        "²",
+        "٣",
+        "%",
+        ":",
+        "\\",
+        "I",
+    ]
+    mixed = ["".join(rng.choices(pieces, k=rng.randint(1, 12))) for _ in range(60)]
+    golds = ["5", r"\frac12", "x+1", "(1,2)", *GARBAGE]
+    texts = [rng.choice([*GARBAGE, *mixed]) for _ in range(70)]
+    with Scorer(1, Rules(timeout_s=0.3), kinds=("math",)) as scorer:
+        verdicts = scorer.score([say(rf"\boxed{{{t}}}", rng.choice(golds)) for t in texts])
+    assert "crash" not in {verdict.reason for verdict in verdicts}
+
+
+@pytest.mark.parametrize(
+    "gold", ["even", "Monday", 5, 2.5, "1,2", r"\{1\}", "$x$", ["1", "x"], "5 cm"]
+)
+def test_golds_that_can_be_matched(scorer, gold):
+    assert find_problem("math", gold) is None
+    text = gold[-1] if isinstance(gold, list) else gold
+    assert scorer.score([say(rf"\boxed{{{text}}}", gold)]) == [Verdict(1.0, "match")]
+
+
+@pytest.mark.parametrize(
+    ("gold", "found"),
+    [
+        ("", "found the answer ''"),
+        ("$$", "no response can match"),
+        (r"\frac{1}{", "balance its braces"),
+        ("x}", "balance its braces"),
+        ("1</think>2", "no response can match"),
+        (["1", "{"], "found the answer '{'"),
+        ([], "an empty list"),
+        (float("nan"), "found the answer nan, expected a string, a number (finite)"),
+        (True, "found the answer True"),
+        ({"a": 1}, "expected a string, a number (finite), or a list of those"),
+        pytest.param(10**5000, "a number of over 4000 digits", id="long"),
+        ("\ud800", "half a surrogate pair"),
+    ],
+)
+def test_golds_that_nothing_can_match(gold, found):
+    assert found in (find_problem("math", gold) or "")
 
 
 # --- the parts, which know no sympy ---------------------------------------------------------------
@@ -109,6 +242,20 @@ def test_truncated_texts_are_judged_as_they_are(scorer):
         (r"we get $1$. It follows that $x+1$", Found("x+1", "math")),
         ("x + 1", Found("x + 1", "whole")),
         ("There are 12 cats and 13 dogs here.", Found("13", "number")),
+        ("Let $x$ be odd. There are 12 of them", Found("12", "number")),
+        ("The value is $y$", Found("y", "math")),
+        (r"\boxed{1}, \quad \boxed{2}", Found("1, 2", "box")),
+        (r"\boxed{1} \; \text{or} \; \boxed{2}", Found("1, 2", "box")),
+        (r"\boxed{1} \\ \boxed{2}", Found("1, 2", "box")),
+        (r"$x=\boxed{1}$, $y=\boxed{2}$", Found("1, 2", "box")),
+        ("(a) $\\boxed{1}$\n(b) $\\boxed{2}$", Found("1, 2", "box")),
+        ("\\boxed{1}\n\n\\boxed{2}", Found("2", "box")),
+        (r"$\boxed{1}$. $\boxed{2}$", Found("2", "box")),
+        (r"\boxed{1}, then \boxed{2}", Found("2", "box")),
+        (r"\boxed{1} " * 99, Found("1", "box")),
+        ("Answer: the largest $n$ is 34.", Found("34", "phrase")),
+        ("<answer>The answer is $5$.</answer>", Found("5", "tag")),
+        ("I paid $3 of $5", Found("5", "number")),
         (r"\boxed{}", None),
         (r"\boxed{1} \boxed{2", None),
         ("I have no idea what it could be.", None),
