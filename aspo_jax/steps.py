@@ -16,10 +16,12 @@ from aspo_jax.build import Machines, save_policy
 from aspo_jax.checkpoint import Checkpoints
 from aspo_jax.config import Config
 from aspo_jax.console import Console
+from aspo_jax.errors import writing
 from aspo_jax.figures import dynamics
 from aspo_jax.metrics import Clock, Log, read_metrics
 from aspo_jax.records import Silent, before_and_after, write_transcripts
 from aspo_jax.rollout import assemble, check_failures, draw, judge, submitter, transcripts
+from aspo_jax.run_folder import RunLock
 from aspo_jax.sampler import TRAIN
 from aspo_jax.structs import Minibatch, TrainState, merge_metrics
 
@@ -33,6 +35,7 @@ class Run(NamedTuple):
     checkpoints: Checkpoints
     log: Log | Silent
     clock: Clock
+    lock: RunLock
 
 
 def restore_or_init(checkpoints: Checkpoints, m: Machines) -> tuple[TrainState, int]:
@@ -135,6 +138,7 @@ _gap_metrics = jax.jit(gap_metrics)
 
 def evaluate(run: Run, state: TrainState, iteration: int) -> None:
     """Score the policy on the held-out prompts."""
+    run.lock.check()
     with run.clock("evaluate"):
         scores, rollout = run.machines.evaluate(state.params)
     run.log.write(iteration, {f"evaluate/{k}": v for k, v in scores._asdict().items()})
@@ -158,14 +162,18 @@ def save(run: Run, state: TrainState, done: int, position: int) -> None:
 
 def finish(run: Run, state: TrainState, console: Console) -> None:
     """Export, draw and say where everything is; one process does, the others wait."""
-    dtype = run.config.run.export_dtype
-    save_policy(run.machines.policy, state.params, run.folder / "model", dtype)
+    dtype, target = run.config.run.export_dtype, run.folder / "model"
+    run.lock.check()
+    with writing(target):
+        save_policy(run.machines.policy, state.params, target, dtype)
+    run.lock.check()
     runtime.on_main(lambda: _conclude(run, console))
 
 
 def _conclude(run: Run, console: Console) -> None:
     folder, name = run.folder, run.config.name
-    dynamics({folder.name: read_metrics(folder / "metrics.jsonl")}, folder / "dynamics.png")
+    with writing(folder / "dynamics.png"):
+        dynamics({folder.name: read_metrics(folder / "metrics.jsonl")}, folder / "dynamics.png")
     paths = {
         "model (Hugging Face)": folder / "model",
         "checkpoints": folder / "checkpoints",
