@@ -171,8 +171,9 @@ class Checkpoints:
     def __init__(self, folder: epath.PathLike, keep: int, guard: Callable[[], None] = lambda: None):
         if keep < 1:
             raise ValueError(f"keep is {keep}, expected at least 1 checkpoint to keep")
-        # Orbax narrates each save, and logs the traceback of what it then raises to us.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        # Orbax narrates each save, and logs the traceback of what it then raises to us too.
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         self._folder = absolute(folder)
         self._keep = keep
         self._guard = guard
@@ -186,8 +187,13 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
+        try:
+            self.close()
+        except CheckpointError as error:
+            if kind is None:
+                raise
+            _logger.debug("while another error was on its way: %s", error)  # which is the reason
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Start saving a step and return; the state may be donated at once.
@@ -341,7 +347,8 @@ class Checkpoints:
             self.wait()
         finally:
             self._background.shutdown()
-            self._orbax.close()
+            with self._saving(self._folder):
+                self._orbax.close()
 
     def _finish(self, path: epath.Path, leaves: dict[str, str]) -> None:
         """The background half of a save."""

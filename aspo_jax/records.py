@@ -15,7 +15,6 @@ from aspo_jax.config.gin import LAUNCH
 from aspo_jax.errors import UserError, WriteError, refusal, writing
 from aspo_jax.files import (
     Damaged,
-    are_digests,
     digests,
     read_sealed,
     sealed_text,
@@ -113,17 +112,15 @@ def _is_read_at_start(name: str) -> bool:
 
 
 def _check_model_files(path: Path, model_folder: Path, found: Mapping[str, Any]) -> None:
-    try:
-        expected = read_sealed(path).get("files")
-    except FileNotFoundError:
+    if not path.exists():
         return
-    except Damaged as error:
-        expected = str(error)
-    if not are_digests(expected):
+    try:
+        expected = read_sealed(path)["files"]
+    except (Damaged, KeyError) as error:
         raise ModelChanged(
-            f"{path} is not what the run wrote ({expected}); if {model_folder} is unchanged since "
-            "the run began, delete the file"
-        )
+            f"{path} is not what the run wrote ({error}); if {model_folder} is unchanged since the "
+            "run began, delete the file"
+        ) from None
     changed = [
         name for name in sorted({*expected, *found}) if expected.get(name) != found.get(name)
     ]

@@ -66,9 +66,7 @@ def _run(argv: Sequence[str]) -> int:
             with lock_folder(config) as lock:
                 return train(config, Console(is_quiet=not runtime.is_main()), stop, lock)
         except Interrupted:
-            note = (
-                "stopped before an iteration began: nothing new to save, the same command goes on"
-            )
+            note = "stopped before an iteration: nothing new to save, the same command goes on"
             Console(is_quiet=not runtime.is_main()).note(note)
             return EXIT_SAVED
 
