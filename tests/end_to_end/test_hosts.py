@@ -121,3 +121,17 @@ def test_two_processes_train_as_one_stop_together_and_one_goes_on(
 
     finish(start(sys.executable, "-m", "aspo_jax.train", *flags(folder), count=1))
     assert_same_trajectory(folder, alone)
+
+
+@pytest.mark.slow
+def test_one_process_of_two_is_killed_and_both_go_on_bit_for_bit(flags, abstract_state, tmp_path):
+    undisturbed, folder = tmp_path / "undisturbed", tmp_path / "run"
+    finish(two_processes(*flags(undisturbed)))
+    trap = f"{TRAP[0]} aspo_jax.train:update:{ITERATIONS}:SIGKILL"
+    finish(two_processes(*flags(folder), program=trap), expect=128 + signal.SIGKILL)
+    assert last_checkpoint(folder, abstract_state).step < ITERATIONS
+    finish(two_processes(*flags(folder)))
+    found, expected = (last_checkpoint(f, abstract_state) for f in (folder, undisturbed))
+    assert found.step == expected.step == ITERATIONS
+    assert bits(found.state) == bits(expected.state)
+    assert metrics(folder) == metrics(undisturbed)
