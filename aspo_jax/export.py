@@ -19,7 +19,8 @@ from aspo_jax.config import Config, parse_config
 from aspo_jax.data import copy_tokenizer, load_tokenizer
 from aspo_jax.errors import UserError, run_command
 from aspo_jax.model import build_model, read_model_config, save_model
-from aspo_jax.records import CONFIG
+from aspo_jax.records import read_run_config
+from aspo_jax.run_folder import CONFIG
 from aspo_jax.warmstart import INITIAL_MODEL
 
 CHECKPOINTS = "checkpoints"
@@ -82,7 +83,7 @@ def export(checkpoint: Path, out: Path, dtype: str | None = None) -> int:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ExportError(f"{out} exists and is not an empty folder; choose another OUT")
     place = find_run(checkpoint)
-    config = parse_config((place.run / CONFIG).read_text(), FACTORIES, str(place.run / CONFIG))
+    config = parse_config(read_run_config(place.run), FACTORIES, str(place.run / CONFIG))
     source = _initial_model(config, place.run)
     shape, tokenizer = read_model_config(source), load_tokenizer(source)
     eos_id: Any = tokenizer.eos_token_id

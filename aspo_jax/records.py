@@ -68,8 +68,8 @@ def _check_config(config: Config) -> None:
     if config.run.accept_changes or not path.exists() or not has_results(folder):
         return
     try:
-        changes = config.diff(path.read_bytes().decode())
-    except (UnicodeDecodeError, ConfigError) as error:
+        changes = config.diff(read_run_config(folder))
+    except ConfigError as error:
         raise ConfigError(
             f"{path} is not the config that the run wrote ({error}); put back a copy, or continue "
             "under the config of this command with --set Run.accept_changes=True"
@@ -80,6 +80,14 @@ def _check_config(config: Config) -> None:
             "choose another Run.folder, or continue it under the new config with "
             "--set Run.accept_changes=True"
         )
+
+
+def read_run_config(folder: Path) -> str:
+    """The text of a run's config; a ConfigError if it is not text."""
+    try:
+        return (folder / CONFIG).read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{folder / CONFIG}: not UTF-8 ({error}); put back a copy") from error
 
 
 def has_results(folder: Path) -> bool:

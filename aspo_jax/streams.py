@@ -40,9 +40,20 @@ class _Stream:
             os.close(null)
 
 
+def _occupy_closed() -> None:
+    """Open the null device as each of descriptors 0 to 2 that is closed: the next file would get
+    its number, and with it what compiled code prints."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number
+
+
 @contextlib.contextmanager
 def unbreakable_streams() -> Iterator[None]:
     """While the body runs, what cannot be printed is dropped: ``| head -5`` ends no program."""
+    _occupy_closed()
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (stream and _Stream(stream) for stream in before)  # None: closed
     try:

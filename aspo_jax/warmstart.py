@@ -73,8 +73,7 @@ def warm_start(config: Config, mesh: Mesh, folder: Path, console: Console) -> Pa
     if runtime.any_of(runtime.on_main(lambda: _find(own, cached, key, console)) or False):
         return own
     fresh = own.with_name(own.name + ".new")
-    with writing(fresh):
-        _train(config, mesh, fresh, console)
+    _train(config, mesh, fresh, console)
     runtime.on_main(lambda: _keep(fresh, own, cached, key, console))
     return own
 
@@ -193,7 +192,8 @@ def _train(config: Config, mesh: Mesh, target_folder: Path, console: Console) ->
     console.note(
         f"warm start: held-out avg@{config.evaluate.samples} {average:.3f} after {step} steps"
     )
-    save_policy(policy, state.params, target_folder)
+    with writing(target_folder):
+        save_policy(policy, state.params, target_folder)
 
 
 def _demonstrations(

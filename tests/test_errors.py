@@ -52,6 +52,7 @@ def test_writers_in_other_languages_have_errors_of_their_own():
 
 
 PRINTS = """
+import os
 import sys
 from aspo_jax.errors import run_command
 
@@ -59,14 +60,22 @@ def command():
     for i in range(20000):
         print(i)
         print(i, file=sys.stderr)
-    open(sys.argv[1], "w").write("done")
+    with open(sys.argv[1], "w") as file:
+        for descriptor in (1, 2):
+            try:
+                os.write(descriptor, b"what compiled code says")
+            except OSError:
+                pass  # where the reader went before anything was printed
+        file.write("done")
     return 0
 
 sys.exit(run_command(command))
 """
 
 
-@pytest.mark.parametrize("shell", ["{} | head -1", "{} 2>&1 | head -1", "{} >&-", "{} >&- 2>&-"])
+@pytest.mark.parametrize(
+    "shell", ["{} | head -1", "{} 2>&1 | head -1", "{} >&-", "{} 2>&-", "{} >&- 2>&-"]
+)
 def test_a_reader_that_goes_away_ends_nothing(shell, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PRINTS)
