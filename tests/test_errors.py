@@ -60,6 +60,7 @@ def command():
     for i in range(20000):
         print(i)
         print(i, file=sys.stderr)
+    others = [open(sys.argv[1] + name, "w") for name in "abc"]  # not as descriptors 0 to 2
     with open(sys.argv[1], "w") as file:
         for descriptor in (1, 2):
             try:
@@ -88,6 +89,7 @@ def test_a_reader_that_goes_away_ends_nothing(shell, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out").read_text() == "done"
+    assert [(tmp_path / f"out{name}").read_text() for name in "abc"] == [""] * 3
     assert "rror" not in done.stderr
 
 
