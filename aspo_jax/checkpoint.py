@@ -26,6 +26,7 @@ import concurrent.futures
 import contextlib
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -183,6 +184,7 @@ class Checkpoints:
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._background = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
+        self._old_hook, sys.unraisablehook = sys.unraisablehook, self._on_unraisable
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -349,6 +351,13 @@ class Checkpoints:
             self._background.shutdown()
             with self._saving(self._folder):
                 self._orbax.close()
+            sys.unraisablehook = self._old_hook
+
+    def _on_unraisable(self, unraisable: Any) -> None:
+        """Say nothing of what a failed save leaves behind: tensorstore's other writes end after
+        Orbax has closed their event loop, and each would print a traceback of that."""
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self._old_hook(unraisable)
 
     def _finish(self, path: epath.Path, leaves: dict[str, str]) -> None:
         """The background half of a save."""
