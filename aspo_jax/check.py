@@ -44,8 +44,9 @@ from aspo_jax.config.reading import DEFAULT
 from aspo_jax.errors import CommandParser, UserError, run_command
 from aspo_jax.learner import build_learner
 from aspo_jax.model import load_params, shardings
-from aspo_jax.records import CONFIG
+from aspo_jax.records import read_run_config
 from aspo_jax.rollout import BatchShape, Example, draw, fill
+from aspo_jax.run_folder import CONFIG
 from aspo_jax.sampler import EVALUATE
 from aspo_jax.structs import Minibatch
 from aspo_jax.warmstart import INITIAL_MODEL
@@ -165,7 +166,7 @@ def _config(flags: argparse.Namespace) -> Config:
         raise CheckError(f"{run} has its own config; leave --config and --set out, or the folder")
     if not (run / CONFIG).is_file():
         raise CheckError(f"{run}: not a run; expected a run folder (with {CONFIG}), or --config")
-    return parse_config((run / CONFIG).read_text(), FACTORIES, str(run / CONFIG))
+    return parse_config(read_run_config(run), FACTORIES, str(run / CONFIG))
 
 
 def check(config: Config, prompts: int, run: Path | None = None) -> int:

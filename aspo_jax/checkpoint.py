@@ -1,4 +1,4 @@
-"""Everything a run needs to survive: verified checkpoints, one writer per folder, orderly stops.
+"""Checkpoints that are verified before they are used.
 
 A step is *complete* once its manifest exists. Saving step 20 goes
 
@@ -11,37 +11,22 @@ so a process killed at any moment leaves complete steps, or folders without a ma
 skipped. Orbax's own commit is not trusted at restore: its array files carry no checksum, and a step
 that was being deleted is still listed by it.
 
-    with StopRequest() as stop, lock_run(folder), Checkpoints(path, keep=2) as checkpoints:
+    with Checkpoints(path, keep=2) as checkpoints:
         restored = checkpoints.restore(abstract_state)       # None: nothing to continue
-        with contextlib.suppress(Interrupted):
-            for step in ...:
-                with stop.interruptible():
-                    ...                                      # sampling, grading: dropped at a stop
-                ...                                          # the update: always finished
-                if stop.requested:
-                    break
-        checkpoints.save(step, state, meta)                  # the second signal can still end this
-    sys.exit(EXIT_SAVED if stop.requested else 0)
+        checkpoints.remove_leftovers()
+        ...
+        checkpoints.save(step, state, meta)
 
-With several processes the folder is shared, process 0 holds the lock, and all of them save, restore
-and stop together.
+With several processes the folder is shared, and all of them save and restore together.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import datetime
-import errno
-import fcntl
-import hashlib
 import json
 import logging
-import os
-import signal
-import socket
-import threading
-import time
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -51,17 +36,25 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from aspo_jax.errors import UserError
-
-EXIT_SAVED = 75
-"""Exit status of a run that a signal stopped after saving (EX_TEMPFAIL of sysexits.h): run the same
-command again to go on."""
+from aspo_jax.errors import UserError, describe
+from aspo_jax.files import (
+    Damaged,
+    absolute,
+    are_digests,
+    check_digests,
+    digests,
+    fsync,
+    is_local,
+    read_sealed,
+    sealed_text,
+    walk,
+    write_text_atomic,
+)
 
 MANIFEST = "manifest.json"
 
 _FORMAT = 1
 _NONE_COMPLETE, _ALL_DAMAGED = -1, -2
-_NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 _logger = logging.getLogger(__name__)
 
@@ -70,84 +63,10 @@ class CheckpointError(UserError):
     """A checkpoint could not be written, or none of those present can be used."""
 
 
-class RunLocked(UserError):
-    """Another process is writing this run folder."""
-
-
-class RunFolderError(UserError):
-    """The run folder cannot be made or written."""
-
-
-class Interrupted(BaseException):
-    """A stop was requested inside `StopRequest.interruptible`.
-
-    Like KeyboardInterrupt not an Exception: no ``except Exception`` on the way may swallow it.
-    """
-
-
-# --- files -------------------------------------------------------------------------------------
-
-
-def write_text_atomic(path: epath.PathLike, text: str) -> None:
-    """Write a small file so that a reader, or a crash, sees the old or the new text, never a part.
-
-    Local paths: temporary file beside it, fsync, rename, fsync of the folder. Object stores
-    (``gs://``): one write, which is atomic there.
-    """
-    path = epath.Path(path)
-    if not _is_local(path):
-        path.write_text(text)
-        return
-    temporary = path.parent / f".{path.name}.tmp"
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _fsync(path.parent)
-
-
-def _is_local(path: epath.Path) -> bool:
-    return "://" not in os.fspath(path)
-
-
-def _absolute(folder: epath.PathLike) -> epath.Path:
-    path = epath.Path(folder)
-    return epath.Path(os.path.abspath(path.expanduser())) if _is_local(path) else path
-
-
-def _fsync(path: epath.Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _walk(folder: epath.Path) -> Iterator[epath.Path]:
-    """Every file below a folder, in a fixed order; each subfolder follows its own files."""
-    for path in sorted(folder.iterdir()):
-        if path.is_dir():
-            yield from _walk(path)
-        yield path
-
-
-def _digest(path: epath.Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 # --- the manifest ------------------------------------------------------------------------------
 
 
-class _Unusable(Exception):
-    """Why a step cannot be used: the file and what is wrong with it."""
-
-
-class _Unsealed(_Unusable):
+class _Unsealed(Damaged):
     """The step has no manifest: it was never completed, or its deletion was begun."""
 
 
@@ -163,64 +82,36 @@ def _describe(state: Any) -> dict[str, str]:
     return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
 
 
-def _manifest_text(body: dict[str, Any]) -> str:
-    text = json.dumps(body, sort_keys=True)
-    own_digest = hashlib.sha256(text.encode()).hexdigest()
-    return json.dumps({"manifest": body, "sha256": own_digest}, indent=1, sort_keys=True) + "\n"
-
-
 def _seal(step: epath.Path, leaves: dict[str, str]) -> None:
     """Flush and digest the files of a step that Orbax committed, then write its manifest."""
-    files = {}
-    for path in _walk(step):
-        if _is_local(path):
-            _fsync(path)
-        if not path.is_dir():
-            name = path.relative_to(step).as_posix()
-            files[name] = {"bytes": path.stat().length, "sha256": _digest(path)}
-    if _is_local(step):
-        _fsync(step)
-        _fsync(step.parent)
-    body = {"format": _FORMAT, "step": int(step.name), "leaves": leaves, "files": files}
-    write_text_atomic(step / MANIFEST, _manifest_text(body))
+    if is_local(step):
+        for path in (*walk(step), step, step.parent):
+            fsync(path)
+    body = {"format": _FORMAT, "step": int(step.name), "leaves": leaves, "files": digests(step)}
+    write_text_atomic(step / MANIFEST, sealed_text(body))
 
 
 def _read_manifest(step: epath.Path) -> dict[str, Any]:
-    """The manifest of a step; raises _Unusable when it is absent, damaged or another step's."""
-    path = step / MANIFEST
+    """The manifest of a step; raises Damaged when it is absent, damaged or another step's."""
     try:
-        text = path.read_bytes().decode()
-        body = json.loads(text)["manifest"]
+        body = read_sealed(step / MANIFEST)
     except FileNotFoundError:
         raise _Unsealed(f"{MANIFEST} is missing: the step was never completed") from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise _Unusable(f"{MANIFEST} cannot be read ({error!r})") from error
-    if text != _manifest_text(body):
-        raise _Unusable(f"{MANIFEST} is damaged: its text does not match its own digest")
-    if body["format"] != _FORMAT:
-        raise _Unusable(f"{MANIFEST} has format {body['format']}, this program reads {_FORMAT}")
-    if body["step"] != int(step.name):
-        raise _Unusable(f"{MANIFEST} is that of step {body['step']}: the folder was renamed")
+    if body.get("format") != _FORMAT:
+        raise Damaged(f"{MANIFEST} has format {body.get('format')}, this program reads {_FORMAT}")
+    if not isinstance(body.get("leaves"), dict) or not are_digests(body.get("files")):
+        raise Damaged(f"{MANIFEST} lacks the digests of files or the types of leaves")
+    if body.get("step") != int(step.name):
+        raise Damaged(f"{MANIFEST} is that of step {body.get('step')}: the folder was renamed")
     return body
 
 
 def _verify(step: epath.Path) -> None:
-    """Compare every file of a step with its manifest; raises _Unusable naming the first bad one.
+    """Compare every file of a step with its manifest; raises Damaged naming the first bad one.
 
     Files that the manifest does not list cannot be reached by a restore and are ignored.
     """
-    for name, expected in _read_manifest(step)["files"].items():
-        path = step / name
-        try:
-            size = path.stat().length
-            if size != expected["bytes"]:
-                raise _Unusable(f"{name} has {size} bytes, expected {expected['bytes']}")
-            if _digest(path) != expected["sha256"]:
-                raise _Unusable(f"{name} is damaged: its sha256 differs from the manifest's")
-        except FileNotFoundError:
-            raise _Unusable(f"{name} is missing") from None
-        except OSError as error:
-            raise _Unusable(f"{name} cannot be read ({error})") from error
+    check_digests(step, _read_manifest(step)["files"])
 
 
 def _check_leaves(step: epath.Path, found: dict[str, str], expected: dict[str, str]) -> None:
@@ -270,6 +161,7 @@ class Checkpoints:
     folder: local or ``gs://``, absolute or relative; one subfolder per step, readable by Orbax
         (items ``state`` and ``meta``).
     keep: how many complete steps stay; the rest goes once a newer step is complete.
+    guard: called before anything is written; what it raises ends the save.
 
     With several processes every process calls every method at the same point. The folder is shared
     (Orbax requires that), so process 0 alone digests, verifies and prunes: one reader is the
@@ -277,24 +169,33 @@ class Checkpoints:
     others learn its verdict by a broadcast.
     """
 
-    def __init__(self, folder: epath.PathLike, keep: int):
+    def __init__(self, folder: epath.PathLike, keep: int, guard: Callable[[], None] = lambda: None):
         if keep < 1:
             raise ValueError(f"keep is {keep}, expected at least 1 checkpoint to keep")
-        logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax narrates each save at INFO
-        self._folder = _absolute(folder)
+        # Orbax narrates each save, and logs the traceback of what it then raises to us too.
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        self._folder = absolute(folder)
         self._keep = keep
+        self._guard = guard
         self._complete: set[int] = set()
         # Not Orbax's CheckpointManager: it keeps its own list of steps, which deleting and
         # replacing steps by the manifest's rules would contradict. The layout is the same.
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._background = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
+        self._old_hook, sys.unraisablehook = sys.unraisablehook, self._on_unraisable
 
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
+        try:
+            self.close()
+        except CheckpointError as error:
+            if kind is None:
+                raise
+            _logger.debug("while another error was on its way: %s", error)  # which is the reason
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Start saving a step and return; the state may be donated at once.
@@ -316,10 +217,11 @@ class Checkpoints:
         path = self._folder / str(step)
         if _broadcast(int(jax.process_index() == 0 and self._has_good(step))):
             return
-        with _named(path):
+        with self._saving(path):
             if jax.process_index() == 0:
                 self._folder.mkdir(parents=True, exist_ok=True)
-                self._remove_leftovers(step)
+                self._remove_temporary()
+                self._remove(step)
             items = ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
                 meta=ocp.args.JsonSave(meta),
@@ -398,7 +300,7 @@ class Checkpoints:
         path = self._folder / str(step)
         try:
             _verify(path)
-        except _Unusable as problem:
+        except Damaged as problem:
             raise CheckpointError(f"checkpoint {path} cannot be used: {problem}") from None
 
     def _newest(self) -> int | None:
@@ -411,6 +313,27 @@ class Checkpoints:
                 "Put back an intact copy, or start again in a new folder."
             )
         return None if step == _NONE_COMPLETE else step
+
+    def remove_leftovers(self) -> None:
+        """Remove what a kill left of steps that were never completed or were being deleted.
+
+        For the run that owns the folder alone: a reader would remove what the run is writing.
+        """
+        self.wait()
+        if jax.process_index() != 0 or not self._folder.exists():
+            return
+        with _named(self._folder):
+            self._remove_temporary()
+            for step in self._steps():
+                if not self._is_sealed(step):
+                    self._remove(step)
+
+    def newest(self) -> str:
+        """Where the same command would go on, as a sentence; nothing is verified for it."""
+        sealed = [step for step in self._steps() if self._is_sealed(step)]
+        if not sealed:
+            return "no checkpoint is complete yet, the same command begins anew"
+        return f"the newest complete checkpoint is step {sealed[0]}, the same command goes on there"
 
     def wait(self) -> None:
         """Wait until the last save is complete; raises a CheckpointError if it failed."""
@@ -426,11 +349,19 @@ class Checkpoints:
             self.wait()
         finally:
             self._background.shutdown()
-            self._orbax.close()
+            with self._saving(self._folder):
+                self._orbax.close()
+            sys.unraisablehook = self._old_hook
+
+    def _on_unraisable(self, unraisable: Any) -> None:
+        """Say nothing of what a failed save leaves behind: tensorstore's other writes end after
+        Orbax has closed their event loop, and each would print a traceback of that."""
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self._old_hook(unraisable)
 
     def _finish(self, path: epath.Path, leaves: dict[str, str]) -> None:
         """The background half of a save."""
-        with _named(path):
+        with self._saving(path):
             self._orbax.wait_until_finished()
             if jax.process_index() != 0:
                 return
@@ -438,17 +369,36 @@ class Checkpoints:
             self._complete.add(int(path.name))
             self._prune(int(path.name))
 
+    @contextlib.contextmanager
+    def _saving(self, path: epath.Path) -> Iterator[None]:
+        """Check the folder, then turn any error into a CheckpointError that says what is left."""
+        self._check_folder()
+        try:
+            yield
+        except Exception as error:
+            self._check_folder()  # where it is gone that is the reason, whatever the error says
+            what = describe(error, path) or f"{path}: {type(error).__name__}: {error}"
+            raise CheckpointError(f"checkpoint {what}; {self.newest()}") from error
+
+    def _check_folder(self) -> None:
+        if jax.process_index() == 0:
+            self._guard()
+
     def _steps(self) -> list[int]:
         """Numbers of all step folders, complete or not, newest first."""
         if not self._folder.exists():
             return []
         names = (path.name for path in self._folder.iterdir())
-        return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+        numbers = (int(name) for name in names if name.isdecimal() and str(int(name)) == name)
+        return sorted(numbers, reverse=True)
+
+    def _is_sealed(self, step: int) -> bool:
+        return (self._folder / str(step) / MANIFEST).exists()
 
     def _has_good(self, step: int) -> bool:
         try:
             _verify(self._folder / str(step))
-        except _Unusable:
+        except Damaged:
             return False
         self._complete.add(step)
         return True
@@ -460,7 +410,7 @@ class Checkpoints:
             path = self._folder / str(step)
             try:
                 _verify(path)
-            except _Unusable as problem:
+            except Damaged as problem:
                 was_any_complete |= not isinstance(problem, _Unsealed)
                 _logger.warning("checkpoint %s skipped: %s", path, problem)
                 continue
@@ -474,7 +424,7 @@ class Checkpoints:
         for step in self._steps():
             try:
                 _verify(self._folder / str(step))
-            except _Unusable as problem:
+            except Damaged as problem:
                 lines.append(f"step {step}: {problem}")
         return "\n  ".join(lines)
 
@@ -489,11 +439,9 @@ class Checkpoints:
             else:
                 self._remove(step)
 
-    def _remove_leftovers(self, step: int) -> None:
-        """Remove what killed saves left half-written, and a bad step of the same number."""
+    def _remove_temporary(self) -> None:
         for path in self._folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
             path.rmtree()
-        self._remove(step)
 
     def _remove(self, step: int) -> None:
         """Delete a step, its manifest first: a half-deleted step does not count as complete."""
@@ -526,157 +474,3 @@ def _named(path: epath.Path) -> Iterator[None]:
         yield
     except Exception as error:
         raise CheckpointError(f"checkpoint {path}: {type(error).__name__}: {error}") from error
-
-
-# --- one writer per run folder -----------------------------------------------------------------
-
-
-class RunLock:
-    """The right to write a run folder, held until `release` or the end of the ``with`` block."""
-
-    def __init__(self, descriptor: int | None):
-        self._descriptor = descriptor
-
-    def __enter__(self) -> RunLock:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.release()
-
-    def release(self) -> None:
-        """Give the folder free. The lock file stays: removing it would race with its next owner."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-
-
-def lock_run(folder: epath.PathLike) -> RunLock:
-    """Make sure that no other process writes this run folder; several processes: process 0 calls.
-
-    The lock is the kernel's (flock on ``.lock``), so it ends with its process, even by kill -9.
-    Where there is none (``gs://``, file systems without flock) a warning says so.
-
-    Raises:
-      RunLocked: names the host, process and start of the run that holds the folder.
-      RunFolderError: the folder cannot be made or written.
-    """
-    folder = _absolute(folder)
-    if not _is_local(folder):
-        _logger.warning("%s is not a local folder: a second writer is not detected", folder)
-        return RunLock(None)
-    path = folder / ".lock"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise RunFolderError(
-            f"run folder {folder} cannot be used ({error.strerror}); expected a folder that can be "
-            "made and written, set Run.folder to another one"
-        ) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        if error.errno in _NO_FLOCK:
-            _logger.warning("%s: no flock here, a second writer is not detected", folder)
-            return RunLock(None)
-        if not isinstance(error, BlockingIOError):
-            raise
-        raise RunLocked(
-            f"run folder {folder} is being written by {_holder(path)}: "
-            "wait for that run, stop it, or choose another folder"
-        ) from None
-    started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": started}
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, json.dumps(holder).encode())
-    return RunLock(descriptor)
-
-
-def _holder(path: epath.Path) -> str:
-    try:
-        holder = json.loads(path.read_text())
-        return f"process {holder['pid']} on {holder['host']} since {holder['started']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process (its note in .lock is not readable)"
-
-
-# --- orderly stops -----------------------------------------------------------------------------
-
-
-class StopRequest:
-    """Catches SIGTERM and SIGINT in the main thread while its ``with`` block runs.
-
-    The first signal sets `requested`, and raises `Interrupted` if the program is, or next comes,
-    inside `interruptible`. A second one ends the process at once with status 128 + its number,
-    even during a compilation or a device computation, when no Python handler can run.
-    Repeats within ``same_request_s`` are one request: ``timeout`` signals both its child and the
-    child's process group, a wrapper script may forward what the terminal already sent.
-
-    agree: for several processes, whether any of them was asked to stop; all call it together. No
-        process may then leave a block that others are in, so `Interrupted` is only raised on
-        entering one, on all of them.
-    """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-    def __init__(self, agree: Callable[[bool], bool] | None = None, *, same_request_s: float = 0.5):
-        self.signal: signal.Signals | None = None
-        self._agree = agree
-        self._same_request_s = same_request_s
-        self._is_interruptible = False
-
-    @property
-    def requested(self) -> bool:
-        """Whether a signal has arrived."""
-        return self.signal is not None
-
-    def __enter__(self) -> StopRequest:
-        self._reader, self._writer = socket.socketpair()
-        self._writer.setblocking(False)
-        # Python runs handlers in the main thread, between bytecodes; the bytes of the wake-up
-        # descriptor are written by the C handler itself, so the watcher sees signals at once.
-        self._old_wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        self._watcher = threading.Thread(target=self._watch, name="signals", daemon=True)
-        self._watcher.start()
-        self._old_handlers = {s: signal.signal(s, self._on_signal) for s in self.SIGNALS}
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        for number, handler in self._old_handlers.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(self._old_wakeup)
-        self._writer.close()
-        self._watcher.join()
-        self._reader.close()
-
-    @contextlib.contextmanager
-    def interruptible(self) -> Iterator[None]:
-        """A block that a stop may abandon: `Interrupted` is raised in it, or on entering it."""
-        self._is_interruptible = self._agree is None
-        try:
-            if self._agree(self.requested) if self._agree else self.requested:
-                raise Interrupted(self.signal)
-            yield
-        finally:
-            self._is_interruptible = False
-
-    def _on_signal(self, number: int, frame: object) -> None:
-        if self.requested:
-            return
-        self.signal = signal.Signals(number)
-        if self._is_interruptible:
-            raise Interrupted(self.signal)
-
-    def _watch(self) -> None:
-        """Announce the first signal, end the process at the second (see ``__enter__``)."""
-        first_s = None
-        while byte := self._reader.recv(1):
-            if byte[0] not in self.SIGNALS:
-                continue
-            if first_s is None:
-                first_s = time.monotonic()
-                name = signal.Signals(byte[0]).name
-                _logger.warning("%s: saving, then stopping; again: stop at once, unsaved", name)
-            elif time.monotonic() - first_s > self._same_request_s:
-                os._exit(128 + byte[0])

@@ -22,8 +22,9 @@ from aspo_jax.data import copy_tokenizer, load_tokenizer
 from aspo_jax.errors import UserError, run_command
 from aspo_jax.model import build_model, read_model_config, save_model
 from aspo_jax.model.sharding import MESH_AXES
-from aspo_jax.records import CONFIG
+from aspo_jax.records import read_run_config
 from aspo_jax.rounding import rounding_cost
+from aspo_jax.run_folder import CONFIG
 from aspo_jax.warmstart import INITIAL_MODEL
 
 CHECKPOINTS = "checkpoints"
@@ -105,7 +106,7 @@ def export(
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ExportError(f"{out} exists and is not an empty folder; choose another OUT")
     place = find_run(checkpoint)
-    config = parse_config((place.run / CONFIG).read_text(), FACTORIES, str(place.run / CONFIG))
+    config = parse_config(read_run_config(place.run), FACTORIES, str(place.run / CONFIG))
     source = _initial_model(config, place.run)
     shape, tokenizer = read_model_config(source), load_tokenizer(source)
     dtype = dtype or config.run.export_dtype

@@ -8,23 +8,29 @@ left out of the line. A new metric is a new line of `METRICS`.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import logging
 import math
 import os
+import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
 
 from aspo_jax.config.gin import nearest
-from aspo_jax.errors import UserError
+from aspo_jax.errors import UserError, WriteError, writing
+from aspo_jax.files import write_text_atomic
 from aspo_jax.losses import WEIGHT_BIN_EDGES, histogram_quantile
 from aspo_jax.structs import Histogram, Max, Mean, Metric
 
 WEIGHT_QUANTILES = (10, 50, 90)  # percent
+
+_logger = logging.getLogger(__name__)
 
 
 class MetricsError(UserError):
@@ -206,10 +212,13 @@ class Log:
     """The metrics of a run in ``folder``: metrics.jsonl and, if wanted, tensorboard/.
 
     start_iteration: the first iteration that will be written; what an earlier process wrote from
-        there on is dropped, also in TensorBoard.
+        there on is dropped, also in TensorBoard. What is damaged before it is reported, with the
+        iterations that are missing, and kept beside as ``metrics.jsonl.damaged-N``: a checkpoint
+        does not rest on the log, so the run goes on.
     on_row: called with (iteration, its metrics) once they are recorded.
 
-    Raises ValueError for a metric that `METRICS` does not define, or an iteration that goes back.
+    Raises ValueError for a metric that `METRICS` does not define, or an iteration that goes back;
+    WriteError where there is no room.
     """
 
     def __init__(
@@ -220,18 +229,12 @@ class Log:
         on_row: Callable[[int, Mapping[str, float]], None] | None = None,
     ):
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
-        if path.exists():
-            _truncate(path, start_iteration)
-        self._file = path.open("a", encoding="utf-8")
-        self._events: Any = None
-        if tensorboard:
-            from tensorboardX import SummaryWriter  # half a second that a quiet run need not pay
-
-            self._events = SummaryWriter(
-                logdir=str(folder / "tensorboard"), purge_step=start_iteration
-            )
+        self._path = folder / "metrics.jsonl"
+        with writing(self._path):
+            folder.mkdir(parents=True, exist_ok=True)
+            _truncate(self._path, start_iteration)
+            self._file = self._path.open("a", encoding="utf-8")
+        self._events = _Events(folder / "tensorboard", start_iteration) if tensorboard else None
         self._iteration = start_iteration
         self._pending: dict[str, Any] = {}
         self._on_row = on_row
@@ -264,9 +267,10 @@ class Log:
         A later `write` must be of a later iteration.
         """
         self._record()
-        os.fsync(self._file.fileno())
-        if self._events is not None:
-            self._events.flush()
+        with self._writing():
+            os.fsync(self._file.fileno())
+            if self._events is not None:
+                self._events.flush()
 
     def close(self) -> None:
         """Flush and close; may be called twice."""
@@ -285,15 +289,62 @@ class Log:
         self.latest = _scalars(fetched)
         finite = {name: v if math.isfinite(v) else None for name, v in self.latest.items()}
         line = {"iteration": self._iteration, **finite}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
-        if self._events is not None:
-            for name, value in finite.items():
-                if value is not None:
-                    self._events.add_scalar(name, value, self._iteration)
+        with self._writing():
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
+            if self._events is not None:
+                self._events.write(self._iteration, finite)
         if self._on_row:
             self._on_row(self._iteration, self.latest)
         self._iteration += 1
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            with writing(self._path):
+                yield
+        except WriteError:
+            # Else what is still buffered would be tried again, at the end of the interpreter too.
+            for file in (self._file, self._events):
+                with contextlib.suppress(OSError, WriteError):
+                    if file is not None:
+                        file.close()
+            raise
+
+
+class _Events:
+    """TensorBoard events in a folder, written at once: tensorboardX's own thread ends at its first
+    failed write without a word, and then whoever writes waits for ever."""
+
+    def __init__(self, folder: Path, start_iteration: int):
+        # Half a second that a run without TensorBoard need not pay.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
+        from tensorboardX.summary import scalar
+
+        self._folder, self._types, self._scalar = folder, cast(Any, event_pb2), scalar
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
+            self._writer = EventsWriter(str(folder / "events"))
+        session = self._types.SessionLog(status=self._types.SessionLog.START)
+        self._add(step=start_iteration, session_log=session)
+
+    def write(self, iteration: int, values: Mapping[str, float | None]) -> None:
+        for name, value in values.items():
+            if value is not None:
+                self._add(step=iteration, summary=self._scalar(name, value))
+
+    def flush(self) -> None:
+        with writing(self._folder):
+            self._writer.flush()
+
+    def close(self) -> None:
+        with writing(self._folder), contextlib.closing(self._writer._py_recordio_writer):
+            self._writer.flush()
+
+    def _add(self, **fields: Any) -> None:
+        with writing(self._folder):
+            self._writer.write_event(self._types.Event(wall_time=time.time(), **fields))
 
 
 def _scalars(values: Mapping[str, Any]) -> dict[str, float]:
@@ -351,29 +402,61 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         MetricsError: file and line of anything that `Log` does not write.
     """
-    path = Path(path)
-    lines = path.read_bytes().split(b"\n")[:-1]
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise MetricsError(f"{path}:{number}: not JSON: {error}") from error
-        if not isinstance(row, dict) or not isinstance(row.get("iteration"), int):
-            raise MetricsError(f"{path}:{number}: expected an object with a whole 'iteration'")
-        rows.append(row)
+    rows, problems = _read_rows(Path(path))
+    if problems:
+        raise MetricsError(problems[0])
     return rows
 
 
+def _read_rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows that are whole, and what is wrong with each other line."""
+    rows, problems = [], []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            problems.append(f"{path}:{number}: not JSON: {error}")
+            continue
+        if isinstance(row, dict) and type(row.get("iteration")) is int:
+            rows.append(row)
+        else:
+            problems.append(f"{path}:{number}: expected an object with a whole 'iteration'")
+    return rows, problems
+
+
 def _truncate(path: Path, start_iteration: int) -> None:
-    """Drop the lines from an iteration on; the file is replaced whole or not at all."""
-    kept = [row for row in read_metrics(path) if row["iteration"] < start_iteration]
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Drop the lines from an iteration on; the file is replaced whole or not at all.
+
+    Lines that cannot be read, and iterations before it that are missing, are reported.
+    """
+    rows, problems = _read_rows(path) if path.exists() else ([], [])
+    kept = [row for row in rows if row["iteration"] < start_iteration]
+    if problems:
+        copy = _free_name(path)
+        shutil.copy2(path, copy)
+        _logger.warning("%s (%d lines); kept as it is in %s", problems[0], len(problems), copy.name)
+    known = {row["iteration"] for row in kept}
+    if missing := [i for i in range(start_iteration) if i not in known]:
+        _logger.warning(
+            "%s lacks iterations %s: the run goes on from its checkpoint, but its curves have a "
+            "gap; put back a copy of the file to close it",
+            path,
+            _ranges(missing),
+        )
+    write_text_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def _free_name(path: Path) -> Path:
+    numbered = (path.with_name(f"{path.name}.damaged-{i}") for i in itertools.count(1))
+    return next(candidate for candidate in numbered if not candidate.exists())
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """[3, 4, 5, 9] -> 3-5, 9"""
+    known = set(numbers)
+    firsts = [n for n in numbers if n - 1 not in known]
+    lasts = [n for n in numbers if n + 1 not in known]
+    return ", ".join(f"{a}-{b}" if a < b else f"{a}" for a, b in zip(firsts, lasts, strict=True))
 
 
 @contextlib.contextmanager

@@ -1,30 +1,35 @@
-"""What a run leaves in its folder beside metrics and checkpoints.
-
-config.gin          the resolved config; a later start with another one is refused
-metrics.jsonl       one line per iteration            tensorboard/  the same as events
-checkpoints/        everything a bitwise resume needs
-initial_model/      the warm-started model            model/        the trained one
-transcripts/        prompts, answers and verdicts of each iteration and each evaluation
-dynamics.png        the pictures
-"""
+"""What a run leaves in its folder beside metrics and checkpoints: see `aspo_jax.run_folder`."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from aspo_jax import runtime
-from aspo_jax.checkpoint import RunLock, lock_run, write_text_atomic
+from aspo_jax.checkpoint import MANIFEST, Checkpoints
 from aspo_jax.config import Config, ConfigError, command
 from aspo_jax.config.gin import LAUNCH
+from aspo_jax.errors import UserError, WriteError, refusal, writing
+from aspo_jax.files import (
+    Damaged,
+    digests,
+    read_sealed,
+    sealed_text,
+    write_text_atomic,
+)
 from aspo_jax.metrics import read_metrics
+from aspo_jax.run_folder import CHECKPOINTS, CONFIG, METRICS, MODEL_FILES, RunLock, lock_run
 
-CONFIG = "config.gin"
-METRICS = "metrics.jsonl"
+_READ_AT_START = (".safetensors", ".json", ".jinja", ".txt")  # weights, settings, tokenizer
+
+
+class ModelChanged(UserError):
+    """The model that a run started from is not what it was."""
 
 
 class Silent:
@@ -44,52 +49,130 @@ class Silent:
 
 
 def lock_folder(config: Config) -> RunLock:
-    """See `aspo_jax.checkpoint.lock_run`; process 0 holds the lock for all."""
-    return runtime.on_main(lambda: lock_run(config.run_folder)) or RunLock(None)
+    """See `aspo_jax.run_folder.lock_run`; process 0 holds the lock for all."""
+    return runtime.on_main(lambda: lock_run(config.run_folder)) or RunLock()
 
 
-def claim_folder(config: Config) -> Path:
-    """The run folder with its config written into it.
+def check_config(config: Config) -> Path:
+    """The run folder, which may be continued under this config.
 
     Raises:
-        ConfigError: the folder holds a run of another config; the message is the difference.
+        ConfigError: the folder holds checkpoints or a trained model of another config; the message
+            is the difference. Before there are any, the config may change.
         LaunchError: the processes were started with different configs.
     """
     lines = config.text().splitlines()
     runtime.check_same("the config", "\n".join(x for x in lines if not x.startswith(LAUNCH)))
-    runtime.on_main(lambda: _write_config(config))
+    runtime.on_main(lambda: _check_config(config))
     return Path(config.run_folder)
 
 
-def _write_config(config: Config) -> None:
+def _check_config(config: Config) -> None:
     folder = Path(config.run_folder)
     path = folder / CONFIG
-    if path.exists() and not config.run.accept_changes:
-        changes = config.diff(path.read_text())
-        if changes:
-            raise ConfigError(
-                f"{folder} holds a run with another config:\n{changes}\n"
-                "choose another Run.folder, or continue it under the new config with "
-                "--set Run.accept_changes=True"
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(path, config.text())
+    if config.run.accept_changes or not path.exists() or not has_results(folder):
+        return
+    try:
+        changes = config.diff(read_run_config(folder))
+    except ConfigError as error:
+        raise ConfigError(
+            f"{path} is not the config that the run wrote ({error}); put back a copy, or continue "
+            "under the config of this command with --set Run.accept_changes=True"
+        ) from error
+    if changes:
+        raise ConfigError(
+            f"{folder} holds a run with another config:\n{changes}\n"
+            "choose another Run.folder, or continue it under the new config with "
+            "--set Run.accept_changes=True"
+        )
+
+
+def read_run_config(folder: Path) -> str:
+    """The text of a run's config; a ConfigError if it is not text."""
+    try:
+        return (folder / CONFIG).read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{folder / CONFIG}: not UTF-8 ({error}); put back a copy") from error
+
+
+def has_results(folder: Path) -> bool:
+    """Whether a run folder holds what another config must not continue or replace."""
+    return any(folder.glob(f"{CHECKPOINTS}/*/{MANIFEST}")) or (folder / "model").exists()
+
+
+def claim_folder(config: Config, model_folder: str | Path) -> None:
+    """Write what the run is into its folder: its config and the files of its initial model.
+
+    Called when all is built and restored: a start that fails before claims nothing.
+
+    Raises:
+        ModelChanged: the folder holds results that began from other files.
+    """
+    runtime.on_main(lambda: _claim_folder(config, Path(model_folder).expanduser()))
+
+
+def _claim_folder(config: Config, model_folder: Path) -> None:
+    folder = Path(config.run_folder)
+    found = digests(model_folder, _is_read_at_start)
+    if has_results(folder) and not config.run.accept_changes:
+        _check_model_files(folder / MODEL_FILES, model_folder, found)
+    write_text_atomic(folder / MODEL_FILES, sealed_text({"files": found}))
+    write_text_atomic(folder / CONFIG, config.text())
+
+
+def _is_read_at_start(name: str) -> bool:
+    return "/" not in name and name.endswith(_READ_AT_START)
+
+
+def _check_model_files(path: Path, model_folder: Path, found: Mapping[str, Any]) -> None:
+    if not path.exists():
+        return
+    try:
+        expected = read_sealed(path)["files"]
+    except (Damaged, KeyError) as error:
+        raise ModelChanged(
+            f"{path} is not what the run wrote ({error}); if {model_folder} is unchanged since the "
+            "run began, delete the file"
+        ) from None
+    changed = [
+        name for name in sorted({*expected, *found}) if expected.get(name) != found.get(name)
+    ]
+    if changed:
+        raise ModelChanged(
+            f"{model_folder} is not what this run started from: {', '.join(changed)} changed, came "
+            "or went since. The reference policy and the tokenizer are read from there; put back "
+            "the files as they were, or go on with these under --set Run.accept_changes=True"
+        )
+
+
+@contextlib.contextmanager
+def keeping(checkpoints: Checkpoints) -> Iterator[None]:
+    """Add to what could not be written where the same command goes on."""
+    try:
+        yield
+    except (WriteError, OSError) as error:
+        message = str(error) if isinstance(error, WriteError) else refusal(error)
+        if message is None:
+            raise
+        raise WriteError(f"{message}; {checkpoints.newest()}") from error
 
 
 def write_transcripts(path: Path, samples: Sequence[Mapping[str, Any]]) -> None:
     """Some answers as JSON lines."""
-    path.parent.mkdir(exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(exist_ok=True)
     write_text_atomic(path, "".join(json.dumps(sample) + "\n" for sample in samples))
 
 
 def before_and_after(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
-    """The held-out figures of the first and of the last evaluation."""
-    rows = [
-        {name: value for name, value in row.items() if name.startswith("evaluate/")}
-        for row in read_metrics(folder / METRICS)
+    """The held-out figures of the first and of the last evaluation; nothing where one is lost."""
+    rows = read_metrics(folder / METRICS)
+    scores = {
+        row["iteration"]: {k: v for k, v in row.items() if k.startswith("evaluate/")}
+        for row in rows
         if "evaluate/avg" in row
-    ]
-    return rows[0], rows[-1]
+    }
+    return scores.get(0, {}), scores.get(max(scores, default=0), {})
 
 
 def without_signal(folder: Path) -> int:

@@ -19,6 +19,7 @@ from aspo_jax.build import Machines, save_policy
 from aspo_jax.checkpoint import Checkpoints
 from aspo_jax.config import Config
 from aspo_jax.console import Bar, Console
+from aspo_jax.errors import writing
 from aspo_jax.figures import dynamics
 from aspo_jax.metrics import Clock, Log, read_metrics
 from aspo_jax.records import (
@@ -39,6 +40,7 @@ from aspo_jax.rollout import (
     training_transcripts,
 )
 from aspo_jax.rounding import rounding_cost
+from aspo_jax.run_folder import RunLock
 from aspo_jax.sampler import TRAIN, Completion
 from aspo_jax.structs import Mean, Minibatch, TrainState, merge_metrics
 
@@ -53,6 +55,7 @@ class Run(NamedTuple):
     log: Log | Silent
     clock: Clock
     console: Console
+    lock: RunLock
 
     @contextlib.contextmanager
     def phase(self, name: str, total: int | None = None, unit: str = "") -> Iterator[Bar]:
@@ -184,6 +187,7 @@ _gap_metrics = jax.jit(gap_metrics)
 
 def evaluate(run: Run, state: TrainState, iteration: int) -> None:
     """Score the policy on the held-out prompts."""
+    run.lock.check()
     with run.phase("evaluate", unit="samples") as bar:
         scores, rollout = run.machines.evaluate(state.params, partial(counter, bar))
     figures = {f"evaluate/{k}": v for k, v in scores._asdict().items()}
@@ -235,9 +239,13 @@ def settle(run: Run, done: int) -> None:
 def finish(run: Run, state: TrainState, console: Console) -> None:
     """Export, draw and say where everything is; one process does, the others wait."""
     dtype, policy = run.config.run.export_dtype, run.machines.policy
-    save_policy(policy, state.params, run.folder / "model", dtype)
+    target = run.folder / "model"
+    run.lock.check()
+    with writing(target):
+        save_policy(policy, state.params, target, dtype)
     if dtype != "float32":
         console.note(rounding_cost(run.config, policy, state.params, dtype).line(dtype))
+    run.lock.check()
     runtime.on_main(lambda: _conclude(run, console))
 
 
@@ -247,7 +255,8 @@ def _conclude(run: Run, console: Console) -> None:
         console.note(
             f"{idle} of {run.config.train.iterations} iterations had no group to learn from"
         )
-    dynamics({folder.name: read_metrics(folder / "metrics.jsonl")}, folder / "dynamics.png")
+    with writing(folder / "dynamics.png"):
+        dynamics({folder.name: read_metrics(folder / "metrics.jsonl")}, folder / "dynamics.png")
     paths = {
         "model (Hugging Face)": folder / "model",
         "checkpoints": folder / "checkpoints",

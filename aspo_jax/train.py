@@ -21,12 +21,14 @@ import jax
 from aspo_jax import runtime
 from aspo_jax.agreement import SamplingError
 from aspo_jax.build import FACTORIES, build_machines, check_inputs, parameter_count
-from aspo_jax.checkpoint import EXIT_SAVED, Checkpoints, Interrupted, StopRequest
+from aspo_jax.checkpoint import Checkpoints
 from aspo_jax.config import Config, read_config
 from aspo_jax.console import Console
 from aspo_jax.errors import run_command
 from aspo_jax.metrics import Clock, Log, profile
-from aspo_jax.records import Silent, claim_folder, lock_folder
+from aspo_jax.records import Silent, check_config, claim_folder, keeping, lock_folder
+from aspo_jax.rewards import RewardError
+from aspo_jax.run_folder import RunLock
 from aspo_jax.steps import (
     Run,
     evaluate,
@@ -39,59 +41,79 @@ from aspo_jax.steps import (
     speeds,
     update,
 )
+from aspo_jax.stop import EXIT_SAVED, Interrupted, StopRequest
 from aspo_jax.warmstart import warm_start
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a config. Exit status: 0 done, 2 a mistake of the user's, 75 stopped and saved."""
+    """Run a config; returns the exit status.
+
+    0: done. 75: a signal stopped it and what it had done is saved; the same command goes on. 2:
+    something that a person must mend, in one message: a mistake in the settings, a full disk,
+    graders that fail. 1: a mistake of the program's, with a traceback. 128 + N: signal N, given
+    twice, ended it at once. After each of them the same command goes on from what was saved.
+    """
     status = run_command(lambda: _run(sys.argv[1:] if argv is None else argv))
     return runtime.leave(status) if status == 2 else status
 
 
 def _run(argv: Sequence[str]) -> int:
-    config = read_config(argv, FACTORIES)
-    here = config.runtime
-    runtime.join(here.coordinator, here.num_processes, here.process_id)
-    agree = None if runtime.is_alone() else runtime.any_of
-    sizes = check_inputs(config)
-    console = Console(is_quiet=not runtime.is_main())
-    compilations = runtime.compilations(console.compiling, console.compiled)
-    with lock_folder(config), console, compilations, StopRequest(agree) as stop:
-        return train(config, console, stop, sizes)
+    with StopRequest() as stop:
+        try:
+            with stop.interruptible():
+                config = read_config(argv, FACTORIES)
+                here = config.runtime
+                runtime.join(here.coordinator, here.num_processes, here.process_id)
+                sizes = check_inputs(config)
+            stop.agree = None if runtime.is_alone() else runtime.any_of
+            console = Console(is_quiet=not runtime.is_main())
+            compilations = runtime.compilations(console.compiling, console.compiled)
+            with lock_folder(config) as lock, console, compilations:
+                return train(config, console, stop, lock, sizes)
+        except Interrupted:
+            note = "stopped before an iteration: nothing new to save, the same command goes on"
+            Console(is_quiet=not runtime.is_main()).note(note)
+            return EXIT_SAVED
 
 
 def train(
     config: Config,
     console: Console,
     stop: StopRequest,
+    lock: RunLock,
     sizes: Sequence[tuple[str, str]] | None = None,
 ) -> int:
-    folder = claim_folder(config)
+    """Train, or go on training, in the locked run folder; returns the exit status.
+
+    Raises:
+        Interrupted: a signal came before the first iteration of this start.
+    """
+    folder = check_config(config)
     mesh = runtime.start(**dataclasses.asdict(config.runtime))
     console.title(config, sizes)
-    try:
-        with stop.interruptible():
-            model_folder = config.model.path or warm_start(config, mesh, folder, console)
-    except Interrupted:
-        console.note("stopped during the warm start: nothing to save, it will begin anew")
-        return EXIT_SAVED
-    m = build_machines(config, model_folder, mesh)
+    with stop.interruptible():
+        model_folder = config.model.path or warm_start(config, mesh, folder, console)
+    with stop.interruptible():
+        m = build_machines(config, model_folder, mesh)
     console.note(f"{parameter_count(m.params):,} parameters, {jax.device_count()} device(s)")
     attention = m.policy.model.attention
     console.note(f"attention: {attention.name} ({attention.reason})")
 
-    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
+    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep, lock.check)
     with (
         m.scorer,
         checkpoints,
+        keeping(checkpoints),
         console.phase("training", config.train.iterations, "iterations") as bar,
     ):
         state, done = restore_or_init(checkpoints, m)
+        claim_folder(config, model_folder)
+        checkpoints.remove_leftovers()
         bar.begin_at(done)
         log = Silent()
         if runtime.is_main():
             log = Log(folder, done, config.metrics.tensorboard, on_row=console.iteration)
-        run = Run(config, m, folder, checkpoints, log, Clock(), console)
+        run = Run(config, m, folder, checkpoints, log, Clock(), console, lock)
         if done:
             console.note(resumed(run, done))
         position = m.prompts.state()
@@ -113,15 +135,16 @@ def train(
             with stop.interruptible():
                 evaluate(run, state, done)
             settle(run, done)
-        except (Interrupted, SamplingError) as reason:
+        except (Interrupted, SamplingError, RewardError) as reason:
             save(run, state, done, position)
             runtime.on_main(checkpoints.wait)
-            if isinstance(reason, SamplingError):
+            if not isinstance(reason, Interrupted):
                 raise
             console.note(f"stopped after {done} iterations, saved; the same command goes on")
             return EXIT_SAVED
         log.close()
-    finish(run, state, console)
+    with keeping(checkpoints):
+        finish(run, state, console)
     return 0
 
 

@@ -9,8 +9,10 @@ the same place on every machine, and its result is cached by what determines it.
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +35,25 @@ from aspo_jax.build import (
 from aspo_jax.config import Config
 from aspo_jax.console import Console
 from aspo_jax.data import CountdownSpec, demonstration, problem, render
-from aspo_jax.errors import UserError
+from aspo_jax.errors import UserError, describe, writing
+from aspo_jax.files import (
+    Damaged,
+    are_digests,
+    check_digests,
+    digests,
+    read_sealed,
+    sealed_text,
+    write_text_atomic,
+)
 from aspo_jax.learner import Goal, build_learner, clipped_adamw, learning_rate_schedule
 from aspo_jax.losses import reinforce, token_mean
+from aspo_jax.records import has_results
 from aspo_jax.rollout import BatchShape, Example, fill
 from aspo_jax.structs import Minibatch, OldPolicy
 
 VERSION = 2  # of the recipe below and of what its folder holds; part of the cache key
 INITIAL_MODEL = "initial_model"
+SEAL = "warm_start.json"  # digests of the files beside it, and the cache key
 
 
 class WarmStartError(UserError):
@@ -51,26 +64,79 @@ def warm_start(config: Config, mesh: Mesh, folder: Path, console: Console) -> Pa
     """The folder of a warm-started model: the run's own copy, from the cache or freshly trained.
 
     Raises:
-        WarmStartError: the target was not reached within ``WarmStart.max_steps``.
+        WarmStartError: the target was not reached within ``WarmStart.max_steps``, or the run's own
+            copy is damaged and its checkpoints rest on it.
     """
-    own = folder / INITIAL_MODEL
+    own, key = folder / INITIAL_MODEL, cache_key(config)
+    cached = Path(config.warm_start.cache).expanduser() / key
     # Process 0 looks and writes, for all: a cache may be on one host only.
-    if runtime.any_of(runtime.is_main() and own.is_dir()):
+    if runtime.any_of(runtime.on_main(lambda: _find(own, cached, key, console)) or False):
         return own
-    cached = Path(config.warm_start.cache).expanduser() / cache_key(config)
-    if runtime.any_of(runtime.is_main() and cached.is_dir()):
-        console.note(f"warm start: found in {cached}")
-    else:
-        _train(config, mesh, cached, console)
-    runtime.on_main(lambda: _copy(cached, own))
+    fresh = own.with_name(own.name + ".new")
+    _train(config, mesh, fresh, console)
+    runtime.on_main(lambda: _keep(fresh, own, cached, key, console))
     return own
 
 
-def _copy(cached: Path, own: Path) -> None:
-    partial = own.with_name(own.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(cached, partial)
-    partial.rename(own)
+def _find(own: Path, cached: Path, key: str, console: Console) -> bool:
+    """Whether the run now has its own model: it had, or the cache has one that is whole."""
+    if own.exists():
+        problem = _problem(own, None if has_results(own.parent) else key)
+        if problem is None:
+            return True
+        if has_results(own.parent):
+            raise WarmStartError(
+                f"{own}: {problem}; the run began from it, and its reference policy is read from "
+                "there. Delete that folder: the same command makes the same model again"
+            )
+        console.note(f"warm start: {own} is made anew: {problem}")
+        shutil.rmtree(own)
+    if not cached.exists():
+        return False
+    if problem := _problem(cached, key):
+        console.note(f"warm start: {cached} is not used but made anew: {problem}")
+        return False
+    console.note(f"warm start: found in {cached}")
+    with writing(own):
+        _copy(cached, own)
+    return True
+
+
+def _problem(folder: Path, key: str | None) -> str | None:
+    """Why a warm-started model cannot be used; key: of the settings it must be made under."""
+    try:
+        seal = read_sealed(folder / SEAL)
+        if not are_digests(seal.get("files")):
+            return f"{SEAL} lists no files"
+        check_digests(folder, seal["files"])
+    except FileNotFoundError:
+        return f"it has no {SEAL}: it was never completed"
+    except Damaged as problem:
+        return str(problem)
+    return None if key in (None, seal.get("key")) else "it was made under other settings"
+
+
+def _keep(fresh: Path, own: Path, cached: Path, key: str, console: Console) -> None:
+    """Seal a trained model as the run's own, and put a copy into the cache if that is possible."""
+    write_text_atomic(fresh / SEAL, sealed_text({"key": key, "files": digests(fresh)}))
+    fresh.rename(own)
+    try:
+        _copy(own, cached)
+    except OSError as error:
+        console.note(f"warm start: not kept for other runs: {describe(error, cached) or error}")
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a model so that the target is there whole or not at all; it replaces a damaged one."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}")
+    try:
+        shutil.copytree(source, partial)
+        if target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def cache_key(config: Config) -> str:
@@ -127,7 +193,8 @@ def _train(config: Config, mesh: Mesh, target_folder: Path, console: Console) ->
     console.note(
         f"warm start: held-out avg@{config.evaluate.samples} {average:.3f} after {step} steps"
     )
-    save_policy(policy, state.params, target_folder)
+    with writing(target_folder):
+        save_policy(policy, state.params, target_folder)
 
 
 def _demonstrations(

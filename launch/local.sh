@@ -6,8 +6,8 @@
 #
 # Needs: bash 5.1, python with aspo_jax (or PYTHON=...). Each process takes all devices it sees:
 # meant for CPUs; for the GPUs of one machine gpu_node.sh needs one process only.
-# Ends: with the first status that is not 0. When a process fails the others are killed; SIGTERM
-# and SIGINT are passed on, so that all of them save and stop with status 75.
+# Ends: with the first status that is not 0. When a process fails the others are killed; SIGTERM,
+# SIGINT and SIGHUP are passed on, so that all of them save and stop with status 75.
 set -uo pipefail
 
 [[ ${1:-} =~ ^[1-9][0-9]*$ ]] || { echo "usage: $0 PROCESSES [flags]" >&2; exit 2; }
@@ -24,7 +24,7 @@ for ((i = 0; i < processes; i++)); do
   ASPO_PROCESS_ID=$i "$python" ${PROGRAM:--m aspo_jax.train} "$@" &
   running+=($!)
 done
-trap 'kill -TERM "${running[@]}" 2>/dev/null' TERM INT
+trap 'kill -TERM "${running[@]}" 2>/dev/null' TERM INT HUP
 trap 'kill -KILL "${running[@]}" 2>/dev/null' EXIT
 
 status=0

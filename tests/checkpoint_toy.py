@@ -6,15 +6,36 @@ python tests/checkpoint_toy.py PROGRAM FOLDER [...]: each says on stdout where i
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aspo_jax import checkpoint
+from aspo_jax import checkpoint, run_folder, stop
+
+
+def start(*arguments: object, **environment: str) -> subprocess.Popen[str]:
+    """Start one of the toy programs."""
+    return subprocess.Popen(
+        [sys.executable, str(Path(__file__)), *map(str, arguments)],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def await_line(program: subprocess.Popen[str], beginning: str) -> str:
+    assert program.stdout
+    for line in program.stdout:
+        if line.startswith(beginning):
+            return line
+    raise AssertionError(f"never said {beginning!r}: {program.stderr and program.stderr.read()}")
 
 
 def state_at(step: int) -> dict:
@@ -68,17 +89,17 @@ def save_for_ever(folder: str) -> None:
 
 def hold_lock(folder: str) -> None:
     """Lock the run folder and stay."""
-    with checkpoint.lock_run(folder):
+    with run_folder.lock_run(folder):
         say("locked")
         time.sleep(60)
 
 
 def run_until_stopped(folder: str, phase: str) -> None:
-    """One iteration in the given phase, then the orderly stop of `checkpoint.StopRequest`."""
-    with checkpoint.Checkpoints(folder, keep=2) as checkpoints, checkpoint.StopRequest() as stop:
+    """One iteration in the given phase, then the orderly stop of `stop.StopRequest`."""
+    with checkpoint.Checkpoints(folder, keep=2) as checkpoints, stop.StopRequest() as request:
         rollouts = updates = 0
         try:
-            with stop.interruptible():
+            with request.interruptible():
                 if phase == "sampling":
                     say("ready")
                     time.sleep(60)
@@ -91,10 +112,10 @@ def run_until_stopped(folder: str, phase: str) -> None:
                 say("ready")
                 minutes(jnp.ones(1000)).block_until_ready()
             updates += 1
-        except checkpoint.Interrupted:
+        except stop.Interrupted:
             say("interrupted")
         checkpoints.save(1, state_at(1), {"rollouts": rollouts, "updates": updates})
-    sys.exit(checkpoint.EXIT_SAVED if stop.requested else os.EX_OK)
+    sys.exit(stop.EXIT_SAVED if request.requested else os.EX_OK)
 
 
 def restore_on_four(folder: str) -> None:

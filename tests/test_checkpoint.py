@@ -3,45 +3,23 @@
 from __future__ import annotations
 
 import logging
-import os
 import random
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from checkpoint_toy import bits, meta_at, state_at
+from checkpoint_toy import await_line, bits, meta_at, start, state_at
 from etils import epath
 
 from aspo_jax import checkpoint, structs
-from aspo_jax.checkpoint import MANIFEST, CheckpointError, Checkpoints, StopRequest
-
-TOY = Path(__file__).with_name("checkpoint_toy.py")
-
-
-def start(*arguments: object, **environment: str) -> subprocess.Popen[str]:
-    """Start one of the toy programs."""
-    return subprocess.Popen(
-        [sys.executable, str(TOY), *map(str, arguments)],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def await_line(program: subprocess.Popen[str], beginning: str) -> str:
-    assert program.stdout
-    for line in program.stdout:
-        if line.startswith(beginning):
-            return line
-    raise AssertionError(f"never said {beginning!r}: {program.stderr and program.stderr.read()}")
+from aspo_jax.checkpoint import MANIFEST, CheckpointError, Checkpoints
+from aspo_jax.errors import UserError
+from aspo_jax.files import read_sealed, sealed_text
 
 
 def save_steps(folder: Path, *steps: int, keep: int = 2) -> None:
@@ -178,7 +156,9 @@ def test_a_failure_in_the_background_surfaces_at_the_next_call(
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint, "_seal", disk_full)
             checkpoints.save(2, state_at(2), meta_at(2))
-            with pytest.raises(CheckpointError, match=r"/2: OSError: .*No space left on device"):
+            with pytest.raises(
+                CheckpointError, match=r"/2: No space left .*MiB free.* step 1, the"
+            ):
                 checkpoints.save(3, state_at(3), meta_at(3))
         check(checkpoints.restore(state_at(0)), 1)
         checkpoints.save(3, state_at(3), meta_at(3))
@@ -272,6 +252,83 @@ def test_all_damaged_is_an_error_that_lists_every_step(two_steps: Path, tmp_path
     assert re.search(r"step 10: meta/metadata has \d+ bytes, expected \d+", str(error.value))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": {}},
+        {"files": {"meta/metadata": {"bytes": 1}}},
+        {"files": [1]},
+        {"leaves": None},
+        {"step": "20"},
+        {"format": 2},
+        None,
+    ],
+)
+def test_a_manifest_whose_own_digest_is_right_must_hold_what_ours_do(
+    two_steps: Path, tmp_path: Path, change
+):
+    folder = tmp_path / "copy"
+    shutil.copytree(two_steps, folder)
+    path = folder / "20" / MANIFEST
+    path.write_text(sealed_text(read_sealed(path) | change if change else {}))
+    check(restore(folder), 10)
+
+
+def test_a_deeply_nested_manifest_is_passed_over(two_steps: Path, tmp_path: Path):
+    folder = tmp_path / "copy"
+    shutil.copytree(two_steps, folder)
+    (folder / "20" / MANIFEST).write_text("[" * 100_000)
+    check(restore(folder), 10)
+
+
+def test_what_a_kill_left_is_removed_by_the_owner_and_by_no_reader(two_steps: Path, tmp_path: Path):
+    folder = tmp_path / "copy"
+    shutil.copytree(two_steps, folder)
+    shutil.copytree(two_steps / "20", folder / "15")
+    (folder / "15" / MANIFEST).unlink()
+    (folder / "25.orbax-checkpoint-tmp").mkdir()
+    left = steps_in(folder)
+    check(restore(folder), 20)
+    assert steps_in(folder) == left
+    with Checkpoints(folder, keep=2) as checkpoints:
+        checkpoints.remove_leftovers()
+    assert steps_in(folder) == {"10", "20"}
+
+
+def test_a_full_disk_names_the_step_that_is_whole(full_disk: Path):
+    w = np.random.RandomState(0).standard_normal(100_000).astype(np.float32)
+    with Checkpoints(full_disk / "checkpoints", keep=1) as checkpoints:
+        checkpoints.save(1, {"w": jnp.asarray(w)}, {})
+        checkpoints.wait()
+        (full_disk / "filler").write_bytes(b"x" * 400_000)
+        message = r"/2: No space left on device \(.* MiB free\); make room there; .*is step 1, the"
+        with pytest.raises(CheckpointError, match=message):
+            checkpoints.save(2, {"w": jnp.asarray(w[::-1])}, {})
+            checkpoints.wait()
+        (full_disk / "filler").unlink()
+        restored = checkpoints.restore({"w": w})
+        assert restored is not None and restored.step == 1
+        checkpoints.save(3, {"w": jnp.asarray(w)}, {})
+
+
+def test_nothing_is_written_past_the_guard(tmp_path: Path):
+    class Gone(UserError):
+        pass
+
+    def guard() -> None:
+        if is_gone:
+            raise Gone("the folder is gone")
+
+    is_gone = False
+    with Checkpoints(tmp_path / "new", keep=1, guard=guard) as checkpoints:
+        checkpoints.save(1, state_at(1), meta_at(1))
+        checkpoints.wait()
+        is_gone = True
+        with pytest.raises(Gone):
+            checkpoints.save(2, state_at(2), meta_at(2))
+    assert steps_in(tmp_path / "new") == {"1"}
+
+
 def test_a_step_under_another_number_is_refused(two_steps: Path, tmp_path: Path):
     shutil.copytree(two_steps / "20", tmp_path / "30")
     with pytest.raises(CheckpointError, match="step 30: manifest.json is that of step 20"):
@@ -308,88 +365,3 @@ def test_survives_kill_9(tmp_path: Path):
     assert restored is not None
     assert restored.step >= at_least
     check(restored, restored.step)
-
-
-# --- files and locks ---------------------------------------------------------------------------
-
-
-def test_write_text_atomic(tmp_path: Path):
-    path = tmp_path / "a.json"
-    checkpoint.write_text_atomic(path, "old")
-    checkpoint.write_text_atomic(str(path), "new é\n")
-    assert path.read_text(encoding="utf-8") == "new é\n"
-    assert steps_in(tmp_path) == {"a.json"}
-
-
-def test_one_writer_per_run_folder(tmp_path: Path):
-    program = start("hold_lock", tmp_path)
-    await_line(program, "locked")
-    expected = rf"{tmp_path} is being written by process {program.pid} on .+ since \d{{4}}-.*wait"
-    with pytest.raises(checkpoint.RunLocked, match=expected):
-        checkpoint.lock_run(tmp_path)
-    program.kill()
-    program.communicate(timeout=30)
-    mine = pytest.raises(checkpoint.RunLocked, match=f"process {os.getpid()} ")
-    with checkpoint.lock_run(tmp_path), mine:
-        checkpoint.lock_run(tmp_path)
-    checkpoint.lock_run(tmp_path).release()
-
-
-def test_object_stores_have_no_lock(caplog: pytest.LogCaptureFixture):
-    with checkpoint.lock_run(epath.Path("gs://bucket/run")):
-        assert "second writer is not detected" in caplog.text
-
-
-# --- signals -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("number", StopRequest.SIGNALS)
-def test_a_signal_interrupts_what_may_be_dropped(number: signal.Signals):
-    before = [signal.getsignal(s) for s in StopRequest.SIGNALS]
-    with StopRequest() as stop:
-        assert not stop.requested
-        with pytest.raises(checkpoint.Interrupted), stop.interruptible():
-            os.kill(os.getpid(), number)
-            time.sleep(5)
-        assert stop.signal == number
-        with pytest.raises(checkpoint.Interrupted), stop.interruptible():
-            raise AssertionError("a stop that was requested before must not be forgotten")
-    assert [signal.getsignal(s) for s in StopRequest.SIGNALS] == before
-
-
-def test_a_signal_outside_only_sets_the_flag(caplog: pytest.LogCaptureFixture):
-    with StopRequest() as stop:
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)  # a repeat at once is the same request
-        assert stop.requested
-    assert caplog.messages == ["SIGTERM: saving, then stopping; again: stop at once, unsaved"]
-
-
-@pytest.mark.parametrize(
-    ("phase", "number", "work"),
-    [
-        ("sampling", signal.SIGTERM, {"rollouts": 0, "updates": 0}),
-        ("update", signal.SIGINT, {"rollouts": 1, "updates": 1}),
-    ],
-)
-def test_a_stopped_run_saves_and_says_so(tmp_path: Path, phase: str, number: int, work: dict):
-    program = start("run_until_stopped", tmp_path, phase)
-    await_line(program, "ready")
-    program.send_signal(number)
-    _, errors = program.communicate(timeout=30)
-    assert program.returncode == checkpoint.EXIT_SAVED == 75, errors
-    restored = restore(tmp_path)
-    assert restored is not None
-    assert restored.meta == work
-
-
-def test_a_second_signal_ends_at_once_even_in_compiled_code(tmp_path: Path):
-    program = start("run_until_stopped", tmp_path, "compiled")
-    await_line(program, "ready")
-    time.sleep(0.5)
-    program.send_signal(signal.SIGTERM)
-    time.sleep(0.7)
-    assert program.poll() is None
-    program.send_signal(signal.SIGINT)
-    _, errors = program.communicate(timeout=5)
-    assert program.returncode == 128 + signal.SIGINT, errors

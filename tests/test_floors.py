@@ -20,11 +20,13 @@ FLOORS = [  # top to bottom; strangers on one floor do not import each other
     ["build"],
     ["rollout", "learner", "evaluation", "figures", "records"],
     ["runtime", "topology", "sampler", "checkpoint", "metrics", "console", "agreement"],
+    ["run_folder", "stop"],
     ["head"],
     ["losses", "model", "rewards", "data"],
-    ["structs", "config"],
+    ["structs", "config", "files"],
     ["paths"],
     ["errors"],
+    ["streams"],
 ]
 FLOOR = {room: len(FLOORS) - i for i, rooms in enumerate(FLOORS) for room in rooms}
 NARROW = {"losses": {"structs"}, "rewards": {"errors"}}  # usable without the rest of the house

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
+from aspo_jax.errors import WriteError
 from aspo_jax.metrics import METRICS, Log, MetricsError, metrics_page, profile, read_metrics
 from aspo_jax.structs import Histogram, Max, Mean
 
@@ -106,7 +107,46 @@ def test_damage_is_named_by_file_and_line(tmp_path):
         read_metrics(path)
     path.write_text('{"step": 0}\n')
     with pytest.raises(MetricsError, match=r"metrics.jsonl:1: expected an object with a whole"):
-        Log(tmp_path, tensorboard=False)
+        read_metrics(path)
+    path.write_text("[" * 100_000 + "\n")
+    with pytest.raises(MetricsError, match=r"metrics.jsonl:1: not JSON"):
+        read_metrics(path)
+
+
+def test_a_damaged_log_is_kept_and_its_gap_is_named(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"iteration": i, A: i / 10}) for i in range(9)]
+    lines[3:5] = ["\0" * 40]  # as a power cut leaves it
+    del lines[5]
+    path.write_text("\n".join(lines) + "\n")
+    damaged = path.read_bytes()
+    log = Log(tmp_path, start_iteration=8, tensorboard=False)
+    log.write(8, {A: 0.8})
+    log.close()
+    assert [row["iteration"] for row in read_metrics(path)] == [0, 1, 2, 5, 7, 8]
+    assert (tmp_path / "metrics.jsonl.damaged-1").read_bytes() == damaged
+    assert f"{path}:4: not JSON" in caplog.text and "in metrics.jsonl.damaged-1" in caplog.text
+    assert "lacks iterations 3-4, 6: the run goes on from its checkpoint" in caplog.text
+
+    caplog.clear()
+    Log(tmp_path, start_iteration=9, tensorboard=False).close()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]  # the gap alone
+    assert [p.name for p in tmp_path.iterdir() if "damaged" in p.name] == [f"{path.name}.damaged-1"]
+
+
+@pytest.mark.parametrize("tensorboard", [False, True])
+def test_a_full_disk_is_a_message_and_never_a_wait(full_disk, tensorboard):
+    log = Log(full_disk, tensorboard=tensorboard)
+    log.write(0, {A: 0.5})
+    log.flush()
+    (full_disk / "filler").write_bytes(b"x" * (2**20 - 2**14))
+    message = r"cannot write .*full_disk/(metrics.jsonl|tensorboard): No space left .*MiB free"
+    with pytest.raises(WriteError, match=message):
+        for i in range(1, 1000):
+            log.write(i, {A: 0.5, B: 0.5})
+    (full_disk / "filler").unlink()
+    known = [row["iteration"] for row in read_metrics(full_disk / "metrics.jsonl")]
+    assert known == list(range(len(known)))
 
 
 def test_profile_only_the_chosen_iterations(tmp_path):

@@ -117,8 +117,8 @@ def load_params(
         The nested dict of `Model.init`.
 
     Raises:
-        ModelFolderError: files or tensors are missing, surplus or misshapen; the message lists
-            them.
+        ModelFolderError: files or tensors are missing, surplus, misshapen or there twice (the
+            message lists them), or numbers of a tensor are not finite.
     """
     table = names_table(config)
     params: dict = {}
@@ -129,8 +129,19 @@ def load_params(
                 sharding = SingleDeviceSharding(jax.local_devices()[0])
             else:
                 sharding = leaf_at(shardings, path)
-            _put(params, path, _load_leaf(tensors, entry, config.layers, sharding, dtype))
+            try:
+                leaf = _load_leaf(tensors, entry, config.layers, sharding, dtype)
+            except _NotFinite as problem:
+                raise ModelFolderError(
+                    f"{folder}: {problem} holds numbers that are not finite, so that every answer "
+                    "would be noise; copy the weights again, or use those of an earlier step"
+                ) from None
+            _put(params, path, leaf)
     return params
+
+
+class _NotFinite(Exception):
+    """Name of a tensor that holds NaN or infinity."""
 
 
 def leaf_at(tree: Any, path: Sequence[str]) -> Any:
@@ -160,6 +171,11 @@ def _open_tensors(folder: Path, config: ModelConfig, stack: contextlib.ExitStack
         names = set(opened.keys())
         claimed = {name for name, shard in index.items() if shard == file}
         problems += [f"{name} is not in {file}" for name in sorted(claimed - names)]
+        problems += [
+            f"{name} is in {file} too, expected in {index[name]} alone"
+            for name in sorted(names - claimed)
+            if name in index
+        ]
         found |= {name: opened.get_slice(name) for name in sorted(names)}
     if not problems:
         problems = _differences(found, config)
@@ -188,6 +204,12 @@ def _index(folder: Path) -> tuple[Path, dict[str, str]]:
             f"{index}: weight_map is {shards!r}, expected tensor names and their files; copy it "
             "again"
         )
+    for name, file in shards.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ModelFolderError(
+                f"{index}: weight_map says that {name} is in {file!r}, expected the name of a file "
+                "beside it; copy it again"
+            )
     return index, shards
 
 
@@ -217,23 +239,31 @@ def _load_leaf(
 ) -> Array:
     """One array of params, all layers of it."""
     if not entry.is_layered:
-        return _load_tensor(tensors[entry.name], entry, sharding, dtype)
+        return _load_tensor(entry.name, tensors, entry, sharding, dtype)
     write, of_layer = _write_layer(sharding), _without_layers(sharding)
     stack = _zeros(sharding)((layers, *entry.ours), dtype)
     for y, name in enumerate(entry.names(layers)):
-        stack = write(stack, _load_tensor(tensors[name], entry, of_layer, dtype), np.int32(y))
+        stack = write(stack, _load_tensor(name, tensors, entry, of_layer, dtype), np.int32(y))
         stack.block_until_ready()  # else the layers read ahead pile up on the host
     return stack
 
 
-def _load_tensor(tensor: Any, entry: Entry, sharding: Sharding, dtype: Any) -> Array:
+def _load_tensor(
+    name: str, tensors: dict[str, Any], entry: Entry, sharding: Sharding, dtype: Any
+) -> Array:
     """One tensor in our shape; replicas of a shard are read once."""
     read: dict[Any, np.ndarray] = {}
 
     def shard(index: Any) -> np.ndarray:
         bounds = tuple(s.indices(n)[:2] for s, n in zip(index, entry.ours, strict=True))
         if bounds not in read:
-            read[bounds] = _read(tensor, entry, bounds).astype(dtype)
+            block = _read(tensors[name], entry, bounds).astype(dtype)
+            # The extremes tell, without an array of booleans: NaN is either, infinity one of them.
+            with np.errstate(invalid="ignore"):
+                extremes = [block.min(), block.max()]
+            if not np.isfinite(extremes).all():
+                raise _NotFinite(name)
+            read[bounds] = block
         return read[bounds]
 
     return jax.make_array_from_callback(entry.ours, sharding, shard)

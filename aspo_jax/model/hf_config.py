@@ -108,7 +108,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A file that holds one JSON object."""
     try:
         raw = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelFolderError(f"{path}: not JSON ({error}); copy the file again") from error
     if not isinstance(raw, dict):
         raise ModelFolderError(f"{path}: found a {type(raw).__name__}, expected a JSON object")

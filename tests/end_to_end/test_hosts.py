@@ -16,10 +16,10 @@ from toy import bits, toy_learner, toy_mesh
 from trainer_runs import TRAP, last_checkpoint, metrics
 
 from aspo_jax.build import build_optimizer
-from aspo_jax.checkpoint import EXIT_SAVED
 from aspo_jax.export import export
 from aspo_jax.learner import Goal, Learner
 from aspo_jax.losses import aspo, sequence_mean
+from aspo_jax.stop import EXIT_SAVED
 
 LOCAL = Path(__file__).parents[2] / "launch" / "local.sh"
 ITERATIONS, STOPPED = 4, 3
@@ -139,3 +139,17 @@ def test_two_processes_train_as_one_stop_together_and_one_goes_on(
 
     finish(start(sys.executable, "-m", "aspo_jax.train", *flags(folder), count=1))
     assert_same_trajectory(folder, alone)
+
+
+@pytest.mark.slow
+def test_one_process_of_two_is_killed_and_both_go_on_bit_for_bit(flags, abstract_state, tmp_path):
+    undisturbed, folder = tmp_path / "undisturbed", tmp_path / "run"
+    finish(two_processes(*flags(undisturbed)))
+    trap = f"{TRAP[0]} aspo_jax.train:update:{ITERATIONS}:SIGKILL"
+    finish(two_processes(*flags(folder), program=trap), expect=128 + signal.SIGKILL)
+    assert last_checkpoint(folder, abstract_state).step < ITERATIONS
+    finish(two_processes(*flags(folder)))
+    found, expected = (last_checkpoint(f, abstract_state) for f in (folder, undisturbed))
+    assert found.step == expected.step == ITERATIONS
+    assert bits(found.state) == bits(expected.state)
+    assert metrics(folder) == metrics(undisturbed)

@@ -16,8 +16,8 @@ import pytest
 from toy import bits
 from trainer_runs import ITERATIONS, TRAP, last_checkpoint, metrics, scalars, transcripts
 
-from aspo_jax.checkpoint import EXIT_SAVED
 from aspo_jax.metrics import read_metrics
+from aspo_jax.stop import EXIT_SAVED
 
 
 @pytest.fixture

@@ -62,6 +62,12 @@ def finish(process: subprocess.Popen[str], expect: int = 0) -> tuple[str, str]:
     return out, err
 
 
+def until_stopped(process: subprocess.Popen[str]) -> None:
+    """Wait until a trapped process has stopped itself by SIGSTOP."""
+    found = os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    assert found and found.si_code == os.CLD_STOPPED, process.communicate()
+
+
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl without clocks."""
     return [

@@ -1,7 +1,8 @@
 """Run the trainer with a trap: python trap.py MODULE:NAME:COUNT:SIGNAL[+SIGNAL] [arguments].
 
 At the COUNT-th call of that function the process sends itself the signals, so that a test hits
-the moment it means on any machine. Of several processes the last one is trapped.
+the moment it means on any machine; SIGSTOP lets the test do something to its folder meanwhile.
+RewardError in the place of the signals is raised. Of several processes the last one is trapped.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import signal
 import sys
 import time
 
+from aspo_jax.rewards import RewardError
+
 
 def set_trap(trap: str) -> None:
     module, name, count, signals = trap.split(":")
@@ -27,6 +30,8 @@ def set_trap(trap: str) -> None:
     @functools.wraps(function)
     def trapped(*args, **kwargs):
         if next(calls) == int(count):
+            if signals == "RewardError":
+                raise RewardError("the graders fail")
             for number in signals.split("+"):
                 os.kill(os.getpid(), signal.Signals[number])
                 time.sleep(0.7)  # signals in quick succession count as one

@@ -6,6 +6,7 @@ The torch models of `transformers` themselves are asked in test_parity.py.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,10 @@ def test_what_old_folders_repeat_is_ignored(tmp_path):
     assert bits(load_params(tmp_path / "model", CONFIG)) == bits(params)
 
 
+def put_norm_into(raw: dict, file: Any) -> None:
+    raw["weight_map"]["model.norm.weight"] = file
+
+
 def test_shards_that_do_not_fit_their_index_are_named(tmp_path):
     folder = tmp_path / "model"
     save(folder, max_shard_bytes=3000)
@@ -242,16 +247,52 @@ def test_shards_that_do_not_fit_their_index_are_named(tmp_path):
     with pytest.raises(ModelFolderError, match=r"model\.norm\.weight is not in model-00001-of"):
         load_params(folder, CONFIG)
     index.write_text(whole)
-    next(folder.glob("model-00002-of-*")).rename(folder / "elsewhere")
+    second = next(folder.glob("model-00002-of-*"))
+    second.rename(folder / "elsewhere")
     with pytest.raises(ModelFolderError, match=r"missing file model-00002-of-.*") as error:
         load_params(folder, CONFIG)
     assert str(index) in str(error.value)
+    (folder / "elsewhere").rename(second)
+    for file in (3, "../model.safetensors", None):
+        index.write_text(whole)
+        change_json(index, functools.partial(put_norm_into, file=file))
+        with pytest.raises(ModelFolderError, match=r"norm.weight is in .+, expected the name"):
+            load_params(folder, CONFIG)
+    index.write_text("[" * 100_000)
+    with pytest.raises(ModelFolderError, match=r"index\.json: not JSON"):
+        load_params(folder, CONFIG)
     index.write_text("{}")
     with pytest.raises(ModelFolderError, match="weight_map is None, expected tensor names"):
         load_params(folder, CONFIG)
     index.write_text("{")
     with pytest.raises(ModelFolderError, match=r"index\.json: not JSON"):
         load_params(folder, CONFIG)
+
+
+def test_a_tensor_that_is_there_twice_is_named(tmp_path):
+    folder = tmp_path / "model"
+    save(folder, max_shard_bytes=3000)
+    first, second, *_ = sorted(folder.glob("*.safetensors"))
+    name, value = next(iter(load_file(first).items()))
+    save_file(load_file(second) | {name: value + 1}, second)
+    message = rf"{name} is in {second.name} too, expected in {first.name} alone"
+    with pytest.raises(ModelFolderError, match=message):
+        load_params(folder, CONFIG)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("stored", [np.float32, ml_dtypes.bfloat16])
+def test_weights_that_are_not_finite_are_named(tmp_path, value, stored):
+    save(tmp_path / "model")
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def spoil(tensors):
+        tensors[name] = tensors[name].astype(stored)
+        tensors[name][3, 2] = value
+
+    change_weights(tmp_path / "model", spoil)
+    with pytest.raises(ModelFolderError, match=f"{name} holds numbers that are not finite"):
+        load_params(tmp_path / "model", CONFIG)
 
 
 def test_a_file_cut_short_is_named(tmp_path):

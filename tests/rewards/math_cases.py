@@ -1168,8 +1168,10 @@ BY_CONVENTION = [
 
 def listed() -> list[tuple[str, Any, str, bool]]:
     """(kind, gold, response, is right) of all cases but those by convention."""
-    cases = [(kind, *case) for kind, rows in (CORE | TEXTS).items() for case in rows]
-    cases += [("missed by ours", *case) for case in MISSED]
+    cases: list[tuple[str, Any, str, bool]] = []
+    for kind, rows in (CORE | TEXTS).items():
+        cases += [(kind, gold, text, is_right) for gold, text, is_right in rows]
+    cases += [("missed by ours", gold, text, is_right) for gold, text, is_right in MISSED]
     for kind, rows in FORMS.items():
         for gold, right, wrong in rows:
             for spelling in (*right, *wrong):
