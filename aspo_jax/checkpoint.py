@@ -217,6 +217,7 @@ class Checkpoints:
         path = self._folder / str(step)
         if _broadcast(int(jax.process_index() == 0 and self._has_good(step))):
             return
+        self._check_folder()
         with self._saving(path):
             if jax.process_index() == 0:
                 self._folder.mkdir(parents=True, exist_ok=True)
@@ -365,14 +366,14 @@ class Checkpoints:
             self._orbax.wait_until_finished()
             if jax.process_index() != 0:
                 return
+            self._guard()
             _seal(path, leaves)
             self._complete.add(int(path.name))
             self._prune(int(path.name))
 
     @contextlib.contextmanager
     def _saving(self, path: epath.Path) -> Iterator[None]:
-        """Check the folder, then turn any error into a CheckpointError that says what is left."""
-        self._check_folder()
+        """Turn any error into a CheckpointError that says what is left, or into the guard's."""
         try:
             yield
         except Exception as error:

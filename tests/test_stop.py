@@ -68,7 +68,7 @@ def test_a_second_signal_ends_at_once_even_in_compiled_code(tmp_path: Path):
 
 
 def test_a_closed_terminal_never_ends_a_run_at_once(tmp_path: Path):
-    program = start("run_until_stopped", tmp_path, "update")
+    program = start("run_until_stopped", tmp_path, "long update")
     await_line(program, "ready")
     for _ in range(3):
         program.send_signal(signal.SIGHUP)
