@@ -123,6 +123,7 @@ class Policy(NamedTuple):
 class Machines(NamedTuple):
     """Everything a run is made of.
 
+    initial_params: () -> the weights that the run starts from.
     peers: the processes of the run; sampler, scorer and prompts are this process's share.
     evaluate: params -> (held-out scores, this process's share of the rollout they count). A second
         argument is told how many samples will be drawn; what it returns is told each completion.
@@ -132,7 +133,7 @@ class Machines(NamedTuple):
     """
 
     policy: Policy
-    params: Any
+    initial_params: Callable[[], Any]
     reference: Any
     sampler: Sampler
     scorer: Scorer
@@ -155,12 +156,13 @@ def build_machines(config: Config, folder: str | Path, mesh: Mesh) -> Machines:
     optimizer, rate = build_optimizer(config)
     scorer = open_scorer(config)
     weights = shardings(mesh, policy.model.partition_specs())
-    params = load_params(folder, policy.model.config, shardings=weights)
+    load = functools.partial(load_params, folder, policy.model.config, shardings=weights)
+    has_reference = losses.reads(goal.objective, "ref_logp_BT")
     sampler = build_sampler(config, policy, mesh)
     return Machines(
         policy=policy,
-        params=params,
-        reference=_reference(params) if losses.reads(goal.objective, "ref_logp_BT") else None,
+        initial_params=load,
+        reference=load(dtype=jnp.bfloat16) if has_reference else None,
         sampler=sampler,
         scorer=scorer,
         reward_shape=build_reward_shape(config),
@@ -172,10 +174,6 @@ def build_machines(config: Config, folder: str | Path, mesh: Mesh) -> Machines:
         evaluate=build_evaluate(config, policy, sampler, scorer, mesh),
         learning_rate=rate,
     )
-
-
-def _reference(params: Any) -> Any:
-    return jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
 
 
 # --- the policy -------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ import concurrent.futures
 import contextlib
 import json
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -179,9 +180,7 @@ class Checkpoints:
         self._keep = keep
         self._guard = guard
         self._complete: set[int] = set()
-        # Not Orbax's CheckpointManager: it keeps its own list of steps, which deleting and
-        # replacing steps by the manifest's rules would contradict. The layout is the same.
-        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._orbax: ocp.AsyncCheckpointer | None = None
         self._background = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
         self._old_hook, sys.unraisablehook = sys.unraisablehook, self._on_unraisable
@@ -227,7 +226,7 @@ class Checkpoints:
                 state=ocp.args.StandardSave(state),
                 meta=ocp.args.JsonSave(meta),
             )
-            self._orbax.save(path, args=items)
+            self._opened(state).save(path, args=items)
         self._pending = self._background.submit(self._finish, path, leaves)
 
     def restore(self, abstract_state: Any) -> Restored | None:
@@ -257,7 +256,7 @@ class Checkpoints:
             meta=ocp.args.JsonRestore(),
         )
         with _named(path):
-            restored = self._orbax.restore(path, args=items)
+            restored = self._opened(abstract_state).restore(path, args=items)
         return Restored(step, restored.state, restored.meta)
 
     def restore_params(
@@ -344,15 +343,38 @@ class Checkpoints:
         pending, self._pending = self._pending, None
         pending.result()
 
+    def let_go(self) -> None:
+        """Return once no save reads the arrays of a state: then an update can be in place.
+
+        A save reads a CPU's own arrays until it is complete; an accelerator's it copied first.
+        """
+        if jax.default_backend() == "cpu":
+            self.wait()
+
     def close(self) -> None:
         """Wait for the last save, then release Orbax and the thread."""
         try:
             self.wait()
         finally:
             self._background.shutdown()
-            with self._saving(self._folder):
-                self._orbax.close()
+            if self._orbax is not None:
+                with self._saving(self._folder):
+                    self._orbax.close()
             sys.unraisablehook = self._old_hook
+
+    def _opened(self, state: Any) -> ocp.AsyncCheckpointer:
+        """Orbax, for states like this one."""
+        if self._orbax is None:
+            largest = max(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
+            # What is being written is copied: a second state, if nothing bounds it. The bound has
+            # to be above the largest array.
+            arrays = ocp.StandardCheckpointHandler(save_concurrent_gb=1 + math.ceil(largest / 1e9))
+            # Not Orbax's CheckpointManager: it keeps its own list of steps, which deleting and
+            # replacing steps by the manifest's rules would contradict. The layout is the same.
+            self._orbax = ocp.AsyncCheckpointer(
+                ocp.CompositeCheckpointHandler(state=arrays, meta=ocp.JsonCheckpointHandler())
+            )
+        return self._orbax
 
     def _on_unraisable(self, unraisable: Any) -> None:
         """Say nothing of what a failed save leaves behind: tensorstore's other writes end after
@@ -363,7 +385,8 @@ class Checkpoints:
     def _finish(self, path: epath.Path, leaves: dict[str, str]) -> None:
         """The background half of a save."""
         with self._saving(path):
-            self._orbax.wait_until_finished()
+            if self._orbax is not None:
+                self._orbax.wait_until_finished()
             if jax.process_index() != 0:
                 return
             self._guard()

@@ -43,6 +43,7 @@ class Goal(NamedTuple):
 class Learner(NamedTuple):
     """The jitted functions of the update.
 
+    state: shapes and shardings of the TrainState.
     init: params -> TrainState. Donates the params.
     old_policy: (params, ref_params or None, minibatch) -> OldPolicy of the minibatch's rows.
     step: (state, minibatch) -> (state, report). Donates the state.
@@ -50,6 +51,7 @@ class Learner(NamedTuple):
         each passes its own rows of every micro-batch, as many as the others, and the same count.
     """
 
+    state: TrainState
     init: Callable[[Any], TrainState]
     old_policy: Callable[[Any, Any, Minibatch], OldPolicy]
     step: Callable[[TrainState, Minibatch], tuple[TrainState, Metrics]]
@@ -148,6 +150,10 @@ def build_learner(
     state_shardings = _state_shardings(abstract, weights, replicated)
     step = make_train_step(model, head, goal, optimizer, weights)
     return Learner(
+        state=jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            *(abstract, state_shardings),
+        ),
         init=jax.jit(init, donate_argnums=0, out_shardings=state_shardings),
         old_policy=jax.jit(make_old_policy(model, head), out_shardings=rows),
         step=jax.jit(

@@ -132,12 +132,11 @@ def programs(
         model, _head(config, shape, mesh), goal, build_optimizer(config)[0], mesh
     )
     params = abstract_params(model, mesh)
-    state = jax.eval_shape(learner.init, params)
     reference = _cast(params, jnp.bfloat16) if has_reference else None
     minibatch = _minibatch(batch, mesh)
     old = _old_policy(minibatch, has_reference)
     by_name = {
-        UPDATE: Program(learner.step, (state, dataclasses.replace(minibatch, old=old))),
+        UPDATE: Program(learner.step, (learner.state, dataclasses.replace(minibatch, old=old))),
         SCORE: Program(learner.old_policy, (params, reference, minibatch)),
         **_sampling(config, shape, local, platform, hosts),
     }

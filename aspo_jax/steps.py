@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from aspo_jax import runtime
 from aspo_jax.agreement import SamplingError, gap_metrics
-from aspo_jax.build import Machines, save_policy
+from aspo_jax.build import Machines, parameter_count, save_policy
 from aspo_jax.checkpoint import Checkpoints
 from aspo_jax.config import Config
 from aspo_jax.console import Bar, Console
@@ -65,12 +65,18 @@ class Run(NamedTuple):
             yield bar
 
 
+def introduce(m: Machines, console: Console) -> None:
+    """Say what was built."""
+    count, attention = parameter_count(m.learner.state.params), m.policy.model.attention
+    console.note(f"{count:,} parameters, {jax.device_count()} device(s)")
+    console.note(f"attention: {attention.name} ({attention.reason})")
+
+
 def restore_or_init(checkpoints: Checkpoints, m: Machines) -> tuple[TrainState, int]:
     """The newest verified checkpoint of this run folder, else the initial model."""
-    state = m.learner.init(m.params)
-    restored = checkpoints.restore(state)
+    restored = checkpoints.restore(m.learner.state)
     if restored is None:
-        return state, 0
+        return m.learner.init(m.initial_params()), 0
     m.prompts.restore(restored.meta["data_position"])
     return restored.state, restored.meta["iteration"]
 
@@ -110,7 +116,8 @@ def roll_out(run: Run, state: TrainState) -> tuple[list[Minibatch], dict[str, An
             rollout = judge(grading, codec, prompts, completions, m.reward_shape)
     keep_transcripts(run, "train", iteration, training_transcripts, rollout)
     check_failures(rollout, run.config.reward.max_failures)
-    minibatches, figures = assemble(rollout, m.advantage, m.shape, m.peers)
+    assembled, figures = assemble(rollout, m.advantage, m.shape, m.peers)
+    minibatches = [part for part in assembled if part.count]  # counts are the same on all processes
     with run.phase("score", len(minibatches), "minibatches") as bar:
         placed = [m.learner.place(part) for part in minibatches]
         old = [m.learner.old_policy(state.params, m.reference, part) for part in placed]
@@ -138,6 +145,8 @@ def check_agreement(
             f"{broken:.0f} samples ended in a distribution that is not finite; the weights or the "
             "sampler are broken. Sampler.nonfinite = 'drop' goes on without such samples"
         )
+    if not minibatches:
+        return {}
     gaps = reduce(_merge, (_gap_metrics(part.rows, part.old) for part in minibatches))
     mean = gaps["sampler_gap_mean"]
     if float(mean.total) > s.max_gap * float(mean.count):
@@ -152,9 +161,16 @@ def check_agreement(
 def update(
     run: Run, state: TrainState, minibatches: Sequence[Minibatch]
 ) -> tuple[TrainState, dict[str, Any]]:
-    """Epochs times mini-batches of the jitted step; the report covers all of them."""
+    """Epochs times mini-batches of the jitted step; the report covers all of them.
+
+    ``minibatches``: those with something to learn from; the report counts the others as skipped.
+    """
     m, reports = run.machines, []
     epochs = run.config.train.epochs
+    skipped = jnp.float32(epochs * (m.shape.minibatches - len(minibatches)))
+    if not minibatches:
+        return state, {"update/skipped_empty": Mean(skipped, skipped)}
+    run.checkpoints.let_go()
     with run.phase("update", epochs * len(minibatches), "updates") as bar:
         for _ in range(epochs):
             for part in minibatches:
@@ -165,6 +181,8 @@ def update(
         # the times of the phases true.
         jax.block_until_ready(state)
     merged = reduce(_merge, reports)
+    total, count = merged["skipped_empty"]
+    merged["skipped_empty"] = Mean(total + skipped, count + skipped)
     applied = jnp.minimum(merged["grad_norm"].count, 1)
     rate = Mean(applied * m.learning_rate(state.step - 1), applied)
     return state, {f"update/{k}": v for k, v in merged.items()} | {"update/learning_rate": rate}
@@ -187,7 +205,6 @@ _gap_metrics = jax.jit(gap_metrics)
 
 def evaluate(run: Run, state: TrainState, iteration: int) -> None:
     """Score the policy on the held-out prompts."""
-    run.lock.check()
     with run.phase("evaluate", unit="samples") as bar:
         scores, rollout = run.machines.evaluate(state.params, partial(counter, bar))
     figures = {f"evaluate/{k}": v for k, v in scores._asdict().items()}
@@ -210,6 +227,7 @@ def keep_transcripts(
     rollout: Rollout,
 ) -> None:
     """Some samples of a rollout, in a file of their own."""
+    run.lock.check()
     if runtime.is_main():
         path = run.folder / "transcripts" / f"{kind}_{iteration:06d}.jsonl"
         write_transcripts(path, of(rollout, run.config.metrics.transcripts))

@@ -16,11 +16,9 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-import jax
-
 from aspo_jax import runtime
 from aspo_jax.agreement import SamplingError
-from aspo_jax.build import FACTORIES, build_machines, check_inputs, parameter_count
+from aspo_jax.build import FACTORIES, build_machines, check_inputs
 from aspo_jax.checkpoint import Checkpoints
 from aspo_jax.config import Config, read_config
 from aspo_jax.console import Console
@@ -33,6 +31,7 @@ from aspo_jax.steps import (
     Run,
     evaluate,
     finish,
+    introduce,
     restore_or_init,
     resumed,
     roll_out,
@@ -95,9 +94,7 @@ def train(
         model_folder = config.model.path or warm_start(config, mesh, folder, console)
     with stop.interruptible():
         m = build_machines(config, model_folder, mesh)
-    console.note(f"{parameter_count(m.params):,} parameters, {jax.device_count()} device(s)")
-    attention = m.policy.model.attention
-    console.note(f"attention: {attention.name} ({attention.reason})")
+    introduce(m, console)
 
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep, lock.check)
     with (

@@ -109,7 +109,7 @@ def run_until_stopped(folder: str, phase: str) -> None:
                 time.sleep(0.5)
             if phase == "long update":
                 say("ready")
-                time.sleep(3)
+                time.sleep(5)
             if phase == "compiled":
                 minutes = jax.jit(partial(jax.lax.fori_loop, 0, 2**31 - 1, lambda _, x: jnp.sin(x)))
                 say("ready")

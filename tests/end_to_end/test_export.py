@@ -57,7 +57,7 @@ def test_a_smaller_type_says_what_it_costs(finished, machines, config, tmp_path,
     assert command.main([str(finished.folder), str(out), "--dtype", "bfloat16"]) == 0
     line = capsys.readouterr().out.splitlines()[-1]
 
-    policy, params = machines.policy, machines.params
+    policy, params = machines.policy, machines.initial_params()
     half = load_params(out, policy.model.config)
     assert bits(round_to(params, "bfloat16")) == bits(half) != bits(params)
     prompts = held_out_prompts(config, policy.tokenizer)[:PROMPTS]
@@ -111,7 +111,7 @@ def test_answers_as_a_user_gets_them_are_the_runs_own(finished, machines, config
     torch = pytest.importorskip("torch")
     held_out = held_out_prompts(config, machines.policy.tokenizer)
     sampler = build_sampler(config, machines.policy, toy_mesh()).drawing(0.0, EVERYTHING)
-    sampler.start(machines.params)
+    sampler.start(machines.initial_params())
     drawn = draw(sampler, machines.policy.codec, held_out, 1, domain=EVALUATE)
 
     folder = finished.folder / "model"

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from toy import bits, toy_learner, toy_mesh
@@ -133,7 +132,7 @@ def test_two_processes_train_as_one_stop_together_and_one_goes_on(
 
     one = last_checkpoint(folder, abstract_state)
     assert one.step == STOPPED and one.meta["data_position"] == STOPPED
-    spread = last_checkpoint(folder, jax.eval_shape(four_devices.init, machines.params))
+    spread = last_checkpoint(folder, four_devices.state)
     assert len(spread.state.params["embed"].sharding.device_set) == 4
     assert bits(spread.state) == bits(one.state)
 

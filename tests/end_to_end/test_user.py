@@ -80,7 +80,7 @@ def test_export_is_the_live_policy(finished, machines, abstract_state):
     state = last_checkpoint(finished.folder, abstract_state).state
     exported = load_params(finished.folder / "model", machines.policy.model.config)
     assert bits(exported) == bits(state.params)
-    scores, _ = machines.evaluate(machines.params)
+    scores, _ = machines.evaluate(machines.initial_params())
     last = metrics(finished.folder)[-1]
     assert scores._asdict() == {
         name.removeprefix("evaluate/"): value
@@ -97,9 +97,9 @@ def test_transformers_loads_the_export(finished, machines):
     token_BT = np.array([policy.codec.encode("34:7")], np.int32)
     position_BT = np.arange(token_BT.shape[1], dtype=np.int32)[None]
     hidden_BTD, _ = policy.model.apply(
-        machines.params, token_BT, position_BT, np.ones_like(token_BT)
+        machines.initial_params(), token_BT, position_BT, np.ones_like(token_BT)
     )
-    ours_BTV = hidden_BTD @ policy.model.unembedding(machines.params).T
+    ours_BTV = hidden_BTD @ policy.model.unembedding(machines.initial_params()).T
     with torch.no_grad():
         theirs_BTV = theirs(torch.tensor(token_BT, dtype=torch.long)).logits.numpy()
     np.testing.assert_allclose(jax.device_get(ours_BTV), theirs_BTV, atol=1e-4)
