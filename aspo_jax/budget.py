@@ -26,7 +26,7 @@ from aspo_jax.programs import DECODE, PREFILL, SCORE, UPDATE, Programs
 
 
 class Part(NamedTuple):
-    """Something that lies in a chip's memory: bytes, and what makes it smaller."""
+    """Something that lies in a chip's memory: bytes, and what makes it smaller, if anything."""
 
     name: str
     bytes: float
@@ -81,6 +81,7 @@ def shard_bytes(tree: Any) -> int:
     return sum(map(of, jax.tree.leaves(tree)))
 
 
+PROCESS, PROCESS_BYTES = "Python, libraries and compiled programs", 0.9 * 2**30  # as measured
 WEIGHTS, MOMENTS, REFERENCE = "weights, float32", "moments of AdamW", "reference policy, bfloat16"
 ROWS, PUBLISHED, CACHE = "rows of the mini-batches", "weights for sampling", "key-value cache"
 MORE_CHIPS = "raise Runtime.fsdp (more chips) or Runtime.tensor"
@@ -89,17 +90,19 @@ MORE_CHIPS = "raise Runtime.fsdp (more chips) or Runtime.tensor"
 def held_parts(config: Config, programs: Programs) -> list[Part]:
     """What lies in memory all through an iteration, per chip."""
     params, reference, _ = programs.by_name[SCORE].arguments
-    minibatch = programs.by_name[UPDATE].arguments[1]
+    state, minibatch = programs.by_name[UPDATE].arguments
     weights = shard_bytes(params)
     parts = [
         Part(WEIGHTS, weights, MORE_CHIPS),
-        Part(MOMENTS, 2 * weights, MORE_CHIPS),
+        Part(MOMENTS, shard_bytes(state.opt_state), MORE_CHIPS),
         Part(
             ROWS,
             programs.batch.minibatches * shard_bytes((minibatch.rows, minibatch.old)),
             "lower Train.prompts_per_step",
         ),
     ]
+    if programs.platform == "cpu":  # the memory is the process's own too
+        parts.append(Part(PROCESS, PROCESS_BYTES / programs.local.size, ""))
     if programs.has_reference:
         remedy = f"drop the KL penalty (Objective.penalties), or {MORE_CHIPS}"
         parts.append(Part(REFERENCE, shard_bytes(reference), remedy))

@@ -37,6 +37,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from aspo_jax.allocator import return_small_blocks
 from aspo_jax.errors import UserError, describe
 from aspo_jax.files import (
     Damaged,
@@ -257,6 +258,7 @@ class Checkpoints:
         )
         with _named(path):
             restored = self._opened(abstract_state).restore(path, args=items)
+        return_small_blocks()
         return Restored(step, restored.state, restored.meta)
 
     def restore_params(
@@ -393,6 +395,7 @@ class Checkpoints:
             _seal(path, leaves)
             self._complete.add(int(path.name))
             self._prune(int(path.name))
+        return_small_blocks()
 
     @contextlib.contextmanager
     def _saving(self, path: epath.Path) -> Iterator[None]:

@@ -12,6 +12,7 @@ Exit status: 0 fits, 1 does not, 2 a mistake in the arguments.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import sys
 import time
@@ -111,7 +112,8 @@ class Plan:
     @property
     def verdict(self) -> str:
         """Fits or not, the largest consumer and, where it does not fit, what to change."""
-        row, part = self.worst, self.worst.parts[0]
+        row = self.worst
+        part = next(part for part in row.parts if part.remedy)
         bound = "" if row.state == "compiled" else "at least "
         need = f"{row.program} needs {bound}{gib(row.needed)} of {gib(self.limit)} GiB per chip"
         largest = f"largest: {part.name}, {gib(part.bytes)} GiB"
@@ -338,8 +340,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         gib(row.beside),
         f"{at_least}{gib(row.needed)}",
         f"{row.flops / 1e12:,.4g}",
-        f"{row.seconds:.3g}",
-        row.bound,
+        *(("-", "-") if math.isnan(row.seconds) else (f"{row.seconds:.3g}", row.bound)),
         f"{row.calls:,}",
     )
 
@@ -373,7 +374,8 @@ def report(found: Plan) -> str:
             f"Sampler.slots = {found.slots:,}"
         )
     total = sum(row.seconds * row.calls for row in found.rows)
-    lines += [f"an iteration: at least {total / 3600:.2f} h if every response is of full length"]
+    if not math.isnan(total):  # how fast a CPU is, is not known here
+        lines += [f"an iteration: at least {total / 3600:.2f} h if every answer is of full length"]
     return "\n".join([*lines, found.verdict])
 
 

@@ -71,12 +71,14 @@ class Programs(NamedTuple):
     """What a run executes, and what of it is needed to reckon with.
 
     mesh, local: devices of the update, and of one host's sampler.
-    batch: micro-batches of an update. has_reference: a rule reads the frozen reference policy.
+    platform: of the devices. batch: micro-batches of an update.
+    has_reference: a rule reads the frozen reference policy.
     """
 
     by_name: dict[str, Program]
     mesh: Any
     local: Any
+    platform: str
     attention: Attention
     batch: BatchShape
     has_reference: bool
@@ -140,7 +142,7 @@ def programs(
         SCORE: Program(learner.old_policy, (params, reference, minibatch)),
         **_sampling(config, shape, local, platform, hosts),
     }
-    return Programs(by_name, mesh, local, model.attention, batch, has_reference)
+    return Programs(by_name, mesh, local, platform, model.attention, batch, has_reference)
 
 
 def _head(config: Config, shape: ModelConfig, mesh: Any) -> Head:

@@ -8,7 +8,6 @@ prompts; the update is one program over the devices of all. What one process mus
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib.util
 import os
 import resource
@@ -26,6 +25,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
+from aspo_jax.allocator import return_large_blocks
 from aspo_jax.errors import UserError
 from aspo_jax.model.sharding import MESH_AXES
 
@@ -77,26 +77,13 @@ def start(
     """
     if context != 1:
         raise MeshError(f"mesh axis context = {context}: the axis is reserved, expected 1")
-    _return_freed_blocks()
+    return_large_blocks()
     join(coordinator, num_processes, process_id)
     if compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(compilation_cache).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return make_mesh(data=data, fsdp=fsdp, tensor=tensor)
-
-
-_M_MMAP_THRESHOLD, _BLOCK = -3, 1 << 20  # of malloc.h; bytes
-
-
-def _return_freed_blocks() -> None:
-    """Have the C library give freed arrays back to the system at once.
-
-    glibc raises its limit for that to 32 MiB as blocks are freed: the sampler's copy of the layers
-    of a 0.5B model, released before the update, would stay resident beside it.
-    """
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-        mallopt(_M_MMAP_THRESHOLD, _BLOCK)
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ FLOORS = [  # top to bottom; strangers on one floor do not import each other
     ["structs", "config", "files"],
     ["paths"],
     ["errors"],
-    ["streams"],
+    ["streams", "allocator"],
 ]
 FLOOR = {room: len(FLOORS) - i for i, rooms in enumerate(FLOORS) for room in rooms}
 NARROW = {"losses": {"structs"}, "rewards": {"errors"}}  # usable without the rest of the house
