@@ -214,16 +214,18 @@ def judge(
     return Rollout(list(samples), G)
 
 
-def check_failures(rollout: Rollout, largest_share: float) -> None:
+def check_failures(rollout: Rollout, largest_share: float, peers: Peers = ALONE) -> None:
     """Refuse to train on a rollout of which too much was masked because graders failed.
 
     Raises:
-        RewardError: the share is above the largest; with the numbers and what to look at.
+        RewardError: the share among the samples of all processes is above the largest; with the
+            numbers and what to look at. On every process.
     """
-    failed = sum(sample.verdict.reason == "crash" for sample in rollout.samples)
-    if failed > largest_share * len(rollout.samples):
+    own = sum(sample.verdict.reason == "crash" for sample in rollout.samples)
+    failed, total = peers.gather(np.array([own, len(rollout.samples)], np.int32)).sum(axis=0)
+    if failed > largest_share * total:
         raise RewardError(
-            f"the graders of {failed} of {len(rollout.samples)} samples failed twice, more than "
+            f"the graders of {failed} of {total} samples failed twice, more than "
             f"Reward.max_failures = {largest_share:g} allows; their own messages are above"
         )
 

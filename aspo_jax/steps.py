@@ -115,7 +115,7 @@ def roll_out(run: Run, state: TrainState) -> tuple[list[Minibatch], dict[str, An
         with run.phase("grade"):
             rollout = judge(grading, codec, prompts, completions, m.reward_shape)
     keep_transcripts(run, "train", iteration, training_transcripts, rollout)
-    check_failures(rollout, run.config.reward.max_failures)
+    check_failures(rollout, run.config.reward.max_failures, m.peers)
     assembled, figures = assemble(rollout, m.advantage, m.shape, m.peers)
     minibatches = [part for part in assembled if part.count]  # counts are the same on all processes
     with run.phase("score", len(minibatches), "minibatches") as bar:

@@ -15,6 +15,7 @@ from aspo_jax.rollout import (
     BatchShape,
     Codec,
     Example,
+    Peers,
     Rollout,
     assemble,
     batch_shape,
@@ -148,6 +149,10 @@ def test_too_many_failed_graders_stop_the_run():
     check_failures(rollout, 0.25)
     with pytest.raises(RewardError, match="1 of 4 samples failed twice.*Reward.max_failures = 0.2"):
         check_failures(rollout, 0.2)
+    others = np.array([[1, 4], [0, 4], [0, 4]], np.int32)  # failed, samples of three processes
+    check_failures(rollout, 0.2, Peers(0, 3, lambda own: np.concatenate([own[None], others[1:]])))
+    with pytest.raises(RewardError, match="1 of 12 samples failed twice"):
+        check_failures(rollout, 0.05, Peers(1, 3, lambda own: others))
 
 
 # --- rows ---------------------------------------------------------------------------------------
