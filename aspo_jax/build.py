@@ -1,7 +1,4 @@
-"""From a config to machines: the one place that knows both.
-
-Below this file no function sees a config; each takes values.
-"""
+"""From a config to machines: the one place that knows both; `inputs` reads its prompts."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,23 +21,24 @@ from aspo_jax import losses, runtime
 from aspo_jax.config import Config, ConfigError
 from aspo_jax.data import (
     CHARACTERS,
-    CountdownSource,
-    CountdownSpec,
-    DataError,
     PromptStream,
     allowed_ids,
     build_character_tokenizer,
-    check_prompts,
     copy_tokenizer,
     encode,
     load_tokenizer,
-    max_response_tokens,
-    prompts,
-    read_jsonl,
 )
 from aspo_jax.errors import UserError
 from aspo_jax.evaluation import Scores, scores
 from aspo_jax.head import Head
+from aspo_jax.inputs import (
+    build_prompts,
+    data_kinds,
+    held_out_prompts,
+    held_out_source,
+    start_tokenizer,
+    train_source,
+)
 from aspo_jax.learner import (
     Goal,
     Learner,
@@ -62,14 +60,12 @@ from aspo_jax.model import (
     shardings,
 )
 from aspo_jax.rewards import (
-    KINDS,
     SHAPES,
     Rules,
     Scorer,
     Shape,
     chain,
     choose_sandbox,
-    find_problem,
     overlong_ramp,
 )
 from aspo_jax.rollout import (
@@ -158,7 +154,7 @@ def build_machines(config: Config, folder: str | Path, mesh: Mesh) -> Machines:
     weights = shardings(mesh, policy.model.partition_specs())
     load = functools.partial(load_params, folder, policy.model.config, shardings=weights)
     has_reference = losses.reads(goal.objective, "ref_logp_BT")
-    sampler = build_sampler(config, policy, mesh)
+    sampler, peers = build_sampler(config, policy, mesh), build_peers()
     return Machines(
         policy=policy,
         initial_params=load,
@@ -169,8 +165,8 @@ def build_machines(config: Config, folder: str | Path, mesh: Mesh) -> Machines:
         learner=build_learner(policy.model, policy.head, goal, optimizer, mesh),
         advantage=_make(config, "advantage", config.objective.advantage),
         shape=build_shape(config),
-        peers=build_peers(),
-        prompts=build_prompts(config, policy.tokenizer),
+        peers=peers,
+        prompts=build_prompts(config, policy.tokenizer, peers.index, peers.count),
         evaluate=build_evaluate(config, policy, sampler, scorer, mesh),
         learning_rate=rate,
     )
@@ -318,18 +314,6 @@ def save_policy(policy: Policy, params: Any, folder: str | Path, dtype: str = "f
 # --- prompts and rewards ----------------------------------------------------------------------
 
 
-def countdown_spec(config: Config) -> CountdownSpec:
-    """The puzzle; an answer longer than the response limit is an error, not a silent ceiling."""
-    spec = CountdownSpec(**dataclasses.asdict(config.countdown))
-    limit, longest = config.sampler.max_response_tokens, max_response_tokens(spec)
-    if longest > limit:
-        raise ConfigError(
-            f"Sampler.max_response_tokens is {limit}, but right answers to these puzzles have up "
-            f"to {longest} tokens; raise it to {longest}"
-        )
-    return spec
-
-
 def check_inputs(config: Config) -> list[tuple[str, str]]:
     """The start-up table, once rules, model folder, prompts and answers have been found usable.
 
@@ -338,14 +322,14 @@ def check_inputs(config: Config) -> list[tuple[str, str]]:
     Raises:
         ConfigError, DataError, ModelFolderError: what is wrong with each of them, with its place.
     """
-    tokenizer = _start_tokenizer(config)
+    tokenizer = start_tokenizer(config)
     counts: list[int] = []
     checks = (
         lambda: _check_rules(config),
         lambda: config.model.path and read_model_config(config.model.path),
         lambda: stop_ids(config, tokenizer, config.model.path),
-        lambda: counts.append(len(_train_source(config, tokenizer))),
-        lambda: counts.append(len(_held_out_source(config, tokenizer))),
+        lambda: counts.append(len(train_source(config, tokenizer))),
+        lambda: counts.append(len(held_out_source(config, tokenizer))),
     )
     problems = [error for check in checks if (error := _problem(check)) is not None]
     if problems:
@@ -369,121 +353,6 @@ def _check_rules(config: Config) -> None:
         losses.trace(build_goal(config).objective)
     except ValueError as error:
         raise ConfigError(f"Objective.name and Objective.penalties: {error}") from error
-
-
-def _start_tokenizer(config: Config) -> Any:
-    """The tokenizer that the run starts with."""
-    if config.model.path is None:
-        return build_character_tokenizer(CHARACTERS)
-    return load_tokenizer(config.model.path)
-
-
-def build_prompts(config: Config, tokenizer: Any) -> PromptStream:
-    """The endless stream of training prompts, of which this process reads its share."""
-    peers = build_peers()
-    return prompts(
-        _train_source(config, tokenizer),
-        tokenizer=tokenizer,
-        seed=config.run.seed,
-        shuffle=config.data.kind == "jsonl",
-        prompts_per_step=config.train.prompts_per_step,
-        process=peers.index,
-        processes=peers.count,
-    )
-
-
-def _train_source(config: Config, tokenizer: Any) -> Any:
-    """The training prompts, all of which fit."""
-    if config.data.kind == "countdown":
-        source = CountdownSource(countdown_spec(config), config.run.seed, "train")
-        check_prompts(source, tokenizer=tokenizer, max_prompt_tokens=_room(config).prompt)
-        return source
-    return _fitting_rows(cast(str, config.data.train_path), _Same(tokenizer), _room(config))
-
-
-def _held_out_source(config: Config, tokenizer: Any) -> Any:
-    """All rows of the held-out file, or ``Evaluate.prompts`` puzzles; all of them fit."""
-    if config.data.kind == "countdown":
-        spec, e = countdown_spec(config), config.evaluate
-        source = CountdownSource(spec, e.seed, "held_out", e.prompts)
-        check_prompts(source, tokenizer=tokenizer, max_prompt_tokens=_room(config).prompt)
-        return source
-    return _fitting_rows(cast(str, config.data.eval_path), _Same(tokenizer), _room(config))
-
-
-class _Room(NamedTuple):
-    """Settings that say how long a prompt may be, in tokens."""
-
-    prompt: int
-    response: int
-    row: int
-    cache: int | None
-
-    def remedy(self, longest: int) -> str:
-        """The settings that would hold a prompt."""
-        row = longest + self.response - 1
-        settings = [f"Sampler.max_prompt_tokens = {longest}"]
-        if self.row < row:
-            settings.append(f"Train.row_tokens = {row} (now {self.row})")
-        if self.cache is not None and self.cache < row:
-            settings.append(f"a Sampler.cache_tokens well above {row} (now {self.cache})")
-        return f"set {' and '.join(settings)}, or drop the rows"
-
-
-def _room(config: Config) -> _Room:
-    s = config.sampler
-    return _Room(
-        s.max_prompt_tokens, s.max_response_tokens, config.train.row_tokens, s.cache_tokens
-    )
-
-
-class _Same:
-    """A tokenizer that equals another one of the same folder: all prompts are spelled only once."""
-
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and hash(other) == hash(self)
-
-    def __hash__(self) -> int:
-        return hash(self.tokenizer.name_or_path)
-
-
-@functools.lru_cache(4)
-def _fitting_rows(path: str, same: _Same, room: _Room) -> list[dict[str, Any]]:
-    rows = _read_rows(path)
-    check_prompts(rows, tokenizer=same.tokenizer, max_prompt_tokens=room.prompt, remedy=room.remedy)
-    return rows
-
-
-@functools.lru_cache(2)
-def _read_rows(path: str) -> list[dict[str, Any]]:
-    """The rows of a file, each with an answer that its grader can use."""
-    rows = read_jsonl(path, kinds=KINDS)
-    found = [(row, find_problem(row["kind"], row["answer"])) for row in rows]
-    bad = [(row, problem) for row, problem in found if problem is not None]
-    if bad:
-        row, problem = bad[0]
-        more = f" (and {len(bad) - 1} more rows of {len(rows)})" if len(bad) > 1 else ""
-        raise DataError(f"{row['where']} (id {row['id']}): {problem}{more}")
-    return rows
-
-
-def held_out_prompts(config: Config, tokenizer: Any) -> list:
-    """The prompts of every evaluation, the same for all runs with one ``Evaluate.seed``.
-
-    Of a file the first ``Evaluate.prompts``.
-    """
-    source = _held_out_source(config, tokenizer)
-    stream = prompts(
-        source,
-        tokenizer=tokenizer,
-        seed=0,
-        shuffle=False,
-        prompts_per_step=min(len(source), config.evaluate.prompts),
-    )
-    return next(stream)
 
 
 def open_scorer(config: Config) -> Scorer:
@@ -511,14 +380,6 @@ def open_scorer(config: Config) -> Scorer:
     if "custom" in kinds:
         scorer.wait_until_ready()  # a mistake in it shows now, not after the first sampling
     return scorer
-
-
-def data_kinds(config: Config) -> frozenset[str]:
-    """The kinds of answers among the prompts of training and evaluation."""
-    if config.data.kind == "countdown":
-        return frozenset({"countdown"})
-    paths = (config.data.train_path, config.data.eval_path)
-    return frozenset(row["kind"] for path in paths for row in _read_rows(cast(str, path)))
 
 
 def build_reward_shape(config: Config) -> Shape:

@@ -34,7 +34,6 @@ from aspo_jax.build import (
     build_optimizer,
     build_sampler,
     check_shares,
-    held_out_prompts,
     load_policy,
     new_policy,
 )
@@ -42,6 +41,7 @@ from aspo_jax.checkpoint import Checkpoints
 from aspo_jax.config import Config, config_flags, parse_config, read
 from aspo_jax.config.reading import DEFAULT
 from aspo_jax.errors import CommandParser, UserError, run_command
+from aspo_jax.inputs import held_out_prompts
 from aspo_jax.learner import build_learner
 from aspo_jax.model import load_params, shardings
 from aspo_jax.records import read_run_config

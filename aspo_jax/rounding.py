@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aspo_jax.build import Policy, build_peers, build_sampler, held_out_prompts
+from aspo_jax.build import Policy, build_peers, build_sampler
 from aspo_jax.config import Config
+from aspo_jax.inputs import held_out_prompts
 from aspo_jax.rollout import Codec, draw
 from aspo_jax.sampler import EVALUATE, EVERYTHING, Completion, Sampler
 from aspo_jax.structs import Prompt

@@ -27,7 +27,6 @@ from aspo_jax.build import (
     build_peers,
     build_sampler,
     check_shares,
-    countdown_spec,
     new_policy,
     open_scorer,
     save_policy,
@@ -45,6 +44,7 @@ from aspo_jax.files import (
     sealed_text,
     write_text_atomic,
 )
+from aspo_jax.inputs import countdown_spec
 from aspo_jax.learner import Goal, build_learner, clipped_adamw, learning_rate_schedule
 from aspo_jax.losses import reinforce, token_mean
 from aspo_jax.records import has_results

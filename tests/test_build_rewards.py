@@ -8,16 +8,14 @@ import pytest
 
 from aspo_jax.build import (
     FACTORIES,
-    build_prompts,
     build_reward_shape,
     check_inputs,
-    data_kinds,
-    held_out_prompts,
     open_scorer,
 )
 from aspo_jax.config import ConfigError, read_config
 from aspo_jax.config.reading import config_folder
 from aspo_jax.data import DataError, build_character_tokenizer, load_tokenizer
+from aspo_jax.inputs import build_prompts, data_kinds, held_out_prompts
 from aspo_jax.rewards import RewardError, Submission, Verdict
 
 ROWS = [
@@ -152,7 +150,7 @@ def test_prompts_are_spelled_once_for_the_check_and_the_stream(model, tmp_path, 
     train = write_rows(tmp_path / "train.jsonl", ["1+1="])
     config = own_data(model, train, train)
     check_inputs(config)
-    monkeypatch.setattr("aspo_jax.build.check_prompts", lambda *_, **__: pytest.fail("again"))
+    monkeypatch.setattr("aspo_jax.inputs.check_prompts", lambda *_, **__: pytest.fail("again"))
     assert len(next(build_prompts(config, load_tokenizer(model)))) == 32
 
 

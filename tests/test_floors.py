@@ -18,7 +18,7 @@ FLOORS = [  # top to bottom; strangers on one floor do not import each other
     ["plot", "steps", "warmstart", "budget"],
     ["programs", "rounding"],
     ["build"],
-    ["rollout", "learner", "evaluation", "figures", "records"],
+    ["inputs", "rollout", "learner", "evaluation", "figures", "records"],
     ["runtime", "topology", "sampler", "checkpoint", "metrics", "console", "agreement"],
     ["run_folder", "stop"],
     ["head"],

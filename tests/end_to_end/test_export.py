@@ -14,8 +14,9 @@ from toy import bits, toy_mesh
 from trainer_runs import ITERATIONS
 
 from aspo_jax import export as command
-from aspo_jax.build import build_sampler, countdown_spec, held_out_prompts
+from aspo_jax.build import build_sampler
 from aspo_jax.data import CountdownSource
+from aspo_jax.inputs import countdown_spec, held_out_prompts
 from aspo_jax.model import load_params, read_model_config
 from aspo_jax.rewards import countdown
 from aspo_jax.rollout import draw
