@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from aspo_jax.rewards import Scorer, Submission, Verdict, build_scorer
+from aspo_jax.rewards import RewardError, Scorer, Submission, Verdict, build_scorer
 
 TIMEOUT = Verdict(0.0, "timeout")  # wrong, and not masked
 CRASH = Verdict(0.0, "crash", is_valid=False)
@@ -172,7 +172,7 @@ def test_a_worker_that_cannot_start_is_an_error_and_no_verdict():
     with (
         Scorer(1, 1.0, command=(sys.executable, "-c", "raise SystemExit(9)")) as scorer,
         pytest.raises(
-            RuntimeError, match="3 grader processes in a row ended before they were ready"
+            RewardError, match="3 grader processes in a row ended before they were ready"
         ),
     ):
         scorer.score([say("a")])
