@@ -256,9 +256,9 @@ def cases() -> None:
     print(table(["cases", "number", *judged], _by_kind(core, kinds, judged)) + "\n")
     for name, said in judged.items():
         wrong = [(g, r) for (g, r, right), s in zip(core, said, strict=True) if s != right]
-        print(
-            f"- {name}, wrong: " + ("; ".join(f"`{g}` / `{r[-60:]!r}`" for g, r in wrong) or "none")
-        )
+        shown = "; ".join(f"`{g}` / `{r[-60:]!r}`" for g, r in wrong[:20])
+        more = f"; and {len(wrong) - 20} more" if len(wrong) > 20 else ""
+        print(f"- {name}, wrong: {shown or 'none'}{more}")
     _blow_ups()
 
 

@@ -245,7 +245,19 @@ def are_equal(gold: str, given: str) -> bool:
         if _fits(a[0], b[0]):
             return all(map(are_equal, a[1], b[1]))
         return False
-    return _equal_to_math_verify(gold, given) or _equal_as_solutions(gold, given)
+    return (
+        _equal_to_math_verify(gold, given)
+        or _equal_as_solutions(gold, given)
+        or _is_value(gold, given)
+    )
+
+
+def _is_value(gold: str, given: str) -> bool:
+    r"""Whether an equation says that something, whatever it is, is the gold: ``|A \cap B| = 1``."""
+    quantity, _, value = clean(given).rpartition("=")
+    if not quantity.strip() or quantity.rstrip()[-1] in "<>!" or "=" in gold or split(given):
+        return False
+    return are_equal(gold, value)
 
 
 def _only_element(text: str) -> str:

@@ -851,6 +851,17 @@ TEXTS = {
         ("5", "Answer: 2 + 3 = 6", False),
         ("5", "A: 5", True),
     ],
+    "quantities": [
+        ("1", r"Hence $|A\cap B|=1$.", True),
+        ("2", r"\boxed{\#S = 2}", True),
+        ("12", r"\boxed{\|v\| = 12}", True),
+        ("2", r"\boxed{\|v\| = 12}", False),
+        ("2", r"\boxed{|A|=1;|B|=2}", False),
+        ("2", r"\boxed{|A \cap B| = 1 \text{ or } |A| = 2}", False),
+        ("1", r"\boxed{\#S \ne 1}", False),
+        ("1", r"\boxed{\#S != 1}", False),
+        ("1", r"\boxed{\#S >= 1}", False),
+    ],
     "more boxes": [
         ("(1,2),(3,4)", r"Thus the solutions are $\boxed{(1,2)}$ and $\boxed{(3,4)}$.", True),
         ("1,2", r"$$\boxed{\begin{aligned} x &= 1 \\ y &= 2 \end{aligned}}$$", True),
