@@ -44,6 +44,7 @@ from aspo_jax.errors import CommandParser, UserError, run_command
 from aspo_jax.inputs import held_out_prompts
 from aspo_jax.learner import build_learner
 from aspo_jax.model import load_params, shardings
+from aspo_jax.paths import path_argument
 from aspo_jax.records import read_run_config
 from aspo_jax.rollout import BatchShape, Example, draw, fill
 from aspo_jax.run_folder import CONFIG
@@ -149,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m aspo_jax.check",
         description=(__doc__ or "").partition("\n")[0],
     )
-    parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument("run", nargs="?", type=path_argument, metavar="RUN", help="a run folder")
     config_flags(parser)
     parser.add_argument("--prompts", type=int, default=8, help="held-out prompts to sample")
     a = parser.parse_args(argv)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import sys
@@ -19,9 +18,10 @@ from aspo_jax.build import FACTORIES, load_policy, parameter_count, stop_ids
 from aspo_jax.checkpoint import Checkpoints
 from aspo_jax.config import Config, parse_config
 from aspo_jax.data import copy_tokenizer, load_tokenizer
-from aspo_jax.errors import UserError, run_command
+from aspo_jax.errors import CommandParser, UserError, run_command
 from aspo_jax.model import build_model, read_model_config, save_model
 from aspo_jax.model.sharding import MESH_AXES
+from aspo_jax.paths import path_argument
 from aspo_jax.records import read_run_config
 from aspo_jax.rounding import rounding_cost
 from aspo_jax.run_folder import CONFIG
@@ -44,7 +44,7 @@ class Place(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Export what the command line names; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m aspo_jax.export",
         description="Write the weights of a checkpoint as a folder that transformers loads. "
         "Runs on the CPU, also beside a training run; holds the weights in memory, no optimizer.",
@@ -52,10 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
-        type=Path,
+        type=path_argument,
         help="a run folder or its checkpoints folder (newest complete step), or one step's folder",
     )
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; new or empty")
+    parser.add_argument(
+        "out", metavar="OUT", type=path_argument, help="folder to write; new or empty"
+    )
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32"), help="type of the weights (Run.export_dtype)"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import stat
 from pathlib import Path
@@ -51,6 +52,14 @@ def user_path(text: str | Path, what: str = "") -> Path:
     if problem:
         raise PathError(f"{start}{shown_text}: {problem}")
     return Path(text).expanduser()
+
+
+def path_argument(text: str) -> Path:
+    """`user_path` as the ``type`` of an argument of a command."""
+    try:
+        return user_path(text)
+    except PathError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def path_problem(text: str) -> str | None:

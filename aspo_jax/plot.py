@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from aspo_jax.errors import UserError, run_command
+from aspo_jax.errors import CommandParser, UserError, run_command
 from aspo_jax.figures import dynamics
 from aspo_jax.metrics import read_metrics
+from aspo_jax.paths import path_argument
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw the runs named on the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m aspo_jax.plot",
         description="Draw the training dynamics of one or several runs into one picture.",
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
+    parser.add_argument("runs", nargs="+", type=path_argument, metavar="RUN", help="run folder")
     parser.add_argument(
         "--out",
-        type=Path,
+        type=path_argument,
         metavar="PNG",
         help="overwritten if it exists (default: comparison.png, or the next free number of it)",
     )
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         out = arguments.out or _free(Path("comparison.png"))
-        print(draw([Path(run) for run in arguments.runs], arguments.labels, out))
+        print(draw(arguments.runs, arguments.labels, out))
         return 0
 
     return run_command(command)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import subprocess
 import sys
@@ -109,3 +110,15 @@ def test_a_terminal_that_is_gone_ends_nothing(tmp_path):
     os.close(leader)  # from now on writing is EIO
     assert process.wait(60) == 0
     assert (tmp_path / "out").read_text() == "done"
+
+
+@pytest.mark.parametrize(
+    "path", ["", "a\0b", "\udc80", "~nosuchuser/run", "gs://bucket/run", "x" * 300]
+)
+@pytest.mark.parametrize("command", ["plot", "export", "check"])
+def test_no_path_of_a_command_ends_in_a_traceback(command: str, path: str, capsys):
+    module = importlib.import_module(f"aspo_jax.{command}")
+    arguments = [path, "out"] if command == "export" else [path]
+    with pytest.raises(SystemExit, match="2"):
+        module.main(arguments)
+    assert capsys.readouterr().err.startswith("error: argument ")

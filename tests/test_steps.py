@@ -37,6 +37,7 @@ def test_without_a_signal_nothing_is_updated(epochs):
         config=SimpleNamespace(train=SimpleNamespace(epochs=epochs)),
         phase=contextlib.nullcontext,
     )
-    state, report = update(run, "state", [])
+    before: Any = "state"
+    state, report = update(run, before, [])
     skipped = report.pop("update/skipped_empty")
     assert state == "state" and not report and skipped.total == skipped.count == 4 * epochs
