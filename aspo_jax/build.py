@@ -144,9 +144,8 @@ class Machines(NamedTuple):
 
 
 def build_machines(config: Config, folder: str | Path, mesh: Mesh) -> Machines:
-    """All machines of a run that starts from the model in ``folder``."""
+    """All machines of a run that starts from the model in ``folder``; see `check_inputs` first."""
     check_shares(config, mesh)
-    check_inputs(config)
     policy = load_policy(config, folder, mesh)
     goal = build_goal(config)
     optimizer, rate = build_optimizer(config)

@@ -37,7 +37,6 @@ from aspo_jax.build import (
     load_policy,
     new_policy,
 )
-from aspo_jax.checkpoint import Checkpoints
 from aspo_jax.config import Config, config_flags, parse_config, read
 from aspo_jax.config.reading import DEFAULT
 from aspo_jax.errors import CommandParser, UserError, run_command
@@ -45,12 +44,11 @@ from aspo_jax.inputs import held_out_prompts
 from aspo_jax.learner import build_learner
 from aspo_jax.model import load_params, shardings
 from aspo_jax.paths import path_argument
-from aspo_jax.records import read_run_config
+from aspo_jax.records import read_run_config, trained_weights
 from aspo_jax.rollout import BatchShape, Example, draw, fill
-from aspo_jax.run_folder import CONFIG
+from aspo_jax.run_folder import CONFIG, INITIAL_MODEL
 from aspo_jax.sampler import EVALUATE
 from aspo_jax.structs import Minibatch
-from aspo_jax.warmstart import INITIAL_MODEL
 
 
 class CheckError(UserError):
@@ -105,14 +103,7 @@ def _trained(config: Config, mesh: Mesh, run: Path) -> tuple[Policy, Any]:
         jax.eval_shape(policy.model.init, jax.random.key(0)),
         shardings(mesh, policy.model.partition_specs()),
     )
-    with Checkpoints(run / "checkpoints", config.checkpoint.keep) as checkpoints:
-        restored = checkpoints.restore_params(wanted)
-    if restored is None:
-        raise CheckError(
-            f"{run / 'checkpoints'}: no complete checkpoint; the run saves every "
-            f"{config.checkpoint.every} iterations (Checkpoint.every) and when it is stopped"
-        )
-    return policy, restored[1]
+    return policy, trained_weights(run, config, wanted)[1]
 
 
 def _rescored(

@@ -11,23 +11,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import AxisType, Mesh, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 
 from aspo_jax.build import FACTORIES, load_policy, parameter_count, stop_ids
-from aspo_jax.checkpoint import Checkpoints
 from aspo_jax.config import Config, parse_config
 from aspo_jax.data import copy_tokenizer, load_tokenizer
 from aspo_jax.errors import CommandParser, UserError, run_command
 from aspo_jax.model import build_model, read_model_config, save_model
 from aspo_jax.model.sharding import MESH_AXES
 from aspo_jax.paths import path_argument
-from aspo_jax.records import read_run_config
+from aspo_jax.records import read_run_config, trained_weights
 from aspo_jax.rounding import rounding_cost
-from aspo_jax.run_folder import CONFIG
-from aspo_jax.warmstart import INITIAL_MODEL
+from aspo_jax.run_folder import CHECKPOINTS, CONFIG, INITIAL_MODEL
+from aspo_jax.topology import device_mesh
 
-CHECKPOINTS = "checkpoints"
 QUICK = 200_000_000  # parameters that a CPU answers a few prompts with in a minute or two
 
 
@@ -138,14 +135,7 @@ def _restore(place: Place, config: Config, weights: Any, dtype: str) -> tuple[in
     wanted = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=here), weights
     )
-    with Checkpoints(place.run / CHECKPOINTS, config.checkpoint.keep) as checkpoints:
-        restored = checkpoints.restore_params(wanted, place.step)
-    if restored is None:
-        raise ExportError(
-            f"{place.run / CHECKPOINTS}: no complete checkpoint; the run saves every "
-            f"{config.checkpoint.every} iterations (Checkpoint.every) and when it is stopped"
-        )
-    return restored
+    return trained_weights(place.run, config, wanted, place.step)
 
 
 def _not_measured(dtype: str, reason: object) -> str:
@@ -156,8 +146,7 @@ def _cost(config: Config, source: Path, params: Any, dtype: str) -> str:
     """What the type costs, or why that cannot be said."""
     # The run's own kernels may be those of an accelerator.
     here = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
-    device = np.array(jax.devices("cpu")[:1]).reshape([1] * len(MESH_AXES))
-    mesh = Mesh(device, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    mesh = device_mesh(jax.devices("cpu")[:1], (1,) * len(MESH_AXES))
     try:
         policy = load_policy(here, source, mesh)
         return rounding_cost(here, policy, params, dtype).line(dtype)

@@ -26,6 +26,7 @@ from aspo_jax.config.gin import nearest
 from aspo_jax.errors import UserError, WriteError, writing
 from aspo_jax.files import write_text_atomic
 from aspo_jax.losses import WEIGHT_BIN_EDGES, histogram_quantile
+from aspo_jax.run_folder import METRICS as METRICS_FILE
 from aspo_jax.structs import Histogram, Max, Mean, Metric
 
 WEIGHT_QUANTILES = (10, 50, 90)  # percent
@@ -229,7 +230,7 @@ class Log:
         on_row: Callable[[int, Mapping[str, float]], None] | None = None,
     ):
         folder = Path(folder)
-        self._path = folder / "metrics.jsonl"
+        self._path = folder / METRICS_FILE
         with writing(self._path):
             folder.mkdir(parents=True, exist_ok=True)
             _truncate(self._path, start_iteration)

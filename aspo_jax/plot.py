@@ -11,6 +11,7 @@ from aspo_jax.errors import CommandParser, UserError, run_command
 from aspo_jax.figures import dynamics
 from aspo_jax.metrics import read_metrics
 from aspo_jax.paths import path_argument
+from aspo_jax.run_folder import METRICS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,7 +66,7 @@ def _free(path: Path) -> Path:
 
 
 def _file(run: Path) -> Path:
-    path = run / "metrics.jsonl" if run.is_dir() else run
+    path = run / METRICS if run.is_dir() else run
     if not path.is_file():
         raise PlotError(f"no {path}; expected a run folder written by aspo_jax.train")
     return path

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from aspo_jax import runtime
-from aspo_jax.checkpoint import MANIFEST, Checkpoints
+from aspo_jax.checkpoint import MANIFEST, CheckpointError, Checkpoints
 from aspo_jax.config import Config, ConfigError, command
 from aspo_jax.config.gin import LAUNCH
 from aspo_jax.errors import UserError, WriteError, refusal, writing
@@ -143,6 +143,25 @@ def _check_model_files(path: Path, model_folder: Path, found: Mapping[str, Any])
             "or went since. The reference policy and the tokenizer are read from there; put back "
             "the files as they were, or go on with these under --set Run.accept_changes=True"
         )
+
+
+def trained_weights(
+    folder: Path, config: Config, wanted: Any, step: int | None = None
+) -> tuple[int, Any]:
+    """The step and its weights of a run; None: the newest step. See `Checkpoints.restore_params`.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be used.
+    """
+    place = folder / CHECKPOINTS
+    with Checkpoints(place, config.checkpoint.keep) as checkpoints:
+        restored = checkpoints.restore_params(wanted, step)
+    if restored is None:
+        raise CheckpointError(
+            f"{place}: no complete checkpoint; the run saves every {config.checkpoint.every} "
+            "iterations (Checkpoint.every) and when it is stopped"
+        )
+    return restored
 
 
 @contextlib.contextmanager

@@ -32,8 +32,9 @@ CONFIG = "config.gin"
 MODEL_FILES = "model_files.json"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
+INITIAL_MODEL = "initial_model"
 FILES = (LOCK, CONFIG, MODEL_FILES, METRICS, "dynamics.png")
-FOLDERS = (CHECKPOINTS, "initial_model", "model", "tensorboard", "transcripts", "profile")
+FOLDERS = (CHECKPOINTS, INITIAL_MODEL, "model", "tensorboard", "transcripts", "profile")
 
 # NFS turns flock into a lock that needs a descriptor open for writing, which a folder has not.
 _NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL)

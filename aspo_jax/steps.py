@@ -40,7 +40,7 @@ from aspo_jax.rollout import (
     training_transcripts,
 )
 from aspo_jax.rounding import rounding_cost
-from aspo_jax.run_folder import RunLock
+from aspo_jax.run_folder import CHECKPOINTS, METRICS, RunLock
 from aspo_jax.sampler import TRAIN, Completion
 from aspo_jax.structs import Mean, Minibatch, TrainState, merge_metrics
 
@@ -83,7 +83,7 @@ def restore_or_init(checkpoints: Checkpoints, m: Machines) -> tuple[TrainState, 
 
 def resumed(run: Run, done: int) -> str:
     """Where a run goes on that has ``done`` iterations."""
-    saved = (run.folder / "checkpoints" / str(done)).stat().st_mtime
+    saved = (run.folder / CHECKPOINTS / str(done)).stat().st_mtime
     when = datetime.datetime.fromtimestamp(saved).isoformat(" ", "minutes")
     total = run.config.train.iterations
     return f"going on after {done} of {total} iterations (checkpoint of {when})"
@@ -274,11 +274,11 @@ def _conclude(run: Run, console: Console) -> None:
             f"{idle} of {run.config.train.iterations} iterations had no group to learn from"
         )
     with writing(folder / "dynamics.png"):
-        dynamics({folder.name: read_metrics(folder / "metrics.jsonl")}, folder / "dynamics.png")
+        dynamics({folder.name: read_metrics(folder / METRICS)}, folder / "dynamics.png")
     paths = {
         "model (Hugging Face)": folder / "model",
-        "checkpoints": folder / "checkpoints",
-        "metrics": folder / "metrics.jsonl",
+        "checkpoints": folder / CHECKPOINTS,
+        "metrics": folder / METRICS,
         "TensorBoard": folder / "tensorboard",
         "pictures": folder / "dynamics.png",
         "samples": folder / "transcripts",

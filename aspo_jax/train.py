@@ -26,7 +26,7 @@ from aspo_jax.errors import run_command
 from aspo_jax.metrics import Clock, Log, profile
 from aspo_jax.records import Silent, check_config, claim_folder, keeping, lock_folder
 from aspo_jax.rewards import RewardError
-from aspo_jax.run_folder import RunLock
+from aspo_jax.run_folder import CHECKPOINTS, RunLock
 from aspo_jax.steps import (
     Run,
     evaluate,
@@ -80,9 +80,11 @@ def train(
     console: Console,
     stop: StopRequest,
     lock: RunLock,
-    sizes: Sequence[tuple[str, str]] | None = None,
+    sizes: Sequence[tuple[str, str]],
 ) -> int:
     """Train, or go on training, in the locked run folder; returns the exit status.
+
+    sizes: what `check_inputs` found, to be shown.
 
     Raises:
         Interrupted: a signal came before the first iteration of this start.
@@ -96,7 +98,7 @@ def train(
         m = build_machines(config, model_folder, mesh)
     introduce(m, console)
 
-    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep, lock.check)
+    checkpoints = Checkpoints(folder / CHECKPOINTS, config.checkpoint.keep, lock.check)
     with (
         m.scorer,
         checkpoints,

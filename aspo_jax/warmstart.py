@@ -49,10 +49,10 @@ from aspo_jax.learner import Goal, build_learner, clipped_adamw, learning_rate_s
 from aspo_jax.losses import reinforce, token_mean
 from aspo_jax.records import has_results
 from aspo_jax.rollout import BatchShape, Example, fill
+from aspo_jax.run_folder import INITIAL_MODEL
 from aspo_jax.structs import Minibatch, OldPolicy
 
 VERSION = 2  # of the recipe below and of what its folder holds; part of the cache key
-INITIAL_MODEL = "initial_model"
 SEAL = "warm_start.json"  # digests of the files beside it, and the cache key
 
 
