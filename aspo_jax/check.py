@@ -44,9 +44,9 @@ from aspo_jax.inputs import held_out_prompts
 from aspo_jax.learner import build_learner
 from aspo_jax.model import load_params, shardings
 from aspo_jax.paths import path_argument
-from aspo_jax.records import read_run_config, trained_weights
 from aspo_jax.rollout import BatchShape, Example, draw, fill
-from aspo_jax.run_folder import CONFIG, INITIAL_MODEL
+from aspo_jax.run.folder import CONFIG, INITIAL_MODEL
+from aspo_jax.run.records import read_run_config, trained_weights
 from aspo_jax.sampler import EVALUATE
 from aspo_jax.structs import Minibatch
 

@@ -20,10 +20,10 @@ from aspo_jax.errors import CommandParser, UserError, run_command
 from aspo_jax.model import build_model, read_model_config, save_model
 from aspo_jax.model.sharding import MESH_AXES
 from aspo_jax.paths import path_argument
-from aspo_jax.records import read_run_config, trained_weights
+from aspo_jax.planning.topology import device_mesh
 from aspo_jax.rounding import rounding_cost
-from aspo_jax.run_folder import CHECKPOINTS, CONFIG, INITIAL_MODEL
-from aspo_jax.topology import device_mesh
+from aspo_jax.run.folder import CHECKPOINTS, CONFIG, INITIAL_MODEL
+from aspo_jax.run.records import read_run_config, trained_weights
 
 QUICK = 200_000_000  # parameters that a CPU answers a few prompts with in a minute or two
 

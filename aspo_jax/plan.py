@@ -20,12 +20,12 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from aspo_jax.budget import PUBLISHED, Budget, Capacity, Part, budgets, cache_bytes
 from aspo_jax.build import FACTORIES
 from aspo_jax.config import Config, config_flags, read
 from aspo_jax.errors import CommandParser, run_command
-from aspo_jax.programs import DECODE, Program, Programs, programs, read_shape
-from aspo_jax.topology import (
+from aspo_jax.planning.budget import PUBLISHED, Budget, Capacity, Part, budgets, cache_bytes
+from aspo_jax.planning.programs import DECODE, Program, Programs, programs, read_shape
+from aspo_jax.planning.topology import (
     GIB,
     Target,
     Topology,

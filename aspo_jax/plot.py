@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aspo_jax.errors import CommandParser, UserError, run_command
-from aspo_jax.figures import dynamics
-from aspo_jax.metrics import read_metrics
 from aspo_jax.paths import path_argument
-from aspo_jax.run_folder import METRICS
+from aspo_jax.run.figures import dynamics
+from aspo_jax.run.folder import METRICS
+from aspo_jax.run.metrics import read_metrics
 
 
 def main(argv: Sequence[str] | None = None) -> int:

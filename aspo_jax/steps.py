@@ -16,19 +16,8 @@ import jax.numpy as jnp
 from aspo_jax import runtime
 from aspo_jax.agreement import SamplingError, gap_metrics
 from aspo_jax.build import Machines, parameter_count, save_policy
-from aspo_jax.checkpoint import Checkpoints
 from aspo_jax.config import Config
-from aspo_jax.console import Bar, Console
 from aspo_jax.errors import writing
-from aspo_jax.figures import dynamics
-from aspo_jax.metrics import Clock, Log, read_metrics
-from aspo_jax.records import (
-    Silent,
-    before_and_after,
-    next_command,
-    without_signal,
-    write_transcripts,
-)
 from aspo_jax.rollout import (
     Rollout,
     assemble,
@@ -40,7 +29,18 @@ from aspo_jax.rollout import (
     training_transcripts,
 )
 from aspo_jax.rounding import rounding_cost
-from aspo_jax.run_folder import CHECKPOINTS, METRICS, RunLock
+from aspo_jax.run.checkpoint import Checkpoints
+from aspo_jax.run.console import Bar, Console
+from aspo_jax.run.figures import dynamics
+from aspo_jax.run.folder import CHECKPOINTS, METRICS, RunLock
+from aspo_jax.run.metrics import Clock, Log, read_metrics
+from aspo_jax.run.records import (
+    Silent,
+    before_and_after,
+    next_command,
+    without_signal,
+    write_transcripts,
+)
 from aspo_jax.sampler import TRAIN, Completion
 from aspo_jax.structs import Mean, Minibatch, TrainState, merge_metrics
 

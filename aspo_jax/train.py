@@ -19,14 +19,15 @@ from collections.abc import Sequence
 from aspo_jax import runtime
 from aspo_jax.agreement import SamplingError
 from aspo_jax.build import FACTORIES, build_machines, check_inputs
-from aspo_jax.checkpoint import Checkpoints
 from aspo_jax.config import Config, read_config
-from aspo_jax.console import Console
 from aspo_jax.errors import run_command
-from aspo_jax.metrics import Clock, Log, profile
-from aspo_jax.records import Silent, check_config, claim_folder, keeping, lock_folder
 from aspo_jax.rewards import RewardError
-from aspo_jax.run_folder import CHECKPOINTS, RunLock
+from aspo_jax.run.checkpoint import Checkpoints
+from aspo_jax.run.console import Console
+from aspo_jax.run.folder import CHECKPOINTS, RunLock
+from aspo_jax.run.metrics import Clock, Log, profile
+from aspo_jax.run.records import Silent, check_config, claim_folder, keeping, lock_folder
+from aspo_jax.run.stop import EXIT_SAVED, Interrupted, StopRequest
 from aspo_jax.steps import (
     Run,
     evaluate,
@@ -40,7 +41,6 @@ from aspo_jax.steps import (
     speeds,
     update,
 )
-from aspo_jax.stop import EXIT_SAVED, Interrupted, StopRequest
 from aspo_jax.warmstart import warm_start
 
 

@@ -32,7 +32,6 @@ from aspo_jax.build import (
     save_policy,
 )
 from aspo_jax.config import Config
-from aspo_jax.console import Console
 from aspo_jax.data import CountdownSpec, demonstration, problem, render
 from aspo_jax.errors import UserError, describe, writing
 from aspo_jax.files import (
@@ -47,9 +46,10 @@ from aspo_jax.files import (
 from aspo_jax.inputs import countdown_spec
 from aspo_jax.learner import Goal, build_learner, clipped_adamw, learning_rate_schedule
 from aspo_jax.losses import reinforce, token_mean
-from aspo_jax.records import has_results
 from aspo_jax.rollout import BatchShape, Example, fill
-from aspo_jax.run_folder import INITIAL_MODEL
+from aspo_jax.run.console import Console
+from aspo_jax.run.folder import INITIAL_MODEL
+from aspo_jax.run.records import has_results
 from aspo_jax.structs import Minibatch, OldPolicy
 
 VERSION = 2  # of the recipe below and of what its folder holds; part of the cache key

@@ -39,9 +39,9 @@ from machine import header, table
 
 from aspo_jax.build import FACTORIES
 from aspo_jax.config import Config, read_config
-from aspo_jax.metrics import read_metrics
 from aspo_jax.model import ModelConfig, read_model_config
-from aspo_jax.model.flops import update_flops
+from aspo_jax.planning.flops import update_flops
+from aspo_jax.run.metrics import read_metrics
 
 FIRST = 2  # iterations before this one are warm-up
 PHASES = ("sample", "grade", "score", "update")

@@ -66,7 +66,8 @@ def forget_peak() -> None:
 
 def observed(out: Path, argv: list[str]) -> int:
     """`aspo_jax.train` with the resident memory of each phase of each iteration noted."""
-    from aspo_jax import metrics, train
+    from aspo_jax import train
+    from aspo_jax.run import metrics
 
     phases: list[dict[str, float | str]] = []
     timed = metrics.Clock.__call__

@@ -449,7 +449,7 @@ def _print_data(names, verdicts: Sequence[Verdict], labels, wanted: str) -> None
 _TIMELINE = """
 import json, sys, time
 from aspo_jax import rollout, steps, train
-from aspo_jax.rewards import pool
+from aspo_jax.rewards.pool import scorer as pool
 events = []
 note = lambda what: events.append((time.perf_counter(), what))
 submit, judged, results = pool.Grading.submit, pool._Round.judged, pool.Grading.results
@@ -515,7 +515,8 @@ def _span(events: list[tuple[float, str]]) -> list[str]:
 
 FAULTY = """
 import os, sys, time, zlib
-from aspo_jax.rewards import graders, worker
+from aspo_jax.rewards import graders
+from aspo_jax.rewards.pool import worker
 real = worker.open_graders
 def grade_by(grader):
     def grade(s):
@@ -532,7 +533,8 @@ sys.exit(worker.main(*sys.argv[1:]))
 _FAULTY_TRAIN = """
 import json, sys, zlib
 from aspo_jax import build, rollout, steps, train
-from aspo_jax.rewards import Scorer, pool
+from aspo_jax.rewards import Scorer
+from aspo_jax.rewards.pool import scorer as pool
 if sys.argv[2] != "none":
     pool.WORKER_COMMAND = (sys.executable, "-P", sys.argv[2])
     Scorer.__init__.__defaults__ = (*Scorer.__init__.__defaults__[:-1], pool.WORKER_COMMAND)

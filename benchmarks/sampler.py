@@ -48,7 +48,7 @@ from aspo_jax import runtime
 from aspo_jax.head import Head
 from aspo_jax.learner import forward
 from aspo_jax.model import Model, build_model, save_model
-from aspo_jax.model.flops import attention_flops, causal_pairs, head_flops, layer_weights
+from aspo_jax.planning.flops import attention_flops, causal_pairs, head_flops, layer_weights
 from aspo_jax.rollout import BatchShape, Example, fill
 from aspo_jax.sampler import TRAIN, Completion, Limits, PagedSampler, Request, make_publish
 

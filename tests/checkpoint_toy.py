@@ -1,4 +1,4 @@
-"""Small programs that the tests of `aspo_jax.checkpoint` start, kill and start again.
+"""Small programs that the tests of `aspo_jax.run.checkpoint` start, kill and start again.
 
 python tests/checkpoint_toy.py PROGRAM FOLDER [...]: each says on stdout where it is.
 """
@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aspo_jax import checkpoint, run_folder, stop
+from aspo_jax.run import checkpoint, stop
+from aspo_jax.run import folder as run_folder
 
 
 def start(*arguments: object, **environment: str) -> subprocess.Popen[str]:

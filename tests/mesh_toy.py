@@ -28,9 +28,9 @@ from toy import (
     with_old,
 )
 
-from aspo_jax.checkpoint import Checkpoints
 from aspo_jax.learner import Goal, Learner
 from aspo_jax.losses import aspo, chain, kl_penalty, sequence_mean
+from aspo_jax.run.checkpoint import Checkpoints
 
 jax.config.update("jax_num_cpu_devices", 8)
 

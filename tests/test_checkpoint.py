@@ -1,4 +1,4 @@
-"""`aspo_jax.checkpoint`: nothing that was saved is lost, nothing that is damaged is used."""
+"""`aspo_jax.run.checkpoint`: nothing that was saved is lost, nothing that is damaged is used."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ import pytest
 from checkpoint_toy import await_line, bits, meta_at, start, state_at
 from etils import epath
 
-from aspo_jax import checkpoint, structs
-from aspo_jax.checkpoint import MANIFEST, CheckpointError, Checkpoints
+from aspo_jax import structs
 from aspo_jax.errors import UserError
 from aspo_jax.files import read_sealed, sealed_text
+from aspo_jax.run import checkpoint
+from aspo_jax.run.checkpoint import MANIFEST, CheckpointError, Checkpoints
 
 
 def save_steps(folder: Path, *steps: int, keep: int = 2) -> None:

@@ -14,8 +14,8 @@ from aspo_jax.config import Config, packaged, parse_config, read_config
 from aspo_jax.config.reading import config_folder
 from aspo_jax.data import build_character_tokenizer
 from aspo_jax.model import build_model, parse_model_config
-from aspo_jax.programs import UPDATE, programs, read_shape
-from aspo_jax.topology import abstract_mesh
+from aspo_jax.planning.programs import UPDATE, programs, read_shape
+from aspo_jax.planning.topology import abstract_mesh
 
 LONG = [name for name in packaged() if not name.startswith(("countdown", "own_data"))]
 SHAPES = sorted((config_folder() / "shapes").glob("*.json"))

@@ -11,10 +11,10 @@ import time
 
 import pytest
 
-from aspo_jax import console as room
 from aspo_jax.config import parse_config
 from aspo_jax.config.reading import config_folder
-from aspo_jax.console import Console
+from aspo_jax.run import console as room
+from aspo_jax.run.console import Console
 
 METRICS = {
     "rollout/reward_mean": 0.3125,
@@ -220,8 +220,8 @@ def _wait_for(condition) -> None:
 def test_warnings_are_plain_sentences_in_one_place(is_terminal, capsys):
     console, out = _console(is_terminal)
     with console:
-        logging.getLogger("aspo_jax.checkpoint").warning("%s: saving", "SIGINT")
-    logging.getLogger("aspo_jax.checkpoint").warning("afterwards")
+        logging.getLogger("aspo_jax.run.checkpoint").warning("%s: saving", "SIGINT")
+    logging.getLogger("aspo_jax.run.checkpoint").warning("afterwards")
     said = _without_colours(out.getvalue()) if is_terminal else capsys.readouterr().err
     assert said.splitlines()[-1] == "SIGINT: saving"
     assert "afterwards" not in out.getvalue()

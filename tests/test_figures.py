@@ -7,9 +7,9 @@ import json
 import matplotlib.image
 import pytest
 
-from aspo_jax.figures import PANELS, dynamics, samples_shown
-from aspo_jax.metrics import METRICS
 from aspo_jax.plot import main
+from aspo_jax.run.figures import PANELS, dynamics, samples_shown
+from aspo_jax.run.metrics import METRICS
 
 
 def _rows(scale: float = 1.0):

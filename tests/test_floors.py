@@ -15,12 +15,11 @@ import aspo_jax
 PACKAGE = Path(aspo_jax.__file__).parent
 FLOORS = [  # top to bottom; strangers on one floor do not import each other
     ["train", "plan", "export", "check"],
-    ["plot", "steps", "warmstart", "budget"],
-    ["programs", "rounding"],
+    ["plot", "steps", "warmstart", "planning"],
+    ["rounding"],
     ["build"],
-    ["inputs", "rollout", "learner", "evaluation", "figures", "records"],
-    ["runtime", "topology", "sampler", "checkpoint", "metrics", "console", "agreement"],
-    ["run_folder", "stop"],
+    ["inputs", "rollout", "learner", "evaluation", "run"],
+    ["runtime", "sampler", "agreement"],
     ["head"],
     ["losses", "model", "rewards", "data"],
     ["structs", "config", "files"],
@@ -65,7 +64,7 @@ def test_imports_go_down(path):
         ("aspo_jax", "jax numpy flax transformers grain orbax optax pydantic tensorboardX"),
         ("aspo_jax.losses", "flax transformers grain orbax optax pydantic tensorboardX"),
         ("aspo_jax.config", "jax numpy flax transformers grain orbax optax"),
-        ("aspo_jax.rewards.worker", "jax numpy pydantic"),
+        ("aspo_jax.rewards.pool.worker", "jax numpy pydantic"),
     ],
 )
 def test_light_imports(module, absent):

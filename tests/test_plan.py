@@ -8,15 +8,15 @@ import re
 import pytest
 
 from aspo_jax import plan as planning
-from aspo_jax import topology as topologies
-from aspo_jax.budget import PROCESS, PROCESS_BYTES
 from aspo_jax.build import FACTORIES
 from aspo_jax.config import Config, ConfigError, read_config
 from aspo_jax.model import ModelConfig
-from aspo_jax.model.flops import causal_pairs, forward_flops, update_flops
 from aspo_jax.plan import HEADROOM, Plan, parse_exhausted, plan, report
-from aspo_jax.programs import DECODE, PREFILL, SCORE, UPDATE
-from aspo_jax.topology import GIB, TopologyError, mesh_sizes, open_target, parse_topology
+from aspo_jax.planning import topology as topologies
+from aspo_jax.planning.budget import PROCESS, PROCESS_BYTES
+from aspo_jax.planning.flops import causal_pairs, forward_flops, update_flops
+from aspo_jax.planning.programs import DECODE, PREFILL, SCORE, UPDATE
+from aspo_jax.planning.topology import GIB, TopologyError, mesh_sizes, open_target, parse_topology
 
 
 def _read(*flags: str, config: str = "countdown_cpu") -> Config:

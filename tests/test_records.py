@@ -12,7 +12,7 @@ import pytest
 
 from aspo_jax.build import FACTORIES
 from aspo_jax.config import Config, packaged, read_config
-from aspo_jax.records import next_command
+from aspo_jax.run.records import next_command
 
 
 def _read(command: str, module: str = "train") -> Config:

@@ -1,4 +1,4 @@
-"""`aspo_jax.run_folder`: one writer, in a folder that is what it should be and stays there."""
+"""`aspo_jax.run.folder`: one writer, in a folder that is what it should be and stays there."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from checkpoint_toy import await_line, start
 from etils import epath
 
-from aspo_jax import run_folder
-from aspo_jax.run_folder import RunFolderError, RunLocked, lock_run
+from aspo_jax.run import folder as run_folder
+from aspo_jax.run.folder import RunFolderError, RunLocked, lock_run
 
 
 def test_one_writer_per_run_folder(tmp_path: Path):

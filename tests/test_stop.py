@@ -1,4 +1,4 @@
-"""`aspo_jax.stop`: the first signal saves, the second ends."""
+"""`aspo_jax.run.stop`: the first signal saves, the second ends."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from checkpoint_toy import await_line, start, state_at
 
-from aspo_jax.checkpoint import Checkpoints
-from aspo_jax.stop import EXIT_SAVED, Interrupted, StopRequest
+from aspo_jax.run.checkpoint import Checkpoints
+from aspo_jax.run.stop import EXIT_SAVED, Interrupted, StopRequest
 
 
 @pytest.mark.parametrize("number", StopRequest.SIGNALS)

@@ -11,7 +11,7 @@ import pytest
 from aspo_jax import warmstart
 from aspo_jax.build import FACTORIES
 from aspo_jax.config import Config, read_config
-from aspo_jax.console import Console
+from aspo_jax.run.console import Console
 from aspo_jax.warmstart import INITIAL_MODEL, SEAL, WarmStartError, cache_key, warm_start
 
 WEIGHTS = "model.safetensors"

@@ -9,7 +9,7 @@ docs/rewards.md says what is covered and what is not.
 """
 
 from aspo_jax.rewards.graders import KINDS, Rules, find_problem
-from aspo_jax.rewards.pool import Grading, Scorer, build_scorer, choose_sandbox
+from aspo_jax.rewards.pool.scorer import Grading, Scorer, build_scorer, choose_sandbox
 from aspo_jax.rewards.shaping import (
     SHAPES,
     Shape,

@@ -1,7 +1,7 @@
 """The table of graders: kind -> ``grade(submission) -> Verdict``.
 
-Graders run in worker processes (`aspo_jax.rewards.worker`); `open_graders` pays there, before the
-worker says that it is ready, for what they import.
+Graders run in worker processes (`aspo_jax.rewards.pool.worker`); `open_graders` pays there, before
+the worker says that it is ready, for what they import.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _on_text(grade: Callable[..., Verdict], submission: Submission) -> Verdict:
 
 
 def _open_math(rules: Rules) -> Grader:
-    from aspo_jax.rewards import mathematics
+    from aspo_jax.rewards.math import mathematics
 
     mathematics.warm_up()
     grade = functools.partial(
@@ -93,7 +93,7 @@ def _open_math(rules: Rules) -> Grader:
 
 
 def _open_code(rules: Rules) -> Grader:
-    from aspo_jax.rewards import programs, sandbox
+    from aspo_jax.rewards.code import programs, sandbox
 
     if rules.sandbox == "auto":
         box, _ = sandbox.open_sandbox("auto")
@@ -117,7 +117,7 @@ def _open_custom(rules: Rules) -> Grader:
 
 def find_problem(kind: str, answer: Any) -> str | None:
     """What is wrong with the answer of a data row for its grader; None if it can be used."""
-    from aspo_jax.rewards import mathematics
+    from aspo_jax.rewards.math import mathematics
 
     finders = {
         "math": mathematics.find_problem,
@@ -131,7 +131,7 @@ def find_problem(kind: str, answer: Any) -> str | None:
 
 
 def _find_problem_of_tests(answer: Any) -> str | None:
-    from aspo_jax.rewards import programs
+    from aspo_jax.rewards.code import programs
 
     try:
         programs.read_tests(answer)

@@ -13,7 +13,7 @@ from toy import with_old as scored
 
 from aspo_jax.build import FACTORIES, build_goal
 from aspo_jax.config import read_config
-from aspo_jax.metrics import METRICS
+from aspo_jax.run.metrics import METRICS
 
 BASELINES = (
     *("archer2", "cispo", "dapo", "grpo", "grpo_without_is", "gspo"),

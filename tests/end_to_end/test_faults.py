@@ -18,8 +18,8 @@ from trainer_runs import (
     until_stopped,
 )
 
-from aspo_jax.run_folder import FILES, FOLDERS, RunLocked, lock_run
-from aspo_jax.stop import EXIT_SAVED
+from aspo_jax.run.folder import FILES, FOLDERS, RunLocked, lock_run
+from aspo_jax.run.stop import EXIT_SAVED
 
 
 @pytest.fixture

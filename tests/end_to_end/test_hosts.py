@@ -18,7 +18,7 @@ from aspo_jax.build import build_optimizer
 from aspo_jax.export import export
 from aspo_jax.learner import Goal, Learner
 from aspo_jax.losses import aspo, sequence_mean
-from aspo_jax.stop import EXIT_SAVED
+from aspo_jax.run.stop import EXIT_SAVED
 
 LOCAL = Path(__file__).parents[2] / "launch" / "local.sh"
 ITERATIONS, STOPPED = 4, 3

@@ -16,8 +16,8 @@ import pytest
 from toy import bits
 from trainer_runs import ITERATIONS, TRAP, last_checkpoint, metrics, scalars, transcripts
 
-from aspo_jax.metrics import read_metrics
-from aspo_jax.stop import EXIT_SAVED
+from aspo_jax.run.metrics import read_metrics
+from aspo_jax.run.stop import EXIT_SAVED
 
 
 @pytest.fixture
@@ -53,9 +53,9 @@ def test_killed_at_any_moment(runs, assert_same_run, tmp_path):
     def killed(trap: str) -> None:
         runs.run(folder, *log, program=(*TRAP, f"{trap}:SIGKILL"), expect=-signal.SIGKILL)
 
-    killed("aspo_jax.checkpoint:Checkpoints._finish:1")  # while Orbax writes step 2
+    killed("aspo_jax.run.checkpoint:Checkpoints._finish:1")  # while Orbax writes step 2
     assert not list(folder.glob("checkpoints/*/manifest.json"))
-    killed("aspo_jax.checkpoint:_seal:2")  # step 4 is there, its manifest is not
+    killed("aspo_jax.run.checkpoint:_seal:2")  # step 4 is there, its manifest is not
     assert [path.parent.name for path in folder.glob("checkpoints/*/manifest.json")] == ["2"]
 
     process, drawn = runs.start(folder, *log), random.Random(0)

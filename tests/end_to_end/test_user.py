@@ -14,9 +14,9 @@ from toy import bits
 from trainer_runs import ITERATIONS, TRAIN, finish, last_checkpoint, launch, metrics
 
 from aspo_jax import check
-from aspo_jax.metrics import read_metrics
 from aspo_jax.model import load_params
-from aspo_jax.run_folder import lock_run
+from aspo_jax.run.folder import lock_run
+from aspo_jax.run.metrics import read_metrics
 
 
 def test_a_folder_has_one_writer(runs, tmp_path):

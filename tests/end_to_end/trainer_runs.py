@@ -12,8 +12,8 @@ from typing import Any
 
 from tensorboardX.proto import event_pb2
 
-from aspo_jax.checkpoint import Checkpoints, Restored
-from aspo_jax.metrics import read_metrics
+from aspo_jax.run.checkpoint import Checkpoints, Restored
+from aspo_jax.run.metrics import read_metrics
 
 events: Any = event_pb2  # its classes are made at run time
 TRAIN = ("-m", "aspo_jax.train")

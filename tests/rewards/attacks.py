@@ -92,7 +92,7 @@ def survivors() -> list[int]:
         while (pid := parents.get(pid, 0)) > 1:
             if pid == os.getpid():
                 return True
-            if b"aspo_jax.rewards.worker" in commands[pid] and parents[pid] != os.getpid():
+            if b"aspo_jax.rewards.pool.worker" in commands[pid] and parents[pid] != os.getpid():
                 return False
         return True
 

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from aspo_jax.rewards.equality import plain, read_value, same_output, same_value
-from aspo_jax.rewards.values import decode, encode
+from aspo_jax.rewards.code.equality import plain, read_value, same_output, same_value
+from aspo_jax.rewards.code.values import decode, encode
 
 M61 = 2**61 - 1  # hash(n) is n % M61
 HUGE = 10**400

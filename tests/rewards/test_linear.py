@@ -8,17 +8,9 @@ import time
 
 import pytest
 
-from aspo_jax.rewards import (
-    Submission,
-    Verdict,
-    countdown,
-    exact,
-    format_reward,
-    latex,
-    mathematics,
-    repetition,
-)
+from aspo_jax.rewards import Submission, Verdict, countdown, exact, format_reward, repetition
 from aspo_jax.rewards.answers import find_answer
+from aspo_jax.rewards.math import latex, mathematics
 
 UNITS = [
     *(

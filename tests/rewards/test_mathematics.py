@@ -6,10 +6,11 @@ import time
 import math_cases
 import pytest
 
-from aspo_jax.rewards import Rules, Scorer, Submission, Verdict, find_problem, mathematics
+from aspo_jax.rewards import Rules, Scorer, Submission, Verdict, find_problem
 from aspo_jax.rewards.answers import SOURCES, Found, find_answer
-from aspo_jax.rewards.latex import normalise, number
-from aspo_jax.rewards.mathematics import compare_cheaply, read_golds
+from aspo_jax.rewards.math import mathematics
+from aspo_jax.rewards.math.latex import normalise, number
+from aspo_jax.rewards.math.mathematics import compare_cheaply, read_golds
 
 CASES = [case for case in math_cases.listed() if case[0] != "missed by ours"]
 

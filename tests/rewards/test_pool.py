@@ -18,7 +18,8 @@ CRASH = Verdict(0.0, "crash", is_valid=False)
 # The real worker with a grader that does what the text says.
 OBEDIENT = """
     import ctypes, os, signal, subprocess, sys, time
-    from aspo_jax.rewards import exact, worker
+    from aspo_jax.rewards import exact
+    from aspo_jax.rewards.pool import worker
 
     def grade(s):
         text, answer, is_finished = s.text, s.answer, s.is_finished
@@ -187,7 +188,7 @@ def test_a_worker_killed_while_it_starts_is_replaced(tmp_path):
         "if not flag.exists():\n"
         "    flag.touch()\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "runpy.run_module('aspo_jax.rewards.worker', run_name='__main__', alter_sys=True)\n"
+        "runpy.run_module('aspo_jax.rewards.pool.worker', run_name='__main__', alter_sys=True)\n"
     )
     with Scorer(1, 30.0, command=[sys.executable, "-P", str(script)]) as scorer:
         assert scorer.score([say("right")]) == [Verdict(1.0, "match")]
@@ -288,6 +289,6 @@ def test_impossible_settings(workers, timeout_s, field):
 
 def test_imports_stay_light():
     heavy = "{'jax', 'numpy', 'flax', 'transformers', 'grain', 'asyncio'}"
-    program = f"import sys, aspo_jax.rewards.worker; sys.exit(str({heavy} & set(sys.modules)))"
+    program = f"import sys, aspo_jax.rewards.pool.worker; sys.exit(str({heavy} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert found.stderr.strip() == "set()"

@@ -9,10 +9,10 @@ import time
 import pytest
 
 from aspo_jax.rewards import RewardError, Rules, Scorer, Submission, Verdict, choose_sandbox
-from aspo_jax.rewards.code_tests import BadTests, CallTest, CheckTest, StdioTest, read_tests
-from aspo_jax.rewards.equality import plain
-from aspo_jax.rewards.programs import assemble, draw_tests, last_program
-from aspo_jax.rewards.values import encode
+from aspo_jax.rewards.code.code_tests import BadTests, CallTest, CheckTest, StdioTest, read_tests
+from aspo_jax.rewards.code.equality import plain
+from aspo_jax.rewards.code.programs import assemble, draw_tests, last_program
+from aspo_jax.rewards.code.values import encode
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="sandboxes are for Linux")
 SUM = {"inputs": ["3 4", "10 -1"], "outputs": ["7", "9\n"]}
@@ -310,7 +310,7 @@ def test_programs_do_not_meet(scorer):
 def test_a_sandbox_that_fails_is_no_wrong_answer(interpreter):
     """In a process of its own, for a sandbox adopts orphans."""
     program = f"""
-from aspo_jax.rewards.sandbox import Limits, Sandbox, SandboxError
+from aspo_jax.rewards.code.sandbox import Limits, Sandbox, SandboxError
 box = Sandbox("rlimits")
 box.interpreter = {interpreter!r}
 orders = {{"mode": "script", "source": "print(7)"}}

@@ -17,7 +17,7 @@ from aspo_jax.rewards import Rules, Scorer, Submission
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="sandboxes are for Linux")
 if sys.platform == "linux":
-    from aspo_jax.rewards import sandbox
+    from aspo_jax.rewards.code import sandbox
 
 MIB = 2**20
 NEVER = 1e9
@@ -164,7 +164,7 @@ def test_what_a_killed_worker_was_deleting_is_deleted(folder):
     work.mkdir()
     fill(work, 20_000)
     program = (
-        "import os, signal\nfrom aspo_jax.rewards import sandbox\n"
+        "import os, signal\nfrom aspo_jax.rewards.code import sandbox\n"
         f"sandbox._remove_later({str(work)!r})\nos.killpg(0, signal.SIGKILL)"
     )
     command = [sys.executable, "-c", program]

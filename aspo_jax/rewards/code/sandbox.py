@@ -35,7 +35,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from aspo_jax.rewards import jail
+from aspo_jax.rewards.code import jail
 from aspo_jax.rewards.verdict import RewardError
 
 Tier = Literal["namespaces", "landlock", "rlimits"]
@@ -263,7 +263,7 @@ def _remove_later(folder: str) -> None:
     _removers[:] = [remover for remover in _removers if remover.poll() is None]
     if len(_removers) == _REMOVERS:
         _removers.pop(0).wait()
-    command = [sys.executable, "-P", "-m", "aspo_jax.rewards.sandbox", "--remove", folder]
+    command = [sys.executable, "-P", "-m", "aspo_jax.rewards.code.sandbox", "--remove", folder]
     _removers.append(
         subprocess.Popen(
             command,
@@ -350,7 +350,7 @@ class Sandbox:
         jail.adopt_orphans()
 
     def run(self, orders: dict[str, Any], stdin: bytes, limits: Limits) -> Outcome:
-        """Run a program (`aspo_jax.rewards.runner` says which orders there are).
+        """Run a program (`aspo_jax.rewards.code.runner` says which orders there are).
 
         Raises:
             SandboxError: the sandbox itself failed, which says nothing about the program.
@@ -658,7 +658,7 @@ def _remove_for_good(folder: str) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """``python -m aspo_jax.rewards.sandbox [TIER]``: what the tiers withstand on this machine.
+    """``python -m aspo_jax.rewards.code.sandbox [TIER]``: what the tiers withstand on this machine.
 
     With a tier (or ``auto``) the answer is one line of JSON, ``[tier, report]`` or ``[null, why]``.
     ``--remove FOLDER`` deletes the working folder of a program.

@@ -15,14 +15,14 @@ import jax.numpy as jnp
 
 from aspo_jax.config import Config
 from aspo_jax.model import ModelConfig
-from aspo_jax.model.flops import (
+from aspo_jax.planning.flops import (
     attention_flops,
     causal_pairs,
     forward_flops,
     head_flops,
     layer_weights,
 )
-from aspo_jax.programs import DECODE, PREFILL, SCORE, UPDATE, Programs
+from aspo_jax.planning.programs import DECODE, PREFILL, SCORE, UPDATE, Programs
 
 
 class Part(NamedTuple):

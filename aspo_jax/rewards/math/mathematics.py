@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from aspo_jax.rewards.answers import find_answer, last_box
-from aspo_jax.rewards.fork import in_child
-from aspo_jax.rewards.latex import (
+from aspo_jax.rewards.math.fork import in_child
+from aspo_jax.rewards.math.latex import (
     are_equal_numbers,
     clean,
     normalise,

@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from aspo_jax.rewards.graders import KINDS, Rules, chunk
-from aspo_jax.rewards.process import WorkerProcess
+from aspo_jax.rewards.pool.process import WorkerProcess
 from aspo_jax.rewards.verdict import REASONS, RewardError, Submission, Verdict
 
 # -P: a file of the user's folder named like a module of the standard library is not that module
-WORKER_COMMAND = (sys.executable, "-P", "-m", "aspo_jax.rewards.worker")
+WORKER_COMMAND = (sys.executable, "-P", "-m", "aspo_jax.rewards.pool.worker")
 
 _STARTUP_S = 60.0  # imports on a busy machine; counted apart from the time for an answer
 _MAX_STARTS = 3  # one may be killed from outside while it starts; three in a row are a fault
@@ -45,7 +45,7 @@ def _environment() -> dict[str, str]:
     The user's modules come last: they cannot stand in for ours or for the standard library's.
     """
     kept = ("PATH", "LD_LIBRARY_PATH")
-    package_root = str(Path(__file__).resolve().parents[2])
+    package_root = str(Path(__file__).resolve().parents[3])
     own = [folder or os.getcwd() for folder in sys.path[:1]]
     own += os.environ.get("PYTHONPATH", "").split(os.pathsep)
     folders = [package_root, *dict.fromkeys(filter(None, [*own, os.getcwd()]))]
@@ -195,7 +195,7 @@ class Scorer:
         kinds: the graders that the workers get ready.
         command: what starts a worker; the kinds, the rules and the limit in seconds after which it
             must end by itself are appended. Another command must speak the protocol of
-            `aspo_jax.rewards.worker`.
+            `aspo_jax.rewards.pool.worker`.
     """
 
     def __init__(
@@ -458,7 +458,7 @@ def choose_sandbox(rules: Rules) -> tuple[Rules, str]:
     Raises:
         RewardError: the tier asked for, or for ``auto`` any but ``rlimits``, does not hold here.
     """
-    command = [sys.executable, "-P", "-m", "aspo_jax.rewards.sandbox", rules.sandbox]
+    command = [sys.executable, "-P", "-m", "aspo_jax.rewards.code.sandbox", rules.sandbox]
     done = subprocess.run(
         command, env=_environment(), capture_output=True, text=True, timeout=_STARTUP_S
     )

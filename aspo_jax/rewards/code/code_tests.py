@@ -19,8 +19,8 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from aspo_jax.rewards import values
-from aspo_jax.rewards.equality import Plain, plain
+from aspo_jax.rewards.code import values
+from aspo_jax.rewards.code.equality import Plain, plain
 
 
 class StdioTest(NamedTuple):

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder beside metrics and checkpoints: see `aspo_jax.run_folder`."""
+"""What a run leaves in its folder beside metrics and checkpoints: see `aspo_jax.run.folder`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from aspo_jax import runtime
-from aspo_jax.checkpoint import MANIFEST, CheckpointError, Checkpoints
 from aspo_jax.config import Config, ConfigError, command
 from aspo_jax.config.gin import LAUNCH
 from aspo_jax.errors import UserError, WriteError, refusal, writing
@@ -22,8 +21,9 @@ from aspo_jax.files import (
     sealed_text,
     write_text_atomic,
 )
-from aspo_jax.metrics import read_metrics
-from aspo_jax.run_folder import CHECKPOINTS, CONFIG, METRICS, MODEL_FILES, RunLock, lock_run
+from aspo_jax.run.checkpoint import MANIFEST, CheckpointError, Checkpoints
+from aspo_jax.run.folder import CHECKPOINTS, CONFIG, METRICS, MODEL_FILES, RunLock, lock_run
+from aspo_jax.run.metrics import read_metrics
 
 _READ_AT_START = (".safetensors", ".json", ".jinja", ".txt")  # weights, settings, tokenizer
 
@@ -33,7 +33,7 @@ class ModelChanged(UserError):
 
 
 class Silent:
-    """The log of a process that does not write: `aspo_jax.metrics.Log` without its effects."""
+    """The log of a process that does not write: `aspo_jax.run.metrics.Log` without its effects."""
 
     def write(self, iteration: int, values: Mapping[str, Any]) -> None:
         """Nothing."""
@@ -49,7 +49,7 @@ class Silent:
 
 
 def lock_folder(config: Config) -> RunLock:
-    """See `aspo_jax.run_folder.lock_run`; process 0 holds the lock for all."""
+    """See `aspo_jax.run.folder.lock_run`; process 0 holds the lock for all."""
     return runtime.on_main(lambda: lock_run(config.run_folder)) or RunLock()
 
 

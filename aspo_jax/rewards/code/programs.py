@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from aspo_jax.rewards.answers import conclusion
-from aspo_jax.rewards.code_tests import (
+from aspo_jax.rewards.code.code_tests import (
     BadTests,
     CallTest,
     StdioTest,
@@ -25,8 +25,8 @@ from aspo_jax.rewards.code_tests import (
     read_tests,
     whole_prompt,
 )
-from aspo_jax.rewards.equality import read_value, same_output, same_value
-from aspo_jax.rewards.sandbox import Limits, Outcome, Sandbox
+from aspo_jax.rewards.code.equality import read_value, same_output, same_value
+from aspo_jax.rewards.code.sandbox import Limits, Outcome, Sandbox
 from aspo_jax.rewards.verdict import Reason, Submission, Verdict
 
 _OPENING = re.compile(r"([ \t]*)```[ \t]*([\w+#-]*)[^`]*")

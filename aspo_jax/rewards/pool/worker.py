@@ -1,4 +1,4 @@
-"""A grader process: ``python -m aspo_jax.rewards.worker KINDS RULES LIMIT_S``, JSON lines.
+"""A grader process: ``python -m aspo_jax.rewards.pool.worker KINDS RULES LIMIT_S``, JSON lines.
 
 In: one object per line, the fields of `Submission`. Out: ``"ready"`` once, or ``{"error": why}``
 and the end, then for each line, in order and as soon as it is judged, ``[reward, reason,

@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable
 from typing import Literal
 
-from aspo_jax.rewards import jail
+from aspo_jax.rewards.code import jail
 
 _EXHAUSTED, _FAULT = 3, 4
 # An exception, or in C code: a fault, too deep a stack, a library that gives up.

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from decimal import Decimal
 from typing import Any, NamedTuple
 
-from aspo_jax.rewards import values
+from aspo_jax.rewards.code import values
 
 _TOLERANCE = 1e-6  # absolute, and relative above 1
 _DEEPEST = 100  # levels of a value: below Python's own limit wherever this is called from

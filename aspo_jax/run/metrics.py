@@ -26,7 +26,7 @@ from aspo_jax.config.gin import nearest
 from aspo_jax.errors import UserError, WriteError, writing
 from aspo_jax.files import write_text_atomic
 from aspo_jax.losses import WEIGHT_BIN_EDGES, histogram_quantile
-from aspo_jax.run_folder import METRICS as METRICS_FILE
+from aspo_jax.run.folder import METRICS as METRICS_FILE
 from aspo_jax.structs import Histogram, Max, Mean, Metric
 
 WEIGHT_QUANTILES = (10, 50, 90)  # percent
@@ -195,7 +195,7 @@ def metrics_page() -> str:
         "# Metrics",
         "",
         "Every name in `metrics.jsonl` and TensorBoard."
-        " Made by `python -m aspo_jax.metrics > docs/metrics.md`.",
+        " Made by `python -m aspo_jax.run.metrics > docs/metrics.md`.",
         "A is the advantage, w the token weight, pi the policy, pi_old the policy that sampled."
         " A metric that has nothing to count in an iteration is absent; `null` is not finite.",
     ]

@@ -3,8 +3,8 @@
 Exact builtin types only. An object that lies about its equality cannot be written, and what is read
 is made of builtins whatever was sent. Subclasses of dict (Counter, defaultdict) are dicts.
 
-`decode` is for use inside a sandbox. Outside, `aspo_jax.rewards.equality` reads what was sent: it
-builds no set or dict, which keys made to collide would slow down.
+`decode` is for use inside a sandbox. Outside, `aspo_jax.rewards.code.equality` reads what was sent:
+it builds no set or dict, which keys made to collide would slow down.
 """
 
 from __future__ import annotations

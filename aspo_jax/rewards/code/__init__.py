@@ -1,0 +1,1 @@
+"""Grading programs: their tests, and the sandbox that each test runs in."""
