@@ -11,15 +11,14 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
 from aspo_jax.streams import unbreakable_streams
 
-_ROOM = "make room there"
 _REMEDIES = {
-    errno.ENOSPC: _ROOM,
-    errno.EDQUOT: _ROOM + " or have the quota raised",
+    errno.ENOSPC: "make room there",
+    errno.EDQUOT: "make room there or have the quota raised",
     errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.EROFS: "choose a place that can be written",
@@ -65,18 +64,22 @@ def run_command(command: Callable[[], int]) -> int:
         except UserError as error:
             message = str(error)
         except OSError as error:
-            if (said := refusal(error)) is None:
+            message = refusal(error)
+            if message is None:
                 raise
-            message = said
         print(f"error: {message}", file=sys.stderr)
         return 2
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser whose mistakes read like all others: one line, with the remedy, exit status 2."""
+    """A parser whose mistakes read like all others: one line, with the remedy, exit status 2.
 
-    def __init__(self, **arguments: Any):
-        super().__init__(allow_abbrev=False, **arguments)
+    module: of this package, which is the command. about: its first line is what ``--help`` says.
+    """
+
+    def __init__(self, module: str, about: str | None, **arguments: Any):
+        prog, description = f"python -m aspo_jax.{module}", (about or "").partition("\n")[0]
+        super().__init__(prog=prog, description=description, allow_abbrev=False, **arguments)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, unknown = self.parse_known_args(args, namespace)
@@ -86,22 +89,30 @@ class CommandParser(argparse.ArgumentParser):
 
     def _unknown(self, word: str) -> str:
         """What a word that is no argument was meant to be."""
-        shown = f"unknown argument {word[:80]!r}"
-        if (
-            re.fullmatch(r"-*\w+\.\w+=.*", word, re.DOTALL)
-            and "--set" in self._option_string_actions
-        ):
+        shown, known = f"unknown argument {word[:80]!r}", self._option_string_actions
+        if re.fullmatch(r"-*\w+\.\w+=.*", word, re.DOTALL) and "--set" in known:
             return f"{shown}: write --set {shlex.quote(word.lstrip('-')[:80])}"
-        flag = word.partition("=")[0]
-        close = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.6)
-        if flag.startswith("-") and close:
-            return f"{shown} (did you mean {close[0]}?)"
-        if word.endswith(".gin") and "--config" in self._option_string_actions:
+        if word.startswith("-") and (meant := nearest(word.partition("=")[0], known)):
+            return f"{shown}{meant}"
+        if word.endswith(".gin") and "--config" in known:
             return f"{shown}: write --config {shlex.quote(word[:80])}"
-        return f"{shown}; expected one of {', '.join(sorted(self._option_string_actions))}"
+        return f"{shown}; expected one of {', '.join(sorted(known))}"
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} ({self.prog} --help lists the arguments)\n")
+
+
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that a mistyped one was most likely meant to be, whatever their case."""
+    by_folded = {k.lower(): k for k in known}
+    close = difflib.get_close_matches(name.lower(), by_folded, n=1, cutoff=0.5)
+    return by_folded[close[0]] if close else None
+
+
+def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """A suggestion for a mistyped name, or nothing."""
+    meant = closest(name, known)
+    return f" (did you mean {prefix}{meant}?)" if meant else ""
 
 
 def refusal(error: OSError) -> str | None:

@@ -1,57 +1,46 @@
-"""Held-out scores: avg@k, pass@k, mean reward and the number of distinct right answers."""
+"""Held-out scores of a policy: the figures of `aspo_jax.outcomes.EVALUATE`."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import numpy as np
+from aspo_jax import outcomes
+from aspo_jax.config import ConfigError
+from aspo_jax.rollout import ALONE, Collector, Peers, Rollout, collect, gather, unwatched
+from aspo_jax.sampler import EVALUATE
+from aspo_jax.structs import Prompt
+
+Scores = dict[str, float]  # by the names of `outcomes.EVALUATE`
+# (params, phase of `collect`) -> the scores, and this process's share of the rollout they count
+Evaluate = Callable[..., tuple[Scores, Rollout]]
 
 
-class Scores(NamedTuple):
-    """Held-out figures of one policy, k samples per prompt.
+def evaluator(
+    collector: Collector,
+    prompts: Sequence[Prompt],
+    samples_per_prompt: int,
+    *,
+    seed: int = 0,
+    peers: Peers = ALONE,
+) -> Evaluate:
+    """Held-out evaluation with paired sampling keys: every call draws with the same randomness.
 
-    A sample is right if its verdict is `match`, whatever its reward.
+    Each process samples and grades its share of the prompts; the scores are those of all.
 
-    avg: mean over prompts of the share of right samples (avg@k).
-    avg_stderr: its standard error over prompts.
-    reward_mean: mean reward as graded; a failed grader counts 0, as it does in avg.
-    pass_any: share of prompts with at least one right sample (pass@k with n = k).
-    distinct_right: mean over prompts of the number of different right texts.
-    truncated: share of samples cut at the length limit.
-    response_length: mean length.
-    samples: k.
+    Raises:
+        ConfigError: fewer prompts than processes.
     """
+    if len(prompts) < peers.count:
+        raise ConfigError(
+            f"found {len(prompts)} held-out prompts (Evaluate.prompts) for {peers.count} "
+            f"processes; expected at least {peers.count}"
+        )
+    own, k = prompts[peers.index :: peers.count], samples_per_prompt
 
-    avg: float
-    avg_stderr: float
-    reward_mean: float
-    pass_any: float
-    distinct_right: float
-    truncated: float
-    response_length: float
-    samples: float
+    def evaluate(params: Any, phase: Callable[..., Any] = unwatched) -> tuple[Scores, Rollout]:
+        rollout = collect(collector, params, own, k, domain=EVALUATE, retry=seed, phase=phase)
+        counted = gather(rollout, outcomes.EVALUATE, peers, len(prompts))
+        return outcomes.figures(outcomes.EVALUATE, counted), rollout
 
-
-def scores(
-    reward_PG: np.ndarray,
-    is_right_PG: np.ndarray,
-    distinct_right_P: np.ndarray,
-    is_finished_PG: np.ndarray,
-    tokens_PG: np.ndarray,
-) -> Scores:
-    """Score P prompts with G = k samples each.
-
-    distinct_right_P: number of different right texts among each prompt's samples.
-    """
-    share_P = is_right_PG.mean(axis=1)
-    prompts = len(share_P)
-    return Scores(
-        avg=float(share_P.mean()),
-        avg_stderr=float(share_P.std(ddof=1) / np.sqrt(prompts)) if prompts > 1 else 0.0,
-        reward_mean=float(reward_PG.mean(dtype=np.float64)),
-        pass_any=float(is_right_PG.any(axis=1).mean()),
-        distinct_right=float(distinct_right_P.mean()),
-        truncated=float(1.0 - is_finished_PG.mean()),
-        response_length=float(tokens_PG.mean()),
-        samples=float(tokens_PG.shape[1]),
-    )
+    return evaluate

@@ -13,37 +13,30 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from aspo_jax.build import FACTORIES, load_policy, parameter_count, stop_ids
-from aspo_jax.config import Config, parse_config
+from aspo_jax.config import Config
 from aspo_jax.data import copy_tokenizer, load_tokenizer
 from aspo_jax.errors import CommandParser, UserError, run_command
 from aspo_jax.model import build_model, read_model_config, save_model
-from aspo_jax.model.sharding import MESH_AXES
+from aspo_jax.model.sharding import MESH_AXES, device_mesh
+from aspo_jax.parts import FACTORIES
 from aspo_jax.paths import path_argument
-from aspo_jax.planning.topology import device_mesh
+from aspo_jax.policy import load_policy, parameter_count, stop_ids
 from aspo_jax.rounding import rounding_cost
-from aspo_jax.run.folder import CHECKPOINTS, CONFIG, INITIAL_MODEL
-from aspo_jax.run.records import read_run_config, trained_weights
+from aspo_jax.run.folder import CONFIG, INITIAL_MODEL
+from aspo_jax.run.records import find_run, run_config, trained_weights
 
 QUICK = 200_000_000  # parameters that a CPU answers a few prompts with in a minute or two
 
 
 class ExportError(UserError):
-    """What was asked for is not there, or the target is taken."""
-
-
-class Place(NamedTuple):
-    """A run folder, and the step asked for; None: the newest."""
-
-    run: Path
-    step: int | None
+    """The model that the run started from is not there, or the target is taken."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Export what the command line names; returns the exit status."""
     parser = CommandParser(
-        prog="python -m aspo_jax.export",
-        description="Write the weights of a checkpoint as a folder that transformers loads. "
+        "export",
+        "Write the weights of a checkpoint as a folder that transformers loads. "
         "Runs on the CPU, also beside a training run; holds the weights in memory, no optimizer.",
     )
     parser.add_argument(
@@ -63,11 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="say what a smaller type costs, however long a large model takes on the CPU",
     )
-    arguments = parser.parse_args(argv)
+    a = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")  # the accelerator may be busy with the very run
 
     def command() -> int:
-        a = arguments
         step, cost = export(a.checkpoint, a.out, a.dtype, is_patient=a.measure)
         print(f"{a.out}: the model after {step} iterations")
         if cost:
@@ -98,22 +90,26 @@ def export(
         is_patient: measure what the type costs of a large model too.
 
     Raises:
-        ExportError: no run, no complete checkpoint, or ``out`` is taken.
-        CheckpointError: the step is damaged or does not fit the run's model.
+        NoRun: not a run's folder or checkpoint.
+        ExportError: ``out`` is taken.
+        CheckpointError: no step is complete, or it is damaged or does not fit the run's model.
         ConfigError, DataError, ModelFolderError: the run's config or initial model cannot be read.
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ExportError(f"{out} exists and is not an empty folder; choose another OUT")
-    place = find_run(checkpoint)
-    config = parse_config(read_run_config(place.run), FACTORIES, str(place.run / CONFIG))
-    source = _initial_model(config, place.run)
+    saved = find_run(checkpoint)
+    config = run_config(saved.run, FACTORIES)
+    source = _initial_model(config, saved.run)
     shape, tokenizer = read_model_config(source), load_tokenizer(source)
     dtype = dtype or config.run.export_dtype
     weights = jax.eval_shape(build_model(shape).init, jax.random.key(0))
     count = parameter_count(weights)
     is_measured = dtype != "float32" and (is_patient or count <= QUICK)
     # Half the memory where nothing is measured.
-    step, params = _restore(place, config, weights, "float32" if is_measured else dtype)
+    read_as = jnp.dtype("float32" if is_measured else dtype)
+    here = SingleDeviceSharding(jax.devices("cpu")[0])
+    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, read_as, sharding=here), weights)
+    step, params = trained_weights(saved, config, wanted)
     save_model(
         out,
         params,
@@ -127,15 +123,6 @@ def export(
         return Exported(step, _cost(config, source, params, dtype))
     reason = f"{count:,} parameters take long on a CPU, --measure takes them"
     return Exported(step, None if dtype == "float32" else _not_measured(dtype, reason))
-
-
-def _restore(place: Place, config: Config, weights: Any, dtype: str) -> tuple[int, Any]:
-    """The step and its weights, on the CPU in this type."""
-    here = SingleDeviceSharding(jax.devices("cpu")[0])
-    wanted = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=here), weights
-    )
-    return trained_weights(place.run, config, wanted, place.step)
 
 
 def _not_measured(dtype: str, reason: object) -> str:
@@ -152,26 +139,6 @@ def _cost(config: Config, source: Path, params: Any, dtype: str) -> str:
         return rounding_cost(here, policy, params, dtype).line(dtype)
     except UserError as error:
         return _not_measured(dtype, error)
-
-
-def find_run(checkpoint: Path) -> Place:
-    """The run that a checkpoint belongs to.
-
-    Raises:
-        ExportError: neither a run folder nor inside of one.
-    """
-    path = checkpoint.expanduser().resolve()
-    if (path / CONFIG).is_file():
-        return Place(path, None)
-    if path.name == CHECKPOINTS and (path.parent / CONFIG).is_file():
-        return Place(path.parent, None)
-    run = path.parent.parent
-    if path.name.isdecimal() and path.parent.name == CHECKPOINTS and (run / CONFIG).is_file():
-        return Place(run, int(path.name))
-    raise ExportError(
-        f"{checkpoint}: not a run; expected a run folder (with {CONFIG}), its {CHECKPOINTS} "
-        "folder, or the folder of one step in there"
-    )
 
 
 def _initial_model(config: Config, run: Path) -> Path:

@@ -94,15 +94,19 @@ def digests(
     return {name: digest(path) for name, path in named.items() if is_wanted(name)}
 
 
-def check_digests(folder: epath.PathLike, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Compare a folder's files with their digests; files that are not listed are ignored.
+def check_digests(folder: epath.PathLike, files: Any) -> None:
+    """Compare a folder's files with the `digests` read from a file; others are ignored.
 
     Raises:
-        Damaged: the first bad one and what is wrong with it.
+        Damaged: the first bad one and what is wrong with it, or the digests are none.
     """
+    if not isinstance(files, dict) or not files:
+        raise Damaged("no digests of its files were kept")
     for name, expected in files.items():
         path = epath.Path(folder) / name
         try:
+            if not isinstance(expected, dict) or expected.keys() != {"bytes", "sha256"}:
+                raise Damaged(f"the digest of {name} is none: {expected!r:.80}")
             size = path.stat().length
             if size != expected["bytes"]:
                 raise Damaged(f"{name} has {size} bytes, expected {expected['bytes']}")
@@ -112,18 +116,6 @@ def check_digests(folder: epath.PathLike, files: Mapping[str, Mapping[str, Any]]
             raise Damaged(f"{name} is missing") from None
         except OSError as error:
             raise Damaged(f"{name} cannot be read ({error})") from error
-
-
-def are_digests(files: Any) -> bool:
-    """Whether a value read from a file is what `digests` makes of a folder that holds something."""
-    return (
-        isinstance(files, dict)
-        and bool(files)
-        and all(
-            isinstance(x, dict) and type(x.get("bytes")) is int and type(x.get("sha256")) is str
-            for x in files.values()
-        )
-    )
 
 
 # --- sealed texts --------------------------------------------------------------------------------

@@ -37,24 +37,20 @@ class Head(NamedTuple):
     """
 
     temperature: Any
-    is_allowed_V: np.ndarray
+    is_allowed_V: np.ndarray | Array
     chunk: int = 1024
     mesh: Mesh | None = None
 
 
 def logits(head: Head, weight_VD: Array, hidden_ND: Array) -> Array:
     """Masked logits over temperature, float32 [N, V]; products in the hidden states' type."""
-    return _logits(head.temperature, head.is_allowed_V, weight_VD, hidden_ND)
-
-
-def _logits(temperature: Any, is_allowed_V: Any, weight_VD: Array, hidden_ND: Array) -> Array:
     z_NV = jnp.einsum(
         "nd,vd->nv",
         hidden_ND,
         weight_VD.astype(hidden_ND.dtype),
         preferred_element_type=jnp.float32,
     )
-    return jnp.where(is_allowed_V, z_NV / temperature, FORBIDDEN)
+    return jnp.where(head.is_allowed_V, z_NV / head.temperature, FORBIDDEN)
 
 
 def logp_and_entropy(
@@ -98,8 +94,7 @@ def logp_and_entropy(
 class _Shard(NamedTuple):
     """What one device needs to know of the others."""
 
-    head: Head
-    is_allowed_V: Array  # its part of the vocabulary, as everywhere below
+    head: Head  # of its part of the vocabulary, as everywhere below
     first: Any  # id of its first vocabulary row
     over_vocabulary: Callable[[Any], Any]  # sums over the devices that hold the other parts
     largest: Callable[[Array], Array]  # the maximum over them
@@ -115,7 +110,7 @@ def _on_mesh(head: Head, program: Callable, inputs: str, outputs: str) -> Callab
     """
     mesh, allowed_V = head.mesh, jnp.asarray(head.is_allowed_V)
     if mesh is None or mesh.size == 1:
-        same = _Shard(head, allowed_V, 0, lambda x: x, lambda x: x, lambda x: x)
+        same = _Shard(head, 0, *[lambda x: x] * 3)
         return lambda *arrays: program(same, *arrays)
     vocabulary, rows, width = (RULES[name] for name in ("vocab", "batch", "embed"))
     others = tuple(axis for axis in rows if axis != width)
@@ -131,8 +126,7 @@ def _on_mesh(head: Head, program: Callable, inputs: str, outputs: str) -> Callab
 
     def on_device(allowed_v, *arrays):
         shard = _Shard(
-            head,
-            allowed_v,
+            head._replace(is_allowed_V=allowed_v),
             jax.lax.axis_index(vocabulary) * allowed_v.shape[0],
             lambda x: jax.lax.psum(x, vocabulary),
             lambda x: jax.lax.pmax(x, vocabulary),
@@ -151,27 +145,26 @@ def _on_mesh(head: Head, program: Callable, inputs: str, outputs: str) -> Callab
 
 
 def _chunks(head: Head, x_BTd: Array) -> Array:
-    """[B, T, ...] -> [chunks, chunk, ...], zeros behind the end."""
-    size = x_BTd.shape[0] * x_BTd.shape[1]
-    chunk = min(head.chunk, size)
-    flat = x_BTd.reshape(size, *x_BTd.shape[2:])
-    padded = jnp.pad(flat, ((0, -size % chunk), *[(0, 0)] * (flat.ndim - 1)))
-    return padded.reshape(-1, chunk, *x_BTd.shape[2:])
+    """[B, T, ...] -> [n, c, ...]: n chunks of c tokens, zeros behind the end."""
+    tokens = x_BTd.shape[0] * x_BTd.shape[1]
+    c = min(head.chunk, tokens)
+    x_Nd = x_BTd.reshape(tokens, *x_BTd.shape[2:])
+    x_Nd = jnp.pad(x_Nd, ((0, -tokens % c), *[(0, 0)] * (x_Nd.ndim - 1)))
+    return x_Nd.reshape(-1, c, *x_BTd.shape[2:])
 
 
-def _rows(x_Jcd: Array, like_BT: Array) -> Array:
+def _rows(x_ncd: Array, like_BT: Array) -> Array:
     """The inverse of `_chunks`."""
-    flat = x_Jcd.reshape(-1, *x_Jcd.shape[2:])[: like_BT.size]
-    return flat.reshape(*like_BT.shape, *x_Jcd.shape[2:])
+    x_Nd = x_ncd.reshape(-1, *x_ncd.shape[2:])[: like_BT.size]
+    return x_Nd.reshape(*like_BT.shape, *x_ncd.shape[2:])
 
 
 def _forward(shard: _Shard, weight_VD, hidden_BTD, target_BT):
     """logp, entropy and logsumexp of each position."""
-    head = shard.head
 
     def body(_, xs):
         hidden_cD, target_c = xs
-        z_cV = _logits(head.temperature, shard.is_allowed_V, weight_VD, hidden_cD)
+        z_cV = logits(shard.head, weight_VD, hidden_cD)
         top_c = shard.largest(jnp.max(z_cV, axis=-1))
         below_cV = z_cV - top_c[:, None]
         e_cV = jnp.exp(below_cV)
@@ -186,9 +179,8 @@ def _forward(shard: _Shard, weight_VD, hidden_BTD, target_BT):
         lse_c = top_c + jnp.log(mass_c)
         return None, (z_target_c - lse_c, jnp.log(mass_c) - weighted_c / mass_c, lse_c)
 
-    chunked = (_chunks(head, hidden_BTD), _chunks(head, target_BT))
-    outputs = jax.lax.scan(body, None, chunked)[1]
-    return tuple(_rows(x_Jc, target_BT) for x_Jc in outputs)
+    chunks = (_chunks(shard.head, hidden_BTD), _chunks(shard.head, target_BT))
+    return tuple(_rows(x_nc, target_BT) for x_nc in jax.lax.scan(body, None, chunks)[1])
 
 
 def _backward(
@@ -206,14 +198,14 @@ def _backward(
 
     def body(weight_grad_VD, xs):
         hidden_cD, target_c, entropy_c, lse_c, logp_grad_c, entropy_grad_c = xs
-        z_cV = _logits(head.temperature, shard.is_allowed_V, weight_VD, hidden_cD)
+        z_cV = logits(head, weight_VD, hidden_cD)
         logp_cV = z_cV - lse_c[:, None]
         p_cV = jnp.exp(logp_cV)
         is_target_cV = (target_c - shard.first)[:, None] == jnp.arange(z_cV.shape[1])
         z_grad_cV = jnp.where(is_target_cV, logp_grad_c[:, None], 0.0) - p_cV * (
             logp_grad_c[:, None] + entropy_grad_c[:, None] * (logp_cV + entropy_c[:, None])
         )
-        z_grad_cV = jnp.where(shard.is_allowed_V, z_grad_cV / head.temperature, 0.0).astype(dtype)
+        z_grad_cV = jnp.where(head.is_allowed_V, z_grad_cV / head.temperature, 0.0).astype(dtype)
         hidden_grad_cD = jnp.einsum(
             "cv,vd->cd", z_grad_cV, weight_VD, preferred_element_type=jnp.float32
         )
@@ -223,9 +215,7 @@ def _backward(
         return weight_grad_VD, shard.over_vocabulary(hidden_grad_cD).astype(dtype)
 
     arrays = (hidden_BTD, target_BT, entropy_BT, lse_BT, logp_grad_BT, entropy_grad_BT)
-    weight_grad_VD, hidden_grad_JcD = jax.lax.scan(
-        body,
-        jnp.zeros(weight_VD.shape, jnp.float32),
-        tuple(_chunks(head, x) for x in arrays),
+    weight_grad_VD, hidden_grad_ncD = jax.lax.scan(
+        body, jnp.zeros(weight_VD.shape, jnp.float32), tuple(_chunks(head, x) for x in arrays)
     )
-    return shard.over_rows(weight_grad_VD), _rows(hidden_grad_JcD, target_BT)
+    return shard.over_rows(weight_grad_VD), _rows(hidden_grad_ncD, target_BT)

@@ -59,21 +59,26 @@ def build_prompts(
 
 def train_source(config: Config, tokenizer: Any) -> Any:
     """The training prompts, all of which fit."""
-    if config.data.kind == "countdown":
-        source = CountdownSource(countdown_spec(config), config.run.seed, "train")
-        check_prompts(source, tokenizer=tokenizer, max_prompt_tokens=_room(config).prompt)
-        return source
-    return _fitting_rows(cast(str, config.data.train_path), _Same(tokenizer), _room(config))
+    return _source(config, tokenizer, config.data.train_path, config.run.seed, "train")
 
 
 def held_out_source(config: Config, tokenizer: Any) -> Any:
     """All rows of the held-out file, or ``Evaluate.prompts`` puzzles; all of them fit."""
+    e = config.evaluate
+    return _source(config, tokenizer, config.data.eval_path, e.seed, "held_out", e.prompts)
+
+
+def _source(config: Config, tokenizer: Any, path: str | None, *puzzles: Any) -> Any:
+    """The rows of a file, or the puzzles (seed, split and number) where the data are puzzles."""
+    s = config.sampler
     if config.data.kind == "countdown":
-        spec, e = countdown_spec(config), config.evaluate
-        source = CountdownSource(spec, e.seed, "held_out", e.prompts)
-        check_prompts(source, tokenizer=tokenizer, max_prompt_tokens=_room(config).prompt)
+        source = CountdownSource(countdown_spec(config), *puzzles)
+        check_prompts(source, tokenizer=tokenizer, max_prompt_tokens=s.max_prompt_tokens)
         return source
-    return _fitting_rows(cast(str, config.data.eval_path), _Same(tokenizer), _room(config))
+    room = _Room(
+        s.max_prompt_tokens, s.max_response_tokens, config.train.row_tokens, s.cache_tokens
+    )
+    return _fitting_rows(cast(str, path), _Same(tokenizer), room)
 
 
 class _Room(NamedTuple):
@@ -93,13 +98,6 @@ class _Room(NamedTuple):
         if self.cache is not None and self.cache < row:
             settings.append(f"a Sampler.cache_tokens well above {row} (now {self.cache})")
         return f"set {' and '.join(settings)}, or drop the rows"
-
-
-def _room(config: Config) -> _Room:
-    s = config.sampler
-    return _Room(
-        s.max_prompt_tokens, s.max_response_tokens, config.train.row_tokens, s.cache_tokens
-    )
 
 
 class _Same:

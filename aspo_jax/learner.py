@@ -7,6 +7,7 @@ the whole mini-batch, so it does not depend on how the rows were split, packed o
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,9 +17,11 @@ import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from aspo_jax import losses
+from aspo_jax.errors import UserError
 from aspo_jax.head import Head, logp_and_entropy
-from aspo_jax.losses import Aggregate, Objective, Totals, count_totals, entropy_bonus, policy_loss
 from aspo_jax.model import Model, batch_sharding, shardings
+from aspo_jax.model.sharding import placed
 from aspo_jax.structs import (
     Mean,
     Metrics,
@@ -31,12 +34,18 @@ from aspo_jax.structs import (
     merge_metrics,
 )
 
+LARGEST_COPIED = 2**20  # elements of a state array that every device may hold whole: 4 MiB
+
+
+class PlacementError(UserError):
+    """A part of the training state has no place on the devices."""
+
 
 class Goal(NamedTuple):
     """What an update maximises: the policy objective, its aggregation, and the entropy term."""
 
-    objective: Objective
-    aggregate: Aggregate
+    objective: losses.Objective
+    aggregate: losses.Aggregate
     entropy_bonus: float = 0.0
 
 
@@ -57,134 +66,92 @@ class Learner(NamedTuple):
     step: Callable[[TrainState, Minibatch], tuple[TrainState, Metrics]]
     place: Callable[[Minibatch], Minibatch]
 
-
-def learning_rate_schedule(
-    peak: float, warmup_updates: int, decay_updates: int | None = None
-) -> optax.Schedule:
-    """Number of updates applied -> rate of the next one.
-
-    The rate climbs linearly over ``warmup_updates``, the first update included, and stays; with
-    ``decay_updates`` it also falls linearly from the first update on, to 0 after that many.
-    """
-
-    def rate(step):
-        warmup = jnp.minimum(1.0, (step + 1) / max(warmup_updates, 1))
-        left = 1.0 if decay_updates is None else jnp.maximum(0.0, 1.0 - step / decay_updates)
-        return peak * warmup * left
-
-    return rate
-
-
-def warmup_by_iteration(
-    rate: optax.Schedule, iterations: int, updates_per_iteration: int
-) -> optax.Schedule:
-    """``rate`` times min(1, i / iterations) in iteration i = 0, 1, ...
-
-    The official run's warm-up: it starts at 0, so the first iteration changes nothing, and all
-    updates of an iteration share it. Iterations are counted in applied updates.
-    """
-
-    def warmed(step):
-        iteration = step // updates_per_iteration
-        return rate(step) * jnp.minimum(1.0, iteration / iterations)
-
-    return warmed
-
-
-def clipped_adamw(
-    rate: optax.Schedule,
-    *,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    clip_norm: float,
-    decay: Callable[[Any], Any] | None = None,
-) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101) behind a clip of the global gradient norm.
-
-    decay: params -> tree of bools, which of them decay; None: all.
-    """
-    adamw = optax.adamw(
-        rate, b1=betas[0], b2=betas[1], eps=eps, weight_decay=weight_decay, mask=decay
-    )
-    return optax.chain(optax.clip_by_global_norm(clip_norm), adamw)
-
-
-def matrices_only(params: Any) -> Any:
-    """True for matrices and embeddings, False for biases and scales of norms."""
-
-    def is_matrix(path, _) -> bool:
-        return path[-1].key in ("kernel", "embed", "head")
-
-    return jax.tree_util.tree_map_with_path(is_matrix, params)
+    def with_old(self, params: Any, reference: Any, minibatch: Minibatch) -> Minibatch:
+        """A placed minibatch with what its update compares itself with."""
+        return dataclasses.replace(minibatch, old=self.old_policy(params, reference, minibatch))
 
 
 def build_learner(
-    model: Model,
-    head: Head,
-    goal: Goal,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
+    model: Model, head: Head, goal: Goal, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> Learner:
-    """Jit the update for a mesh; shardings are the model's and the batch's, none is guessed."""
+    """Jit the update for a mesh; shardings are the model's and the batch's, none is guessed.
+
+    Raises:
+        PlacementError: a large array of the optimizer's or the objective's state is no parameter's,
+            and there are several devices.
+    """
     weights = shardings(mesh, model.partition_specs())
     replicated = NamedSharding(mesh, PartitionSpec())
-    rows = batch_sharding(mesh, leading=1)
-
-    def place(minibatch: Minibatch) -> Minibatch:
-        def put(x):
-            # The global shape is given since jax would otherwise take rows that differ between
-            # processes for copies of each other where the mesh does not split them.
-            sharding, shape = (rows, list(x.shape)) if x.ndim == 3 else (replicated, x.shape)
-            if x.ndim == 3:
-                shape[1] *= jax.process_count()
-            return jax.make_array_from_process_local_data(sharding, x, tuple(shape))
-
-        return jax.tree.map(put, minibatch)
 
     def init(params) -> TrainState:
-        objective_state = goal.objective.init() if goal.objective.init else ()
-        return TrainState(params, optimizer.init(params), objective_state, jnp.zeros((), jnp.int32))
+        step = jnp.zeros((), jnp.int32)
+        return TrainState(params, optimizer.init(params), goal.objective.init(), step)
 
     abstract = jax.eval_shape(init, jax.eval_shape(model.init, jax.random.key(0)))
     state_shardings = _state_shardings(abstract, weights, replicated)
     step = make_train_step(model, head, goal, optimizer, weights)
     return Learner(
-        state=jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            *(abstract, state_shardings),
-        ),
+        state=placed(abstract, state_shardings),
         init=jax.jit(init, donate_argnums=0, out_shardings=state_shardings),
-        old_policy=jax.jit(make_old_policy(model, head), out_shardings=rows),
+        old_policy=make_old_policy(model, head, mesh),
         step=jax.jit(
             step,
             donate_argnums=0,
             in_shardings=(state_shardings, None),
             out_shardings=(state_shardings, replicated),
         ),
-        place=place,
+        place=functools.partial(place, mesh),
     )
 
 
+def place(mesh: Mesh, minibatch: Minibatch) -> Minibatch:
+    """A minibatch on the devices; see `Learner`."""
+    rows, replicated = batch_sharding(mesh, leading=1), NamedSharding(mesh, PartitionSpec())
+
+    def put(x):
+        # The global shape is given since jax would otherwise take rows that differ between
+        # processes for copies of each other where the mesh does not split them.
+        if x.ndim < 3:
+            return jax.make_array_from_process_local_data(replicated, x, x.shape)
+        shape = (x.shape[0], x.shape[1] * jax.process_count(), *x.shape[2:])
+        return jax.make_array_from_process_local_data(rows, x, shape)
+
+    return jax.tree.map(put, minibatch)
+
+
 def _state_shardings(abstract: TrainState, weights: Any, replicated: NamedSharding) -> TrainState:
-    """Optimizer moments lie as their parameters do; everything else is on every device."""
-    structure = jax.tree.structure(weights)
+    """Moments lie as their parameters do; everything else, which must be small, on every device.
 
-    def is_params_like(node) -> bool:
-        return jax.tree.structure(node) == structure
+    A moment has its parameter's shape and, in whatever holds it, its parameter's path.
+    """
+    params, _ = jax.tree_util.tree_flatten_with_path(abstract.params)
+    lies = {
+        (path, x.shape): sharding
+        for (path, x), sharding in zip(params, jax.tree.leaves(weights), strict=True)
+    }
 
-    def of(node):
-        return weights if is_params_like(node) else jax.tree.map(lambda _: replicated, node)
+    def of(path, x) -> NamedSharding:
+        for start in range(len(path)):
+            if (sharding := lies.get((path[start:], x.shape))) is not None:
+                return sharding
+        if x.size > LARGEST_COPIED and replicated.mesh.size > 1:
+            raise PlacementError(
+                f"TrainState{jax.tree_util.keystr(path)} has {x.size:,} elements {x.shape} and is "
+                f"no parameter's, so that each of {replicated.mesh.size} devices would hold all of "
+                f"it; expected at most {LARGEST_COPIED:,}. Use an optimizer or objective whose "
+                "large state is shaped as the parameters are, or one device"
+            )
+        return replicated
 
-    return jax.tree.map(of, abstract, is_leaf=is_params_like)
+    return jax.tree_util.tree_map_with_path(of, abstract)
 
 
 def _microbatch(tree: Any, m: Array) -> Any:
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, m, keepdims=False), tree)
 
 
-def make_old_policy(model: Model, head: Head):
-    """(params, ref_params, minibatch) -> OldPolicy, by micro-batches as the update does."""
+def make_old_policy(model: Model, head: Head, mesh: Mesh) -> Callable[..., OldPolicy]:
+    """(params, ref_params, minibatch) -> OldPolicy, jitted; by micro-batches as the update does."""
 
     def old_policy(params, ref_params, minibatch: Minibatch) -> OldPolicy:
         def of_microbatch(m, old: OldPolicy) -> OldPolicy:
@@ -200,7 +167,7 @@ def make_old_policy(model: Model, head: Head):
         empty = OldPolicy(zeros_MBT, zeros_MBT, None if ref_params is None else zeros_MBT)
         return jax.lax.fori_loop(0, minibatch.count, of_microbatch, empty)
 
-    return old_policy
+    return jax.jit(old_policy, out_shardings=batch_sharding(mesh, leading=1))
 
 
 def forward(model: Model, head: Head, params: Any, rows: Rows) -> tuple[Array, Array]:
@@ -228,10 +195,10 @@ def _tokens(rows: Rows, old: OldPolicy, logp_BT: Array, entropy_BT: Array) -> To
 def _make_loss(model: Model, head: Head, goal: Goal):
     """(params, rows, old, totals, objective state, sums) -> (summand of the loss, metrics)."""
 
-    def loss(params, rows: Rows, old: OldPolicy, totals: Totals, objective_state, sums):
+    def loss(params, rows: Rows, old: OldPolicy, totals: losses.Totals, objective_state, sums):
         logp_BT, entropy_BT = forward(model, head, params, rows)
         tokens = _tokens(rows, old, logp_BT, entropy_BT)
-        value, metrics = policy_loss(
+        value, metrics = losses.policy_loss(
             goal.objective,
             dataclasses.replace(tokens, entropy_BT=jax.lax.stop_gradient(entropy_BT)),
             aggregate=goal.aggregate,
@@ -240,10 +207,12 @@ def _make_loss(model: Model, head: Head, goal: Goal):
             sums=sums,
         )
         if goal.entropy_bonus:
-            value += entropy_bonus(
+            value += losses.entropy_bonus(
                 tokens, scale=goal.entropy_bonus, aggregate=goal.aggregate, totals=totals
             )[0]
-        return value, {**metrics, **_token_metrics(tokens)}
+        entropies = {"entropy": entropy_BT, "old_entropy": old.old_entropy_BT}
+        means = {name: losses.mean_over(x, rows.is_response_BT) for name, x in entropies.items()}
+        return value, {**metrics, **means}
 
     return loss
 
@@ -255,7 +224,7 @@ def _make_gather(model: Model, head: Head, prepare: Callable[[Tokens, Any], Any]
         def of_microbatch(m):
             rows, old = _microbatch((minibatch.rows, minibatch.old), m)
             tokens = _tokens(rows, old, *forward(model, head, state.params, rows))
-            return prepare(tokens, state.objective_state)
+            return prepare(losses.response_only(tokens), state.objective_state)
 
         def add(m, sums):
             return jax.tree.map(jnp.add, sums, of_microbatch(m))
@@ -287,7 +256,7 @@ def make_train_step(
     gather = _make_gather(model, head, objective.prepare) if objective.prepare else None
 
     def train_step(state: TrainState, minibatch: Minibatch):
-        totals = count_totals(minibatch.rows)
+        totals = losses.count_totals(minibatch.rows)
         sums = gather(state, minibatch) if gather else None
 
         def of_microbatch(m):
@@ -315,9 +284,7 @@ def make_train_step(
 
     def apply(state: TrainState, grads, sums) -> TrainState:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        objective_state = state.objective_state
-        if objective.update:
-            objective_state = objective.update(objective_state, sums)
+        objective_state = objective.update(state.objective_state, sums)
         params = optax.apply_updates(state.params, updates)
         return TrainState(params, opt_state, objective_state, state.step + 1)
 
@@ -351,13 +318,3 @@ def _are_there(arrays: Any) -> Array:
 
 def _constrain(tree: Any, shardings: Any) -> Any:
     return tree if shardings is None else jax.lax.with_sharding_constraint(tree, shardings)
-
-
-def _token_metrics(tokens: Tokens) -> Metrics:
-    is_response = tokens.is_response_BT
-    count = jnp.sum(is_response, dtype=jnp.float32)
-
-    def mean(x_BT):
-        return Mean(jnp.sum(jnp.where(is_response, x_BT, 0.0)), count)
-
-    return {"entropy": mean(tokens.entropy_BT), "old_entropy": mean(tokens.old_entropy_BT)}

@@ -46,11 +46,9 @@ def user_path(text: str | Path, what: str = "") -> Path:
         PathError: it is blank, holds what no path can hold, is longer than a path can be, names
             the home of a user that there is not, or is an address.
     """
-    start = f"{what} = " if what else ""
-    shown_text = shorten(repr(str(text)), 120)
-    problem = path_problem(str(text))
-    if problem:
-        raise PathError(f"{start}{shown_text}: {problem}")
+    if problem := path_problem(str(text)):
+        start = f"{what} = " if what else ""
+        raise PathError(f"{start}{shorten(repr(str(text)), 120)}: {problem}")
     return Path(text).expanduser()
 
 
@@ -66,7 +64,7 @@ def path_problem(text: str) -> str | None:
     """What is wrong with a text as a path, expectation and remedy; None if it can be one."""
     if not text.strip():
         return "found no path, expected the path of a file or folder; fill it in or leave it out"
-    if "\0" in text or _is_broken(text):
+    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
         return (
             "found a NUL or half a surrogate pair in a path, expected UTF-8 text; write the name "
             "anew, or rename the file"
@@ -77,25 +75,9 @@ def path_problem(text: str) -> str | None:
         len(part.encode()) > _NAME_BYTES for part in text.split("/")
     ):
         return f"found a path of {len(text)} characters, longer than a path can be; shorten it"
-    if _is_homeless(text):
+    if os.path.expanduser(Path(text)).startswith("~"):
         return f"no home folder is known for {text.partition('/')[0]}; write the folder in full"
     return None
-
-
-def _is_broken(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
-
-
-def _is_homeless(text: str) -> bool:
-    try:
-        Path(text).expanduser()
-    except RuntimeError:
-        return True
-    return False
 
 
 def shown(path: str | Path) -> str:

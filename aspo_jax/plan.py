@@ -12,29 +12,23 @@ Exit status: 0 fits, 1 does not, 2 a mistake in the arguments.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 
-from aspo_jax.build import FACTORIES
 from aspo_jax.config import Config, config_flags, read
 from aspo_jax.errors import CommandParser, run_command
+from aspo_jax.model.sharding import abstract_mesh, device_mesh, local_sizes, mesh_sizes
+from aspo_jax.parts import FACTORIES
 from aspo_jax.planning.budget import PUBLISHED, Budget, Capacity, Part, budgets, cache_bytes
 from aspo_jax.planning.programs import DECODE, Program, Programs, programs, read_shape
-from aspo_jax.planning.topology import (
-    GIB,
-    Target,
-    Topology,
-    abstract_mesh,
-    device_mesh,
-    mesh_sizes,
-    open_target,
-    parse_topology,
-)
+from aspo_jax.planning.topology import GIB, GPU_NOTE, Chip, Topology, open_devices, parse_topology
 
 HEADROOM = 0.1  # of the memory, kept free for fragmentation and what the runtime itself needs
 
@@ -58,51 +52,75 @@ class Row:
     """One program of the run, per chip.
 
     state: "compiled", "lowered", "estimated" (by formula alone) or "refused" by the compiler.
-    memory: None unless compiled. needed: bytes of the chip, with all that lies beside the program;
-        a lower bound unless compiled.
-    parts: what the bytes are, largest first.
-    flops, seconds: of one call; the time in which the chip could do the arithmetic or move the
-        weights, activations and cache, whichever is longer (``bound``).
-    calls: per iteration.
+    memory: None unless compiled.
+    own: bytes that the program takes by itself, if the compiler said so.
     """
 
     program: str
     state: str
-    memory: Memory | None
-    beside: float
-    needed: float
-    parts: tuple[Part, ...]
-    flops: float
-    seconds: float
-    bound: str
-    calls: int
+    budget: Budget
+    chip: Chip
+    memory: Memory | None = None
+    own: float = 0.0
+
+    @property
+    def needed(self) -> float:
+        """Bytes with all that lies beside the program; a lower bound unless compiled."""
+        return max(self.own + self.budget.beside, self.budget.least)
+
+    @property
+    def fits(self) -> bool:
+        """Whether that is there, and the compiler does not refuse."""
+        return self.state != "refused" and self.needed <= self.chip.memory
+
+    @property
+    def parts(self) -> list[Part]:
+        """What the bytes are, largest first."""
+        known = [part for part in (*self.budget.held, *self.budget.added) if part.bytes]
+        rest = self.needed - sum(part.bytes for part in known)
+        known.append(Part("other temporaries", rest, self.budget.remedy))
+        return sorted(known, key=lambda part: -part.bytes)
+
+    @property
+    def seconds(self) -> float:
+        """Time of one call, no faster than the chip's arithmetic and memory."""
+        return max(self._times.values())
+
+    @property
+    def bound(self) -> str:
+        """Which of the two takes longer: "compute", or "memory" for weights, activations, cache."""
+        return max(self._times, key=lambda kind: self._times[kind])
+
+    @property
+    def _times(self) -> dict[str, float]:
+        work, chip = self.budget.work, self.chip
+        return {"compute": work.flops / chip.flops, "memory": work.traffic / chip.bandwidth}
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Whether a config's run fits a topology, and why. ``rows``: one per program."""
+    """Whether a config's run fits a topology, and why.
 
-    name: str
+    programs: their config is the run's but for an attention that needs the hardware to compile.
+    source: where the model's shape was read.
+    rows: one per program.
+    """
+
     topology: Topology
-    mesh: dict[str, int]
-    hosts: int
-    model: str
-    attention: str
-    limit: float
+    programs: Programs
+    source: str
     rows: tuple[Row, ...]
-    capacity: Capacity | None
-    slots: int
     notes: tuple[str, ...]
 
     @property
     def worst(self) -> Row:
-        """The program that needs most memory."""
-        return max(self.rows, key=lambda row: row.needed)
+        """The program that needs most memory, or does not fit."""
+        return max(self.rows, key=lambda row: (not row.fits, row.needed))
 
     @property
     def fits(self) -> bool:
         """Whether every program fits, as far as it was compiled."""
-        return self.worst.needed <= self.limit
+        return self.worst.fits
 
     @property
     def is_certain(self) -> bool:
@@ -115,11 +133,30 @@ class Plan:
         row = self.worst
         part = next(part for part in row.parts if part.remedy)
         bound = "" if row.state == "compiled" else "at least "
-        need = f"{row.program} needs {bound}{gib(row.needed)} of {gib(self.limit)} GiB per chip"
+        name = row.program + (", refused by the compiler," if row.state == "refused" else "")
+        limit = gib(row.chip.memory)
+        need = f"{name} needs {bound}{gib(row.needed)} of {limit} GiB per chip"
         largest = f"largest: {part.name}, {gib(part.bytes)} GiB"
         if not self.fits:
             return f"does not fit: {need}; {largest}; {part.remedy}"
         return f"{'fits' if self.is_certain else 'may fit'}: {need}; {largest}"
+
+    @property
+    def capacity(self) -> Capacity:
+        """Sequences that could decode at once in what the rest leaves of the memory, less headroom.
+
+        Temporaries of the compiled decode program are taken to grow with the sequences.
+        """
+        decode = next(row for row in self.rows if row.program == DECODE)
+        s, share = self.programs.config.sampler, self.programs.local.shape["tensor"]
+        chips = self.topology.size
+        size = cache_bytes(self.programs)
+        if decode.memory:
+            size += decode.memory.temporaries * chips / (s.slots * share)
+        held = sum(part.bytes for part in decode.budget.held)
+        free = decode.chip.memory * (1 - HEADROOM) - held
+        sequences = max(int(free / size), 0) * chips // share
+        return Capacity(sequences, s.max_prompt_tokens + s.max_response_tokens, size)
 
 
 def gib(size: float) -> str:
@@ -144,44 +181,25 @@ def plan(
         on_row: called with each row as it is known.
 
     Raises:
-        TopologyError: an unknown topology, one without its compiler, or a mesh that does not fit.
+        TopologyError: an unknown topology, or one without its compiler.
         ConfigError, MeshError, AttentionError, ModelFolderError: the config cannot run there.
     """
     topology = parse_topology(topology) if isinstance(topology, str) else topology
-    target = Target((), topology.chip.platform) if lower_only else open_target(topology)
-    host, shape, r = topology.host(), read_shape(config), config.runtime
+    platform = topology.chip.platform
+    devices = () if lower_only else open_devices(topology)
+    config, notes = _for_compiler(config, platform)
+    if platform == "gpu" and devices:
+        notes = (GPU_NOTE, *notes)
+    shape, r = read_shape(config), config.runtime
     sizes = mesh_sizes(topology.size, data=r.data, fsdp=r.fsdp, tensor=r.tensor)
-    own = mesh_sizes(host.size, data=-1, fsdp=1, tensor=r.tensor)
-    hosts = topology.size // host.size
-    config, notes = _for_compiler(config, target.platform)
-    of = programs(
-        config, shape.config, abstract_mesh(sizes), abstract_mesh(own), target.platform, hosts
-    )
-    budget = budgets(config, shape.config, of)
-    chip = topology.chip
-    estimated = [_row(name, topology, budget[name], "estimated") for name in of.by_name]
-    if all(row.needed <= chip.memory for row in estimated):
-        if not lower_only:
-            mesh = device_mesh(target.devices, sizes)
-            devices = target.devices if host == topology else open_target(host).devices
-            local = device_mesh(devices, own)
-            of = programs(config, shape.config, mesh, local, target.platform, hosts)
-        rows = _compiled(of, topology, budget, estimated, target if lower_only else None, on_row)
-    else:
-        rows = estimated
-    return Plan(
-        name=config.name,
-        topology=topology,
-        mesh=dict(of.mesh.shape),
-        hosts=hosts,
-        model=shape.source,
-        attention=f"{of.attention.name} ({of.attention.reason})",
-        limit=chip.memory,
-        rows=tuple(rows),
-        capacity=_capacity(config, of, topology, budget, rows),
-        slots=config.sampler.slots,
-        notes=(*target.notes, *notes),
-    )
+    own = local_sizes(topology.host().size, sizes[-1])
+    of = programs(config, shape.config, abstract_mesh(sizes), abstract_mesh(own), platform)
+    rows = [Row(name, "estimated", it, topology.chip) for name, it in budgets(of).items()]
+    if all(row.fits for row in rows):
+        of = of if lower_only else _on_devices(of, devices, topology)
+        attempt = functools.partial(_lowered if lower_only else _compiled, of)
+        rows = _tried(rows, attempt, on_row)
+    return Plan(topology, of, shape.source, tuple(rows), notes)
 
 
 def _for_compiler(config: Config, platform: str) -> tuple[Config, tuple[str, ...]]:
@@ -193,77 +211,56 @@ def _for_compiler(config: Config, platform: str) -> tuple[Config, tuple[str, ...
     return dataclasses.replace(config, model=model), (note,)
 
 
-def _row(
-    name: str,
-    topology: Topology,
-    budget: Budget,
-    state: str,
-    memory: Memory | None = None,
-    needed: float | None = None,
-) -> Row:
-    chip, work = topology.chip, budget.work
-    times = {"compute": work.flops / chip.flops, "memory": work.traffic / chip.bandwidth}
-    bound = max(times, key=lambda kind: times[kind])
-    known = [part for part in (*budget.held, *budget.added) if part.bytes]
-    needed = budget.least if needed is None else max(needed, budget.least)
-    rest = needed - sum(part.bytes for part in known)
-    known.append(Part("other temporaries", rest, OTHERS[name]))
-    return Row(
-        program=name,
-        state=state,
-        memory=memory,
-        beside=budget.beside,
-        needed=needed,
-        parts=tuple(sorted(known, key=lambda part: -part.bytes)),
-        flops=work.flops,
-        seconds=times[bound],
-        bound=bound,
-        calls=work.calls,
-    )
+def _on_devices(of: Programs, devices: Sequence[Any], topology: Topology) -> Programs:
+    """The same programs on devices that they can be compiled for."""
+    host = topology.host()
+    own = devices if host == topology else open_devices(host)
+    mesh = device_mesh(devices, tuple(of.mesh.shape.values()))
+    local = device_mesh(own, tuple(of.local.shape.values()))
+    return programs(of.config, of.shape, mesh, local, of.platform)
 
 
-def _compiled(
-    of: Programs,
-    topology: Topology,
-    budget: dict[str, Budget],
-    estimated: Sequence[Row],
-    lowered_for: Target | None,
-    on_row: Callable[[Row], None],
+def _tried(
+    rows: Sequence[Row], attempt: Callable[[Row], Row], on_row: Callable[[Row], None]
 ) -> list[Row]:
-    """The rows, compiled in the order of their need until one does not fit; or only lowered."""
-    rows = {row.program: row for row in estimated}
-    for name in sorted(rows, key=lambda name: -rows[name].needed):
-        if lowered_for:
-            of.by_name[name].lower(lowered_for.platform)
-            rows[name] = dataclasses.replace(rows[name], state="lowered")
-        else:
-            rows[name] = _compile(name, of.by_name[name], topology, budget[name])
-        on_row(rows[name])
-        if rows[name].needed > topology.chip.memory:
+    """The rows, attempted in the order of their need until one does not fit."""
+    found = {row.program: row for row in rows}
+    for row in sorted(rows, key=lambda row: -row.needed):
+        found[row.program] = row = attempt(row)
+        on_row(row)
+        if not row.fits:
             break
-    return list(rows.values())
+    return list(found.values())
 
 
-def _compile(name: str, program: Program, topology: Topology, budget: Budget) -> Row:
-    begin = time.monotonic()
+def _lowered(of: Programs, row: Row) -> Row:
+    of.by_name[row.program].lower(of.platform)
+    return dataclasses.replace(row, state="lowered")
+
+
+def _compiled(of: Programs, row: Row) -> Row:
     try:
-        stats = program.lower().compile().memory_analysis()
+        memory = _compile(of.by_name[row.program])
     except jax.errors.JaxRuntimeError as error:
         asked = parse_exhausted(str(error))
         if asked is None:
             raise
-        return _row(name, topology, budget, "refused", needed=asked + budget.beside)
+        return dataclasses.replace(row, state="refused", own=asked)
+    return dataclasses.replace(row, state="compiled", memory=memory, own=memory.peak)
+
+
+def _compile(program: Program) -> Memory:
+    begin = time.monotonic()
+    stats = program.lower().compile().memory_analysis()
     # The compilers' own peak leaves temporaries out on a CPU; elsewhere it is this sum.
     own = stats.output_size_in_bytes - stats.alias_size_in_bytes + stats.temp_size_in_bytes
-    peak = max(stats.peak_memory_in_bytes, stats.argument_size_in_bytes + own)
-    memory = Memory(
+    return Memory(
         arguments=stats.argument_size_in_bytes,
         temporaries=stats.temp_size_in_bytes,
         output=stats.output_size_in_bytes,
-        peak=peak,
+        peak=max(stats.peak_memory_in_bytes, stats.argument_size_in_bytes + own),
         compile_seconds=time.monotonic() - begin,
     )
-    return _row(name, topology, budget, "compiled", memory, peak + budget.beside)
 
 
 _SIZE = r"([\d.]+)\s?([KMGT]?)i?B?"
@@ -284,35 +281,6 @@ def parse_exhausted(message: str) -> float | None:
     return 0.0
 
 
-def _capacity(
-    config: Config,
-    of: Programs,
-    topology: Topology,
-    budget: dict[str, Budget],
-    rows: Sequence[Row],
-) -> Capacity:
-    """Sequences that could decode at once in what the rest leaves of the memory, less headroom.
-
-    Temporaries of the compiled decode program are taken to grow with the sequences.
-    """
-    memory = next(row.memory for row in rows if row.program == DECODE)
-    tensor, chips = of.local.shape["tensor"], topology.size
-    per_chip = config.sampler.slots * tensor / chips
-    size = cache_bytes(of, of.local)
-    size += memory.temporaries / per_chip if memory else 0.0
-    free = topology.chip.memory * (1 - HEADROOM) - sum(part.bytes for part in budget[DECODE].held)
-    tokens = config.sampler.max_prompt_tokens + config.sampler.max_response_tokens
-    return Capacity(max(int(free / size), 0) * chips // tensor, tokens, size)
-
-
-OTHERS = {
-    "update": "lower Train.row_tokens, Train.rows_per_microbatch or Train.head_chunk",
-    "old and reference log-probs": "lower Train.rows_per_microbatch or Train.head_chunk",
-    "prefill": "lower Sampler.slots or Sampler.max_prompt_tokens",
-    "decode": "lower Sampler.slots",
-}
-
-
 # --- what is printed --------------------------------------------------------------------------
 
 _HEADER = (
@@ -325,8 +293,7 @@ def table(found: Plan) -> str:
     """The rows as a Markdown table; sizes in GiB, all per chip."""
     lines = [_HEADER, ("---", *["---:"] * (len(_HEADER) - 1)), *map(_cells, found.rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(_HEADER))]
-    padded = [[cell.ljust(w) for cell, w in zip(line, widths, strict=True)] for line in lines]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in padded)
+    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -337,53 +304,48 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (
         row.program,
         *shown,
-        gib(row.beside),
+        gib(row.budget.beside),
         f"{at_least}{gib(row.needed)}",
-        f"{row.flops / 1e12:,.4g}",
+        f"{row.budget.work.flops / 1e12:,.4g}",
         *(("-", "-") if math.isnan(row.seconds) else (f"{row.seconds:.3g}", row.bound)),
-        f"{row.calls:,}",
+        f"{row.budget.work.calls:,}",
     )
 
 
 def report(found: Plan) -> str:
     """Everything that a user wants to know, as text."""
-    chips = found.topology.size
-    mesh = " ".join(f"{axis}={size}" for axis, size in found.mesh.items())
-    held = {part.name: part for row in found.rows for part in row.parts}
-    lines = [
-        f"{found.name} on {found.topology.name}: {chips} x {gib(found.limit)} GiB, mesh {mesh}, "
-        f"sampling on {found.hosts} host(s) of {chips // found.hosts}",
-        f"model: {found.model}",
-        f"attention: {found.attention}",
-        *(f"note: {note}" for note in found.notes),
-        "",
-        table(found),
-        "",
-        "GiB per chip; 'beside it': what else lies in memory then; one call with every row full, "
-        "and for decode one position with the cache full; seconds: no faster than the chip's "
-        "arithmetic and memory, communication left out.",
-        "parts: "
-        + ", ".join(f"{p.name} {gib(p.bytes)}" for p in held.values() if p.bytes > GIB / 1000),
-    ]
-    if found.capacity:
-        c = found.capacity
-        lines.append(
-            f"sampler: room for {c.sequences:,} sequences of {c.tokens:,} tokens at once, "
-            f"{gib(c.bytes_per_sequence)} GiB each, beside weights for sampling of "
-            f"{gib(held[PUBLISHED].bytes)} GiB and {HEADROOM:.0%} headroom; "
-            f"Sampler.slots = {found.slots:,}"
-        )
-    total = sum(row.seconds * row.calls for row in found.rows)
-    if not math.isnan(total):  # how fast a CPU is, is not known here
-        lines += [f"an iteration: at least {total / 3600:.2f} h if every answer is of full length"]
-    return "\n".join([*lines, found.verdict])
+    of, topology, room = found.programs, found.topology, found.capacity
+    mesh = " ".join(f"{axis}={size}" for axis, size in of.mesh.shape.items())
+    held = {part.name: part.bytes for row in found.rows for part in row.parts}
+    shown = ", ".join(f"{name} {gib(size)}" for name, size in held.items() if size > GIB / 1000)
+    total = sum(row.seconds * row.budget.work.calls for row in found.rows)  # nan for a CPU
+    duration = f"an iteration: at least {total / 3600:.2f} h if every answer is of full length"
+    return "\n".join(
+        [
+            f"{of.config.name} on {topology.name}: {topology.size} x {gib(topology.chip.memory)} "
+            f"GiB, mesh {mesh}, sampling on {of.hosts} host(s) of {of.local.size}",
+            f"model: {found.source}",
+            f"attention: {of.attention.name} ({of.attention.reason})",
+            *(f"note: {note}" for note in found.notes),
+            "",
+            table(found),
+            "",
+            "GiB per chip; 'beside it': what else lies in memory then; one call with every row "
+            "full, and for decode one position with the cache full; seconds: no faster than the "
+            "chip's arithmetic and memory, communication left out.",
+            f"parts: {shown}",
+            f"sampler: room for {room.sequences:,} sequences of {room.tokens:,} tokens at once, "
+            f"{gib(room.bytes_per_sequence)} GiB each, beside weights for sampling of "
+            f"{gib(held[PUBLISHED])} GiB and {HEADROOM:.0%} headroom; "
+            f"Sampler.slots = {of.config.sampler.slots:,}",
+            *([] if math.isnan(total) else [duration]),
+            found.verdict,
+        ]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = CommandParser(
-        prog="python -m aspo_jax.plan",
-        description=(__doc__ or "").partition("\n")[0],
-    )
+    parser = CommandParser("plan", __doc__)
     config_flags(parser)
     parser.add_argument("--topology", required=True, metavar="NAME", help="such as v5e:4x4, h100:8")
     parser.add_argument(

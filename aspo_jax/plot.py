@@ -17,8 +17,7 @@ from aspo_jax.run.metrics import read_metrics
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw the runs named on the command line; returns the exit status."""
     parser = CommandParser(
-        prog="python -m aspo_jax.plot",
-        description="Draw the training dynamics of one or several runs into one picture.",
+        "plot", "Draw the training dynamics of one or several runs into one picture."
     )
     parser.add_argument("runs", nargs="+", type=path_argument, metavar="RUN", help="run folder")
     parser.add_argument(
@@ -28,11 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="overwritten if it exists (default: comparison.png, or the next free number of it)",
     )
     parser.add_argument("--labels", metavar="A,B", help="one name per run (default: the folders')")
-    arguments = parser.parse_args(argv)
+    a = parser.parse_args(argv)
 
     def command() -> int:
-        out = arguments.out or _free(Path("comparison.png"))
-        print(draw(arguments.runs, arguments.labels, out))
+        print(draw(a.runs, a.labels, a.out or _free(Path("comparison.png"))))
         return 0
 
     return run_command(command)
@@ -51,8 +49,8 @@ def draw(runs: Sequence[Path], labels: str | None, out: Path) -> Path:
     names = labels.split(",") if labels else [run.resolve().name for run in runs]
     if len(names) != len(runs):
         raise PlotError(f"--labels names {len(names)} runs, but {len(runs)} are given")
-    if len(set(names)) < len(names):
-        raise PlotError(f"two runs are both called {_repeated(names)!r}; name them with --labels")
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise PlotError(f"two runs are both called {repeated[0]!r}; name them with --labels")
     if not out.parent.is_dir():
         raise PlotError(f"--out {out}: the folder {out.parent} does not exist")
     dynamics({name: read_metrics(_file(run)) for name, run in zip(names, runs, strict=True)}, out)
@@ -70,10 +68,6 @@ def _file(run: Path) -> Path:
     if not path.is_file():
         raise PlotError(f"no {path}; expected a run folder written by aspo_jax.train")
     return path
-
-
-def _repeated(names: Sequence[str]) -> str:
-    return next(name for name in names if names.count(name) > 1)
 
 
 if __name__ == "__main__":

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from aspo_jax.data import pack
-from aspo_jax.rewards import (
-    Grading,
-    RewardError,
-    Shape,
-    Submission,
-    Verdict,
-    repetition,
-    unshaped,
-)
+from aspo_jax.outcomes import ROLLOUT, Count, Figure, figures, is_valid, reward
+from aspo_jax.rewards import RewardError, Scorer, Shape, Submission, Verdict, unshaped
 from aspo_jax.sampler import NONFINITE, Completion, Request, Sampler
 from aspo_jax.structs import Minibatch, Prompt, Rows
 
@@ -42,16 +37,26 @@ class Peers(NamedTuple):
 
 
 ALONE = Peers(index=0, count=1, gather=lambda x: x[None])
+Decode = Callable[[Sequence[int] | np.ndarray], str]  # special tokens not shown
 
 
 class Sample(NamedTuple):
     """One completion with its prompt, text and verdict."""
 
     prompt: Prompt
-    prompt_tokens: Sequence[int]
     completion: Completion
     text: str
     verdict: Verdict
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether it may be learned from: neither grader nor sampler failed, no shape masked it."""
+        return self.verdict.is_valid and not self.is_broken
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether sampling ended in a distribution that is not finite."""
+        return self.completion.ending == NONFINITE
 
 
 class Rollout(NamedTuple):
@@ -60,158 +65,106 @@ class Rollout(NamedTuple):
     samples: Sequence[Sample]
     samples_per_prompt: int
 
-    def grid(self, of: Callable[[Sample], Any], dtype) -> np.ndarray:
-        """An attribute of every sample as an array [P, G]."""
-        values = np.array([of(sample) for sample in self.samples], dtype)
-        return values.reshape(-1, self.samples_per_prompt)
-
-    @property
-    def reward_PG(self) -> np.ndarray:
-        return self.grid(lambda s: s.verdict.reward, np.float32)
-
-    @property
-    def is_valid_PG(self) -> np.ndarray:
-        """True where the sample may be learned from: neither grader nor sampler failed."""
-        return self.grid(lambda s: s.verdict.is_valid, bool) & ~self.is_broken_PG
-
-    @property
-    def is_broken_PG(self) -> np.ndarray:
-        """True where sampling ended in a distribution that is not finite."""
-        return self.grid(lambda s: s.completion.ending == NONFINITE, bool)
-
-    @property
-    def is_failed_PG(self) -> np.ndarray:
-        """True where the grader could not do its work."""
-        return self.grid(lambda s: s.verdict.reason in ("crash", "bad_gold"), bool)
-
-    @property
-    def is_timeout_PG(self) -> np.ndarray:
-        """True where running or grading the answer took too long."""
-        return self.grid(lambda s: s.verdict.reason == "timeout", bool)
-
-    @property
-    def is_right_PG(self) -> np.ndarray:
-        return self.grid(lambda s: s.verdict.reason == "match", bool)
-
-    @property
-    def is_finished_PG(self) -> np.ndarray:
-        return self.grid(lambda s: s.completion.is_finished, bool)
-
-    @property
-    def length_PG(self) -> np.ndarray:
-        """Response tokens."""
-        return self.grid(lambda s: len(s.completion.tokens_T), np.float32)
-
     @property
     def groups(self) -> list[Sequence[Sample]]:
         """The samples of each prompt."""
         G = self.samples_per_prompt
         return [self.samples[start : start + G] for start in range(0, len(self.samples), G)]
 
-    @property
-    def distinct_P(self) -> np.ndarray:
-        """Different texts in each group."""
-        return np.array([len({s.text for s in group}) for group in self.groups])
 
-    @property
-    def distinct_right_P(self) -> np.ndarray:
-        """Different right texts in each group."""
-        right = [{s.text for s in group if s.verdict.reason == "match"} for group in self.groups]
-        return np.array([len(texts) for texts in right])
+class Collector(NamedTuple):
+    """What collects answers and their rewards.
 
+    shape: what becomes of the verdicts; it sees the groups of this process only.
+    """
 
-class Codec(NamedTuple):
-    """Text to token ids and back, special tokens neither added nor shown."""
-
-    encode: Callable[[str], Sequence[int]]
-    decode: Callable[[Sequence[int] | np.ndarray], str]
+    sampler: Sampler
+    scorer: Scorer
+    decode: Decode
+    shape: Shape = unshaped
 
 
-def unwatched(completion: Completion) -> None:
-    """Nothing is done with a completion as soon as it is there."""
+def unwatched(*_: Any) -> contextlib.AbstractContextManager[Any]:
+    """A phase that nobody times, with a bar that nobody sees."""
+    return contextlib.nullcontext(types.SimpleNamespace(advance=lambda **_: None))
 
 
-def draw(
-    sampler: Sampler,
-    codec: Codec,
+def collect(
+    collector: Collector,
+    params: Any,
     prompts: Sequence[Prompt],
     samples_per_prompt: int,
     *,
     domain: int,
     retry: int = 0,
-    finished: Callable[[Completion], None] = unwatched,
-) -> list[Completion]:
-    """Sample every prompt ``samples_per_prompt`` times; completions in the order of the prompts.
+    iteration: int = 0,
+    phase: Callable[..., contextlib.AbstractContextManager[Any]] = unwatched,
+) -> Rollout:
+    """Sample every prompt and grade each answer while others are still being sampled.
 
-    finished: is called with each completion as soon as it is there.
+    domain, retry: name the random draws, see `draw`.
+    iteration: how many iterations the run had done, for graders to know.
+    phase: (name, total, unit) -> a context around sampling and another around the wait for the
+        last verdicts; the first yields a bar that is moved at each answer.
     """
-    requests = [
-        Request(tokens, (domain, prompt.draw, retry, g))
-        for prompt in prompts
-        for tokens in [codec.encode(prompt.text)]
-        for g in range(samples_per_prompt)
-    ]
-    completions = []
-    for completion in sampler.sample(requests):
-        finished(completion)
-        completions.append(completion)
-    return sorted(completions, key=lambda completion: completion.request)
+    G = samples_per_prompt
+    asked = [prompt for prompt in prompts for _ in range(G)]
+    with collector.scorer.begin() as grading:
+        with phase("sample", len(asked), "samples") as bar:
+
+            def hand_in(c: Completion) -> None:
+                prompt = asked[c.request]
+                submission = Submission(
+                    kind=prompt.kind,
+                    text=collector.decode(c.tokens_T),
+                    answer=prompt.answer,
+                    is_finished=c.is_finished,
+                    response_tokens=len(c.tokens_T),
+                    prompt=prompt.text,
+                    identity=f"{domain} {prompt.draw} {c.request % G}",
+                    iteration=iteration,
+                )
+                grading.submit(c.request, submission)
+                bar.advance(tokens=len(c.tokens_T))
+
+            completions = draw(
+                collector.sampler, params, prompts, G, domain=domain, retry=retry, finished=hand_in
+            )
+        with phase("grade"):
+            judged = grading.results()
+    groups = [judged[start : start + G] for start in range(0, len(judged), G)]
+    verdicts = [verdict for group in collector.shape(groups) for verdict in group]
+    texts = [submission.text for submission, _ in judged]
+    return Rollout(list(map(Sample, asked, completions, texts, verdicts)), G)
 
 
-def submitter(
-    grading: Grading,
-    codec: Codec,
+def draw(
+    sampler: Sampler,
+    params: Any,
     prompts: Sequence[Prompt],
     samples_per_prompt: int,
     *,
     domain: int,
-    iteration: int = 0,
-    watch: Callable[[Completion], None] = unwatched,
-) -> Callable[[Completion], None]:
-    """Hands a completion to the graders while others are still being sampled (`draw`).
+    retry: int = 0,
+    finished: Callable[[Completion], object] = lambda completion: None,
+) -> list[Completion]:
+    """Sample every prompt ``samples_per_prompt`` times; completions in the order of the prompts.
 
-    watch: is called with it too.
+    domain, retry: with the prompt and the number of the sample they name its random draws.
+    finished: is called with each completion as soon as it is there.
     """
-
-    def submit(c: Completion) -> None:
-        p, g = divmod(c.request, samples_per_prompt)
-        prompt = prompts[p]
-        submission = Submission(
-            prompt.kind,
-            codec.decode(c.tokens_T),
-            prompt.answer,
-            c.is_finished,
-            len(c.tokens_T),
-            prompt.text,
-            f"{domain} {prompt.draw} {g}",
-            iteration,
-        )
-        grading.submit(c.request, submission)
-        watch(c)
-
-    return submit
-
-
-def judge(
-    grading: Grading,
-    codec: Codec,
-    prompts: Sequence[Prompt],
-    completions: Sequence[Completion],
-    shape: Shape = unshaped,
-) -> Rollout:
-    """Wait for the verdicts of all ``completions``, which `submitter` handed in and `draw` sorted.
-
-    shape: sees the groups of this process only.
-    """
-    G = len(completions) // len(prompts)
-    judged = grading.results()
-    groups = [judged[start : start + G] for start in range(0, len(judged), G)]
-    verdicts = [verdict for group in shape(groups) for verdict in group]
-    asked = [prompt for prompt in prompts for _ in range(G)]
-    prompt_tokens = [codec.encode(prompt.text) for prompt in asked]
-    texts = [submission.text for submission, _ in judged]
-    samples = map(Sample, asked, prompt_tokens, completions, texts, verdicts)
-    return Rollout(list(samples), G)
+    requests = [
+        Request(prompt.tokens, (domain, prompt.draw, retry, g))
+        for prompt in prompts
+        for g in range(samples_per_prompt)
+    ]
+    completions = []
+    sampler.start(params)
+    for completion in sampler.sample(requests):
+        finished(completion)
+        completions.append(completion)
+    sampler.release()
+    return sorted(completions, key=lambda completion: completion.request)
 
 
 def check_failures(rollout: Rollout, largest_share: float, peers: Peers = ALONE) -> None:
@@ -221,11 +174,11 @@ def check_failures(rollout: Rollout, largest_share: float, peers: Peers = ALONE)
         RewardError: the share among the samples of all processes is above the largest; with the
             numbers and what to look at. On every process.
     """
-    own = sum(sample.verdict.reason == "crash" for sample in rollout.samples)
+    own = sum(sample.verdict.is_failed for sample in rollout.samples)
     failed, total = peers.gather(np.array([own, len(rollout.samples)], np.int32)).sum(axis=0)
     if failed > largest_share * total:
         raise RewardError(
-            f"the graders of {failed} of {total} samples failed twice, more than "
+            f"the graders of {failed} of {total} samples failed, more than "
             f"Reward.max_failures = {largest_share:g} allows; their own messages are above"
         )
 
@@ -234,7 +187,7 @@ class BatchShape(NamedTuple):
     """Fixed shapes of an iteration's updates.
 
     minibatches: optimizer updates per pass over the rollout.
-    row_tokens, rows: T of a micro-batch, and B, of which each process fills an equal share.
+    row_tokens, rows: T of a micro-batch and B, those of all processes, which fill equal shares.
     microbatches: M, room for the worst case (every answer of the longest length).
     is_packed: several sequences may share a row.
     """
@@ -263,14 +216,8 @@ def batch_shape(
     its own in one: a of them in a row leave (n - 1)(a - 1) prompts of others between them, which
     were dropped, so that the mini-batch of at most ceil((P - (n - 1)(a - 1)) / U) holds all a.
 
-    Raises:
-        ValueError: ``rows`` is not a multiple of ``processes``.
+    rows: a multiple of ``processes``.
     """
-    if rows % processes:
-        raise ValueError(
-            f"Train.rows_per_microbatch = {rows} cannot be shared by {processes} processes; set "
-            f"it to a multiple of {processes}"
-        )
     minibatches = prompts_per_step // prompts_per_minibatch
     groups = math.ceil(prompts_per_step / (minibatches + processes - 1))
     per_row = row_tokens // longest if is_packed else 1
@@ -285,24 +232,37 @@ def batch_shape(
 
 
 class Example(NamedTuple):
-    """One sequence to train on: a prompt, its response and what is known of the response.
+    """One sequence of L tokens to train on: an answer, or a conversation of several.
 
-    sampler_logp_T: log-probability of each response token when it was sampled.
+    is_response_L: True where the policy chose the token; of the first token it cannot be.
+    logp_L: log-probability of those when they were sampled; the others' are not read.
     group: number of the prompt within its mini-batch.
     """
 
-    prompt_tokens: Sequence[int]
-    response_tokens: Sequence[int] | np.ndarray
+    tokens_L: np.ndarray
+    is_response_L: np.ndarray
+    logp_L: np.ndarray
     advantage: float
-    sampler_logp_T: np.ndarray | float
     group: int
 
 
+def answered(
+    prompt: Sequence[int],
+    response: Sequence[int] | np.ndarray,
+    logp_T: np.ndarray | float,
+    advantage: float,
+    group: int,
+) -> Example:
+    """The example of one prompt and one response; ``logp_T`` is of the response's tokens."""
+    tokens_L = np.concatenate([prompt, response]).astype(np.int32)
+    is_response_L = np.arange(len(tokens_L)) >= len(prompt)
+    logp_L = np.zeros(len(tokens_L), np.float32)
+    logp_L[is_response_L] = logp_T
+    return Example(tokens_L, is_response_L, logp_L, advantage, group)
+
+
 def assemble(
-    rollout: Rollout,
-    advantage: Callable[..., Any],
-    shape: BatchShape,
-    peers: Peers = ALONE,
+    rollout: Rollout, advantage: Callable[..., Any], shape: BatchShape, peers: Peers = ALONE
 ) -> tuple[list[Minibatch], dict[str, float]]:
     """Advantages, then the groups that carry a signal dealt evenly over fixed-shape mini-batches.
 
@@ -312,63 +272,37 @@ def assemble(
     micro-batches. Returns this process's mini-batches (arrays on the host) and the figures of the
     whole rollout.
     """
-    outcomes = gather_outcomes(rollout, peers)
-    advantage_PG = np.asarray(advantage(outcomes.reward_PG, outcomes.is_valid_PG))
+    counted = gather(rollout, ROLLOUT, peers)
+    reward_PG, is_valid_PG = counted[reward].astype(np.float32), counted[is_valid] > 0
+    advantage_PG = np.asarray(advantage(reward_PG, is_valid_PG))
     if not np.isfinite(advantage_PG).all():
         raise ValueError("advantages are not finite; the advantage rule or a reward is at fault")
     retained = np.flatnonzero((advantage_PG != 0).any(axis=1))
     shares = np.array_split(retained, shape.minibatches)
-    own = shape._replace(rows=shape.rows // peers.count)
-    filled = [fill(_examples(rollout, advantage_PG, share, peers), own) for share in shares]
+    examples = [_examples(rollout, advantage_PG, share, peers) for share in shares]
+    filled = [fill(share, shape, peers.count) for share in examples]
     minibatches, train_tokens = _agree(filled, peers)
     room = sum(int(m.count) for m in minibatches) * shape.rows * shape.row_tokens
-    figures = _figures(outcomes, advantage_PG) | {
-        "train_tokens": train_tokens,
-        "packing_waste": 1.0 - train_tokens / room if room else math.nan,
+    made = figures(ROLLOUT, counted) | {
+        "valid_groups": len(retained) / len(advantage_PG),
+        "train_tokens": float(train_tokens),
     }
-    counted = {name: float(value) for name, value in figures.items() if not math.isnan(value)}
-    return minibatches, {f"rollout/{name}": value for name, value in counted.items()}
+    if room:
+        made["packing_waste"] = 1.0 - train_tokens / room
+    return minibatches, {f"rollout/{name}": value for name, value in made.items()}
 
 
-class Outcomes(NamedTuple):
-    """What is counted of every sample, of all processes; P prompts in the order of the step.
+def gather(
+    rollout: Rollout, table: Mapping[str, Figure], peers: Peers = ALONE, total: int | None = None
+) -> dict[Count, np.ndarray]:
+    """Rewards and what a table counts of every sample [P, G], of all processes in one exchange.
 
-    distinct_PG, distinct_right_PG: number of different, and of different right, texts in the group.
+    total: number of prompts; None: every process has as many as this one.
     """
-
-    reward_PG: np.ndarray
-    is_valid_PG: np.ndarray
-    is_failed_PG: np.ndarray
-    is_timeout_PG: np.ndarray
-    is_broken_PG: np.ndarray
-    is_right_PG: np.ndarray
-    is_finished_PG: np.ndarray
-    length_PG: np.ndarray
-    repetition_PG: np.ndarray
-    distinct_PG: np.ndarray
-    distinct_right_PG: np.ndarray
-
-
-def gather_outcomes(rollout: Rollout, peers: Peers = ALONE, total: int | None = None) -> Outcomes:
-    """The outcomes of ``total`` prompts; None: every process has as many as this one."""
-    G = rollout.samples_per_prompt
-    own = Outcomes(
-        reward_PG=rollout.reward_PG,
-        is_valid_PG=rollout.is_valid_PG,
-        is_failed_PG=rollout.is_failed_PG,
-        is_timeout_PG=rollout.is_timeout_PG,
-        is_broken_PG=rollout.is_broken_PG,
-        is_right_PG=rollout.is_right_PG,
-        is_finished_PG=rollout.is_finished_PG,
-        length_PG=rollout.length_PG,
-        repetition_PG=rollout.grid(lambda s: repetition(s.text), np.float32),
-        distinct_PG=np.tile(rollout.distinct_P[:, None], G),
-        distinct_right_PG=np.tile(rollout.distinct_right_P[:, None], G),
-    )
-    prompts = len(rollout.samples) // G
-    stacked_PG = np.stack([x.astype(np.float32) for x in own], axis=-1)
-    whole_PG = peers.whole(stacked_PG, prompts * peers.count if total is None else total)
-    return Outcomes(*(whole_PG[..., i].astype(x.dtype) for i, x in enumerate(own)))
+    counts = dict.fromkeys((reward, is_valid, *(f.count for f in table.values() if f.count)))
+    own = np.array([[count(group) for count in counts] for group in rollout.groups], np.float32)
+    whole = peers.whole(own, total or len(own) * peers.count).astype(np.float64)
+    return {count: whole[:, i] for i, count in enumerate(counts)}
 
 
 def _agree(filled: Sequence[Minibatch], peers: Peers) -> tuple[list[Minibatch], int]:
@@ -387,42 +321,41 @@ def _examples(
     rollout: Rollout, advantage_PG: np.ndarray, groups: np.ndarray, peers: Peers
 ) -> list[Example]:
     """This process's valid samples of the groups; ``group`` is the number among all of them."""
-    G, is_valid_PG = rollout.samples_per_prompt, rollout.is_valid_PG
-    examples = []
+    examples, own_groups = [], rollout.groups
     for group, p in enumerate(groups):
         own, process = divmod(int(p), peers.count)
         if process != peers.index:
             continue
-        for g in map(int, np.flatnonzero(is_valid_PG[own])):
-            sample = rollout.samples[own * G + g]
-            c = sample.completion
-            advantage = float(advantage_PG[p, g])
-            examples.append(
-                Example(sample.prompt_tokens, c.tokens_T, advantage, c.policy_logp_T, group)
-            )
+        for sample, advantage in zip(own_groups[own], advantage_PG[p].tolist(), strict=True):
+            if sample.is_valid:
+                c = sample.completion
+                examples.append(
+                    answered(sample.prompt.tokens, c.tokens_T, c.policy_logp_T, advantage, group)
+                )
     return examples
 
 
-def fill(examples: Sequence[Example], shape: BatchShape) -> Minibatch:
-    """Lay token sequences into rows and the rows into micro-batches of fixed shape."""
-    lengths = [len(e.prompt_tokens) + len(e.response_tokens) - 1 for e in examples]
-    packed = pack(lengths, shape.row_tokens) if shape.is_packed else _alone(lengths)
-    rows = _empty_rows(shape.microbatches * shape.rows, shape.row_tokens)
+def fill(examples: Sequence[Example], shape: BatchShape, processes: int = 1) -> Minibatch:
+    """Lay token sequences into rows, and these into one process's share of the micro-batches.
+
+    Raises:
+        ValueError: a sequence too long for a row, or one that begins with a token of the policy's,
+            which nothing predicts.
+    """
+    lengths = [len(e.tokens_L) - 1 for e in examples]
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])  # as `pack` has them
+    packed = pack(lengths, shape.row_tokens) if shape.is_packed else [[i] for i in longest_first]
+    own_rows = shape.rows // processes
+    rows = _empty_rows(shape.microbatches * own_rows, shape.row_tokens)
     for row, contents in enumerate(packed):
         start = 0
         for sequence_id, index in enumerate(contents, start=1):
             _write(rows, row, start, sequence_id, examples[index])
             start += lengths[index]
     stacked: dict[str, Any] = {
-        name: x.reshape(shape.microbatches, shape.rows, shape.row_tokens)
-        for name, x in rows.items()
+        name: x.reshape(shape.microbatches, own_rows, shape.row_tokens) for name, x in rows.items()
     }
-    return Minibatch(rows=Rows(**stacked), count=np.int32(math.ceil(len(packed) / shape.rows)))
-
-
-def _alone(lengths: Sequence[int]) -> list[list[int]]:
-    """A row for each sequence, the longest first as `pack` has it."""
-    return [[i] for i in sorted(range(len(lengths)), key=lambda i: -lengths[i])]
+    return Minibatch(rows=Rows(**stacked), count=np.int32(math.ceil(len(packed) / own_rows)))
 
 
 def _empty_rows(rows: int, row_tokens: int) -> dict[str, np.ndarray]:
@@ -432,36 +365,26 @@ def _empty_rows(rows: int, row_tokens: int) -> dict[str, np.ndarray]:
 
 
 def _write(rows: dict[str, np.ndarray], row: int, start: int, sequence_id: int, e: Example):
-    """One sequence of L tokens into L-1 slots: inputs ``x[:-1]``, targets ``x[1:]``."""
-    tokens = np.concatenate([e.prompt_tokens, e.response_tokens])
-    slots = slice(start, start + len(tokens) - 1)
-    answer = slice(slots.stop - len(e.response_tokens), slots.stop)
-    rows["input_BT"][row, slots] = tokens[:-1]
-    rows["target_BT"][row, slots] = tokens[1:]
-    rows["position_BT"][row, slots] = np.arange(len(tokens) - 1)
-    rows["sequence_id_BT"][row, slots] = sequence_id
-    rows["group_id_BT"][row, slots] = e.group
-    rows["response_position_BT"][row, answer] = np.arange(len(e.response_tokens))
-    rows["is_response_BT"][row, answer] = True
-    rows["advantage_BT"][row, answer] = e.advantage
-    rows["sampler_logp_BT"][row, answer] = e.sampler_logp_T
-
-
-def _figures(outcomes: Outcomes, advantage_PG: np.ndarray) -> dict[str, Any]:
-    o = outcomes
-    return {
-        "reward_mean": o.reward_PG[o.is_valid_PG].mean() if o.is_valid_PG.any() else math.nan,
-        "solve_none": (~o.is_right_PG).all(axis=1).mean(),
-        "solve_all": o.is_right_PG.all(axis=1).mean(),
-        "valid_groups": (advantage_PG != 0).any(axis=1).mean(),
-        "response_length": o.length_PG.mean(),
-        "truncated": 1.0 - o.is_finished_PG.mean(),
-        "repetition": o.repetition_PG.mean(dtype=np.float64),
-        "distinct_answers": o.distinct_PG.mean(),
-        "grader_failures": o.is_failed_PG.sum(),
-        "grader_timeouts": o.is_timeout_PG.sum(),
-        "sampler_failures": o.is_broken_PG.sum(),
+    """One sequence of L tokens into L-1 slots: inputs ``x[:-1]``, of all else ``x[1:]``."""
+    if e.is_response_L[0]:
+        raise ValueError(
+            f"a sequence of {len(e.tokens_L)} tokens begins with one that the policy chose, "
+            "expected one that was given, such as <bos>: nothing predicts the first"
+        )
+    slots, is_response_T = slice(start, start + len(e.tokens_L) - 1), e.is_response_L[1:]
+    values = {
+        "input_BT": e.tokens_L[:-1],
+        "target_BT": e.tokens_L[1:],
+        "position_BT": np.arange(len(is_response_T)),
+        "sequence_id_BT": sequence_id,
+        "response_position_BT": np.where(is_response_T, np.cumsum(is_response_T) - 1, 0),
+        "is_response_BT": is_response_T,
+        "advantage_BT": np.where(is_response_T, e.advantage, 0),
+        "sampler_logp_BT": np.where(is_response_T, e.logp_L[1:], 0),
+        "group_id_BT": e.group,
     }
+    for name, x in values.items():
+        rows[name][row, slots] = x
 
 
 def held_out_transcripts(rollout: Rollout, count: int) -> list[dict[str, Any]]:
@@ -472,9 +395,8 @@ def held_out_transcripts(rollout: Rollout, count: int) -> list[dict[str, Any]]:
 def training_transcripts(rollout: Rollout, count: int) -> list[dict[str, Any]]:
     """At most ``count`` samples as plain JSON: of each prompt the best and the worst."""
     shown: list[dict[str, Any]] = []
-    for group, reward_G in zip(rollout.groups, rollout.reward_PG, strict=True):
-        if len(shown) >= count:
-            break
+    for group in rollout.groups[:count]:
+        reward_G = np.array(reward(group))
         chosen = dict.fromkeys((int(reward_G.argmax()), int(reward_G.argmin())))
         shown += [_transcript(group, g) for g in chosen]
     return shown[:count]

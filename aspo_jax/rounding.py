@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aspo_jax.build import Policy, build_peers, build_sampler
 from aspo_jax.config import Config
 from aspo_jax.inputs import held_out_prompts
-from aspo_jax.rollout import Codec, draw
-from aspo_jax.sampler import EVALUATE, EVERYTHING, Completion, Sampler
-from aspo_jax.structs import Prompt
+from aspo_jax.parts import build_peers, build_sampler
+from aspo_jax.policy import Policy
+from aspo_jax.rollout import draw
+from aspo_jax.sampler import EVALUATE, EVERYTHING, Completion
 
 PROMPTS, TOKENS = 16, 64  # held-out prompts that are answered, and the longest answer
 
@@ -61,8 +60,8 @@ def rounding_cost(config: Config, policy: Policy, params: Any, dtype: str) -> Co
     prompts = held_out_prompts(config, policy.tokenizer)[:PROMPTS]
     own = prompts[peers.index :: peers.count]
     sampler = build_sampler(_small(config, mesh), policy, mesh).drawing(0.0, EVERYTHING)
-    exact = _answers(sampler, policy.codec, own, params)
-    rounded = _answers(sampler, policy.codec, own, round_to(params, dtype))
+    exact = draw(sampler, params, own, 1, domain=EVALUATE)
+    rounded = draw(sampler, round_to(params, dtype), own, 1, domain=EVALUATE)
     pairs = list(zip(exact, rounded, strict=True))
     equal = sum(np.array_equal(a.tokens_T, b.tokens_T) for a, b in pairs)
     gap_n = np.concatenate([np.zeros(0, np.float32), *(_gap(a, b) for a, b in pairs)])
@@ -84,23 +83,14 @@ def round_to(params: Any, dtype: str) -> Any:
 
 def _small(config: Config, mesh: Any) -> Config:
     """The config with a sampler for a few short answers."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
     sampler = dataclasses.replace(
         config.sampler,
-        slots=math.ceil(PROMPTS / parts) * parts,
+        slots=math.ceil(PROMPTS / shards) * shards,
         cache_tokens=None,
         max_response_tokens=min(TOKENS, config.sampler.max_response_tokens),
     )
     return dataclasses.replace(config, sampler=sampler)
-
-
-def _answers(
-    sampler: Sampler, codec: Codec, prompts: Sequence[Prompt], params: Any
-) -> list[Completion]:
-    sampler.start(params)
-    completions = draw(sampler, codec, prompts, 1, domain=EVALUATE)
-    sampler.release()
-    return completions
 
 
 def _gap(a: Completion, b: Completion) -> np.ndarray:

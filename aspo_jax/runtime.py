@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-import resource
 import sys
 import time
 import traceback
@@ -23,17 +22,20 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from aspo_jax.allocator import return_large_blocks
 from aspo_jax.errors import UserError
-from aspo_jax.model.sharding import MESH_AXES
+from aspo_jax.model.sharding import (
+    AUTO,
+    MESH_AXES,
+    MeshError,
+    device_mesh,
+    local_sizes,
+    mesh_sizes,
+)
 
 Result = TypeVar("Result")
-
-
-class MeshError(UserError):
-    """The mesh does not fit the devices."""
 
 
 class LaunchError(UserError):
@@ -90,11 +92,9 @@ def start(
 def compilations(
     began: Callable[[str], None], ended: Callable[[str, float], None]
 ) -> Iterator[None]:
-    """Say when a program's compilation (or its loading from the cache) begins and how long it took.
+    """Call back when a program's compilation (or its loading from the cache) begins and ends.
 
-    Args:
-        began: called with the name of the program.
-        ended: called with the name and the seconds.
+    began, ended: called with the program's name; ``ended`` with the seconds that it took, too.
     """
 
     def on_scalar(event: str, value: float, **details: Any) -> None:
@@ -170,14 +170,14 @@ def launch_arguments(
 
 
 def _from_variables(given: list[str | None]) -> dict[str, Any] | None:
-    found = ", ".join(f"{k}={v}" for k, v in zip(LAUNCH_VARIABLES, given, strict=True) if v)
     coordinator, count, index = given
-    if not (coordinator and count and index and count.isdecimal() and index.isdecimal()):
-        raise LaunchError(
-            f"found {found}; expected all of {', '.join(LAUNCH_VARIABLES)}: 'host:port', a number "
-            "of processes and this process's number from 0; set all of them or none"
-        )
-    return _explicit(coordinator, int(count), int(index))
+    if coordinator and count and index and count.isdecimal() and index.isdecimal():
+        return _explicit(coordinator, int(count), int(index))
+    found = ", ".join(f"{k}={v}" for k, v in zip(LAUNCH_VARIABLES, given, strict=True) if v)
+    raise LaunchError(
+        f"found {found}; expected all of {', '.join(LAUNCH_VARIABLES)}: 'host:port', a number "
+        "of processes and this process's number from 0; set all of them or none"
+    )
 
 
 def _explicit(
@@ -226,8 +226,7 @@ def _kubernetes() -> dict[str, Any]:
 def _has_tpu(environment: Mapping[str, str]) -> bool:
     if environment.get("JAX_PLATFORMS") == "cpu" or importlib.util.find_spec("libtpu") is None:
         return False
-    devices = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]
-    return bool(devices)
+    return any((*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")))
 
 
 def _join(arguments: dict[str, Any]) -> None:
@@ -344,35 +343,19 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     A tensor group lies within one process, so that each can sample on its own; the devices of a
     process are neighbours, and so are its rows of a batch.
     """
-    sizes, devices = [data, fsdp, tensor], jax.device_count()
-    named = ", ".join(f"{name}={size}" for name, size in zip(MESH_AXES, sizes, strict=True))
-    known = int(np.prod([size for size in sizes if size != -1]))
-    rest = devices // known if known > 0 else 0
-    filled = [rest if size == -1 else size for size in sizes]
-    if sizes.count(-1) > 1 or min(filled) < 1 or int(np.prod(filled)) != devices:
-        raise MeshError(
-            f"mesh {named} does not fit {devices} device(s); set Runtime.data, Runtime.fsdp and "
-            "Runtime.tensor so that they multiply to that number, at most one of them -1"
-        )
-    # Auto axes: the compiler places the collectives; make_mesh's default is Explicit.
-    axis_types = (AxisType.Auto,) * len(filled)
+    sizes = mesh_sizes(jax.device_count(), data=data, fsdp=fsdp, tensor=tensor)
     if jax.process_count() == 1:
-        return jax.make_mesh(tuple(filled), MESH_AXES, axis_types=axis_types)
-    if jax.local_device_count() % filled[2]:
-        raise MeshError(
-            f"Runtime.tensor = {filled[2]} does not divide the {jax.local_device_count()} "
-            "device(s) of a process; a tensor group must lie within one process, set a divisor"
-        )
+        return jax.make_mesh(sizes, MESH_AXES, axis_types=AUTO)
+    local_sizes(jax.local_device_count(), sizes[-1])
     ordered = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
-    return Mesh(np.array(ordered).reshape(filled), MESH_AXES, axis_types=axis_types)
+    return device_mesh(ordered, sizes)
 
 
 def local_mesh(mesh: Mesh) -> Mesh:
     """This process's devices of the mesh as (data, fsdp = 1, tensor), for sampling."""
     me = jax.process_index()
     mine = [device for device in mesh.devices.flat if device.process_index == me]
-    devices = np.array(mine).reshape(-1, 1, mesh.shape["tensor"])
-    return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * devices.ndim)
+    return device_mesh(mine, local_sizes(len(mine), mesh.shape["tensor"]))
 
 
 def _is_cpu_only() -> bool:
@@ -380,8 +363,3 @@ def _is_cpu_only() -> bool:
         return platforms == "cpu"
     plugins = ("jax_plugins", "libtpu")
     return not any(importlib.util.find_spec(name) for name in plugins)
-
-
-def peak_memory_gib() -> float:
-    """The largest resident memory of this process so far, GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
+import json
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial, reduce
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,17 +15,17 @@ import jax.numpy as jnp
 
 from aspo_jax import runtime
 from aspo_jax.agreement import SamplingError, gap_metrics
-from aspo_jax.build import Machines, parameter_count, save_policy
+from aspo_jax.build import Machines
 from aspo_jax.config import Config
 from aspo_jax.errors import writing
+from aspo_jax.files import write_text_atomic
+from aspo_jax.policy import parameter_count, save_policy
 from aspo_jax.rollout import (
     Rollout,
     assemble,
     check_failures,
-    draw,
+    collect,
     held_out_transcripts,
-    judge,
-    submitter,
     training_transcripts,
 )
 from aspo_jax.rounding import rounding_cost
@@ -33,15 +33,10 @@ from aspo_jax.run.checkpoint import Checkpoints
 from aspo_jax.run.console import Bar, Console
 from aspo_jax.run.figures import dynamics
 from aspo_jax.run.folder import CHECKPOINTS, METRICS, RunLock
-from aspo_jax.run.metrics import Clock, Log, read_metrics
-from aspo_jax.run.records import (
-    Silent,
-    before_and_after,
-    next_command,
-    without_signal,
-    write_transcripts,
-)
-from aspo_jax.sampler import TRAIN, Completion
+from aspo_jax.run.metrics import Clock, Log, read_metrics, update_name
+from aspo_jax.run.records import before_and_after, next_command
+from aspo_jax.run.writers import JsonLines, Open, Start, rows_to
+from aspo_jax.sampler import TRAIN
 from aspo_jax.structs import Mean, Minibatch, TrainState, merge_metrics
 
 
@@ -52,7 +47,7 @@ class Run(NamedTuple):
     machines: Machines
     folder: Path
     checkpoints: Checkpoints
-    log: Log | Silent
+    log: Log
     clock: Clock
     console: Console
     lock: RunLock
@@ -67,7 +62,7 @@ class Run(NamedTuple):
 
 def introduce(m: Machines, console: Console) -> None:
     """Say what was built."""
-    count, attention = parameter_count(m.learner.state.params), m.policy.model.attention
+    count, attention = parameter_count(m.learner.state.params), m.parts.policy.model.attention
     console.note(f"{count:,} parameters, {jax.device_count()} device(s)")
     console.note(f"attention: {attention.name} ({attention.reason})")
 
@@ -77,8 +72,16 @@ def restore_or_init(checkpoints: Checkpoints, m: Machines) -> tuple[TrainState, 
     restored = checkpoints.restore(m.learner.state)
     if restored is None:
         return m.learner.init(m.initial_params()), 0
-    m.prompts.restore(restored.meta["data_position"])
+    m.parts.prompts.restore(restored.meta["data_position"])
     return restored.state, restored.meta["iteration"]
+
+
+def open_log(config: Config, writers: Sequence[Open], done: int, console: Console) -> Log:
+    """The log of a run that has ``done`` iterations; of other processes than the first, none."""
+    if not runtime.is_main():
+        return Log()
+    start = Start(Path(config.run_folder), done, config.bindings())
+    return Log(done, [open_(start) for open_ in (JsonLines, *writers, rows_to(console.iteration))])
 
 
 def resumed(run: Run, done: int) -> str:
@@ -95,36 +98,24 @@ def roll_out(run: Run, state: TrainState) -> tuple[list[Minibatch], dict[str, An
     Each process samples and grades its own share; the mini-batches and figures are those of all.
     """
     m, train = run.machines, run.config.train
-    prompts = next(m.prompts)
-    codec, G = m.policy.codec, train.samples_per_prompt
+    prompts = next(m.parts.prompts)
     iteration = prompts[0].draw // train.prompts_per_step
-    with m.scorer.begin() as grading:
-        with run.phase("sample", unit="samples") as bar:
-            hand_in = submitter(
-                grading,
-                codec,
-                prompts,
-                G,
-                domain=TRAIN,
-                iteration=iteration,
-                watch=counter(bar, len(prompts) * G),
-            )
-            m.sampler.start(state.params)
-            completions = draw(m.sampler, codec, prompts, G, domain=TRAIN, finished=hand_in)
-            m.sampler.release()
-        with run.phase("grade"):
-            rollout = judge(grading, codec, prompts, completions, m.reward_shape)
+    rollout = collect(
+        m.collector,
+        state.params,
+        prompts,
+        train.samples_per_prompt,
+        domain=TRAIN,
+        iteration=iteration,
+        phase=run.phase,
+    )
     keep_transcripts(run, "train", iteration, training_transcripts, rollout)
     check_failures(rollout, run.config.reward.max_failures, m.peers)
-    assembled, figures = assemble(rollout, m.advantage, m.shape, m.peers)
+    assembled, figures = assemble(rollout, m.parts.advantage, m.shape, m.peers)
     minibatches = [part for part in assembled if part.count]  # counts are the same on all processes
     with run.phase("score", len(minibatches), "minibatches") as bar:
         placed = [m.learner.place(part) for part in minibatches]
-        old = [m.learner.old_policy(state.params, m.reference, part) for part in placed]
-        minibatches = [
-            dataclasses.replace(part, old=old_policy)
-            for part, old_policy in zip(placed, old, strict=True)
-        ]
+        minibatches = [m.learner.with_old(state.params, m.reference, part) for part in placed]
         for part in minibatches:
             jax.block_until_ready(part)
             bar.advance()
@@ -184,8 +175,8 @@ def update(
     total, count = merged["skipped_empty"]
     merged["skipped_empty"] = Mean(total + skipped, count + skipped)
     applied = jnp.minimum(merged["grad_norm"].count, 1)
-    rate = Mean(applied * m.learning_rate(state.step - 1), applied)
-    return state, {f"update/{k}": v for k, v in merged.items()} | {"update/learning_rate": rate}
+    rate = Mean(applied * m.parts.learning_rate(state.step - 1), applied)
+    return state, {update_name(k): v for k, v in merged.items()} | {"update/learning_rate": rate}
 
 
 def speeds(config: Config, figures: dict[str, float], laps: dict[str, float]) -> dict[str, float]:
@@ -205,18 +196,13 @@ _gap_metrics = jax.jit(gap_metrics)
 
 def evaluate(run: Run, state: TrainState, iteration: int) -> None:
     """Score the policy on the held-out prompts."""
-    with run.phase("evaluate", unit="samples") as bar:
-        scores, rollout = run.machines.evaluate(state.params, partial(counter, bar))
-    figures = {f"evaluate/{k}": v for k, v in scores._asdict().items()}
+    scores, rollout = run.machines.evaluate(
+        state.params, lambda _, *size: run.phase("evaluate", *size)
+    )
+    figures = {f"evaluate/{k}": v for k, v in scores.items()}
     run.log.write(iteration, figures)
     run.console.evaluation(iteration, figures)
     keep_transcripts(run, "held_out", iteration, held_out_transcripts, rollout)
-
-
-def counter(bar: Bar, total: int) -> Callable[[Completion], None]:
-    """Moves a bar on at each of so many completions."""
-    bar.begin_at(0, total)
-    return lambda completion: bar.advance(tokens=len(completion.tokens_T))
 
 
 def keep_transcripts(
@@ -230,7 +216,10 @@ def keep_transcripts(
     run.lock.check()
     if runtime.is_main():
         path = run.folder / "transcripts" / f"{kind}_{iteration:06d}.jsonl"
-        write_transcripts(path, of(rollout, run.config.metrics.transcripts))
+        samples = of(rollout, run.config.metrics.transcripts)
+        with writing(path):
+            path.parent.mkdir(exist_ok=True)
+        write_text_atomic(path, "".join(json.dumps(sample) + "\n" for sample in samples))
 
 
 def save(run: Run, state: TrainState, done: int, position: int) -> None:
@@ -256,7 +245,7 @@ def settle(run: Run, done: int) -> None:
 
 def finish(run: Run, state: TrainState, console: Console) -> None:
     """Export, draw and say where everything is; one process does, the others wait."""
-    dtype, policy = run.config.run.export_dtype, run.machines.policy
+    dtype, policy = run.config.run.export_dtype, run.machines.parts.policy
     target = run.folder / "model"
     run.lock.check()
     with writing(target):
@@ -268,13 +257,13 @@ def finish(run: Run, state: TrainState, console: Console) -> None:
 
 
 def _conclude(run: Run, console: Console) -> None:
-    folder = run.folder
-    if idle := without_signal(folder):
+    folder, rows = run.folder, read_metrics(run.folder / METRICS)
+    if idle := sum(row.get("rollout/valid_groups") == 0 for row in rows):
         console.note(
             f"{idle} of {run.config.train.iterations} iterations had no group to learn from"
         )
     with writing(folder / "dynamics.png"):
-        dynamics({folder.name: read_metrics(folder / METRICS)}, folder / "dynamics.png")
+        dynamics({folder.name: rows}, folder / "dynamics.png")
     paths = {
         "model (Hugging Face)": folder / "model",
         "checkpoints": folder / CHECKPOINTS,
@@ -284,7 +273,7 @@ def _conclude(run: Run, console: Console) -> None:
         "samples": folder / "transcripts",
     }
     console.final(
-        *before_and_after(folder),
-        {label: str(path) for label, path in paths.items()},
+        *before_and_after(rows),
+        {label: str(path) for label, path in paths.items() if path.exists()},
         next_command(run.config),
     )

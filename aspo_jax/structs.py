@@ -6,11 +6,11 @@ Dimension key; a tensor's name ends in its dimensions (Shazeer's convention):
     G samples per prompt  S slots of a cache page  V vocabulary            D model width
     H query heads         K key/value heads        C head width            F feed-forward width
     Y layers              M micro-batches          A prompts at once       J pages of a row
-    X pages of a cache    E parts of the devices
+    X pages of a cache    E shards of the devices  L tokens of a sequence
 
 Alignment: index ``t`` means *the token that was predicted*. A sequence of L tokens occupies L-1
 slots: the model reads ``input = x[:-1]``, and ``logp``, ``advantage``, ``is_response``, ... at
-slot t all speak of ``target = x[1:][t]``. No other file shifts.
+slot t all speak of ``target = x[1:][t]``. Only `rollout` shifts, where it fills the rows.
 
 A row may hold one sequence (padded) or several (packed). ``sequence_id_BT`` is row-local: 1, 2, ...
 for the sequences of a row in order, 0 for padding. A boolean is named for what is True in it.
@@ -28,7 +28,7 @@ import numpy as np
 from jax import Array
 
 
-@dataclass_transform(frozen_default=True)
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
 def struct(cls):
     """Make a class a frozen dataclass and a JAX pytree."""
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
@@ -60,10 +60,6 @@ Metric = Mean | Max | Histogram
 Metrics = Mapping[str, Metric]
 
 
-def _is_metric(x: Any) -> bool:
-    return isinstance(x, (Mean, Max, Histogram))
-
-
 def merge_metrics(a: Metrics, b: Metrics) -> dict[str, Metric]:
     """Combine the metrics of two disjoint parts of a batch (same names on both sides)."""
 
@@ -82,7 +78,7 @@ def empty_metrics(like: Metrics) -> dict[str, Metric]:
         fill = -jnp.inf if isinstance(metric, Max) else 0
         return jax.tree.map(lambda x: jnp.full(x.shape, fill, x.dtype), metric)
 
-    return jax.tree.map(empty, dict(like), is_leaf=_is_metric)
+    return jax.tree.map(empty, dict(like), is_leaf=lambda x: isinstance(x, Metric))
 
 
 # --- what flows, in the order of a step (design: prompt -> rollout -> rows -> update) ------------
@@ -94,7 +90,7 @@ class Prompt:
 
     draw: index in the data stream; with the run seed it names every random draw made for this
         prompt, so a completion is the same wherever and whenever it is sampled.
-    text: what the model reads, chat template already applied.
+    text, tokens: what the model reads, chat template already applied, and its ids.
     answer: what the grader needs (a gold answer, the numbers of a puzzle, ...); opaque to others.
     kind: which grader judges it.
     """
@@ -102,22 +98,27 @@ class Prompt:
     id: str
     draw: int
     text: str
+    tokens: tuple[int, ...]
     answer: Any
     kind: str
+
+
+INTEGERS = {"dtype": "int32"}
 
 
 @struct
 class Tokens:
     """Everything a loss rule may read about the predicted tokens. Absent fields are None.
 
-    A rule that needs an absent field raises a ValueError that names the rule and the field.
+    A rule that needs an absent field raises a ValueError that names the rule and the field. A
+    field whose metadata name no dtype is floating.
 
     logp_BT: log pi_theta of the predicted token; the only field that carries a gradient.
     old_logp_BT: the same under the policy that the update started from.
     advantage_BT: the sequence's advantage on each of its tokens (any value on padding).
     is_response_BT: True where the policy chose the token; nothing else may enter a loss.
     sequence_id_BT: row-local sequence number, 0 = padding. None: one sequence per row.
-    position_BT: 0-based position of the predicted token within its response.
+    position_BT: 0-based number of the predicted token among its sequence's response tokens.
     group_id_BT: prompt number of the sequence within the mini-batch.
     entropy_BT: entropy of the current policy at the position, in nats.
     old_entropy_BT: the same under the old policy.
@@ -128,10 +129,10 @@ class Tokens:
     logp_BT: Array
     old_logp_BT: Array
     advantage_BT: Array
-    is_response_BT: Array
-    sequence_id_BT: Array | None = None
-    position_BT: Array | None = None
-    group_id_BT: Array | None = None
+    is_response_BT: Array = dataclasses.field(metadata={"dtype": "bool"})
+    sequence_id_BT: Array | None = dataclasses.field(default=None, metadata=INTEGERS)
+    position_BT: Array | None = dataclasses.field(default=None, metadata=INTEGERS)
+    group_id_BT: Array | None = dataclasses.field(default=None, metadata=INTEGERS)
     entropy_BT: Array | None = None
     old_entropy_BT: Array | None = None
     sampler_logp_BT: Array | None = None
@@ -149,7 +150,7 @@ class Rows:
     target_BT: Array
     position_BT: Array  # RoPE position of the input token within its sequence
     sequence_id_BT: Array
-    response_position_BT: Array  # 0-based position of the target within its response
+    response_position_BT: Array  # the target's number among the response tokens of its sequence
     is_response_BT: Array
     advantage_BT: Array
     sampler_logp_BT: Array

@@ -7,7 +7,8 @@ and the updates made from that rollout are one line of the log. Every random dra
 run's seed and its place, so a run that was stopped or killed goes on as if it never had been.
 Several processes (hosts) all run this page: each samples and grades its share of the prompts, an
 update is one program over all devices, process 0 writes and speaks.
-The verbs are in `steps.py`, the machines are built in `build.py`.
+What one may swap is made in `parts.py`, what follows from it in `build.py`, the verbs are in
+`steps.py`.
 """
 
 from __future__ import annotations
@@ -18,21 +19,24 @@ from collections.abc import Sequence
 
 from aspo_jax import runtime
 from aspo_jax.agreement import SamplingError
-from aspo_jax.build import FACTORIES, build_machines, check_inputs
+from aspo_jax.build import build_machines, check_inputs
 from aspo_jax.config import Config, read_config
 from aspo_jax.errors import run_command
+from aspo_jax.parts import FACTORIES, Parts
+from aspo_jax.parts import parts as parts_of
 from aspo_jax.rewards import RewardError
 from aspo_jax.run.checkpoint import Checkpoints
 from aspo_jax.run.console import Console
 from aspo_jax.run.folder import CHECKPOINTS, RunLock
-from aspo_jax.run.metrics import Clock, Log, profile
-from aspo_jax.run.records import Silent, check_config, claim_folder, keeping, lock_folder
+from aspo_jax.run.metrics import Clock, profile
+from aspo_jax.run.records import check_config, claim_folder, keeping, lock_folder
 from aspo_jax.run.stop import EXIT_SAVED, Interrupted, StopRequest
 from aspo_jax.steps import (
     Run,
     evaluate,
     finish,
     introduce,
+    open_log,
     restore_or_init,
     resumed,
     roll_out,
@@ -52,55 +56,53 @@ def main(argv: Sequence[str] | None = None) -> int:
     graders that fail. 1: a mistake of the program's, with a traceback. 128 + N: signal N, given
     twice, ended it at once. After each of them the same command goes on from what was saved.
     """
-    status = run_command(lambda: _run(sys.argv[1:] if argv is None else argv))
+    words = sys.argv[1:] if argv is None else argv
+    status = run_command(lambda: train(read_config(words, FACTORIES)))
     return runtime.leave(status) if status == 2 else status
 
 
-def _run(argv: Sequence[str]) -> int:
+def train(config: Config, parts: Parts | None = None) -> int:
+    """Train, or go on training, in the config's run folder; returns the exit status, 0 or 75.
+
+    parts: some of the config's own (`aspo_jax.parts.parts`), some swapped for others. The run
+        folder knows the config alone: going on with the same parts is the caller's business.
+
+    Raises:
+        UserError: what a person must mend.
+    """
     with StopRequest() as stop:
         try:
             with stop.interruptible():
-                config = read_config(argv, FACTORIES)
                 here = config.runtime
                 runtime.join(here.coordinator, here.num_processes, here.process_id)
-                sizes = check_inputs(config)
+                sizes = config.derived() if parts else check_inputs(config)
             stop.agree = None if runtime.is_alone() else runtime.any_of
             console = Console(is_quiet=not runtime.is_main())
             compilations = runtime.compilations(console.compiling, console.compiled)
             with lock_folder(config) as lock, console, compilations:
-                return train(config, console, stop, lock, sizes)
+                console.title(config, sizes)
+                return _train(config, parts, console, stop, lock)
         except Interrupted:
             note = "stopped before an iteration: nothing new to save, the same command goes on"
             Console(is_quiet=not runtime.is_main()).note(note)
             return EXIT_SAVED
 
 
-def train(
-    config: Config,
-    console: Console,
-    stop: StopRequest,
-    lock: RunLock,
-    sizes: Sequence[tuple[str, str]],
+def _train(
+    config: Config, parts: Parts | None, console: Console, stop: StopRequest, lock: RunLock
 ) -> int:
-    """Train, or go on training, in the locked run folder; returns the exit status.
-
-    sizes: what `check_inputs` found, to be shown.
-
-    Raises:
-        Interrupted: a signal came before the first iteration of this start.
-    """
+    """Train in the locked run folder. Raises Interrupted: a signal before the first iteration."""
     folder = check_config(config)
     mesh = runtime.start(**dataclasses.asdict(config.runtime))
-    console.title(config, sizes)
     with stop.interruptible():
         model_folder = config.model.path or warm_start(config, mesh, folder, console)
     with stop.interruptible():
-        m = build_machines(config, model_folder, mesh)
+        m = build_machines(config, parts or parts_of(config, mesh), model_folder, mesh)
     introduce(m, console)
 
     checkpoints = Checkpoints(folder / CHECKPOINTS, config.checkpoint.keep, lock.check)
     with (
-        m.scorer,
+        m.collector.scorer,
         checkpoints,
         keeping(checkpoints),
         console.phase("training", config.train.iterations, "iterations") as bar,
@@ -109,13 +111,12 @@ def train(
         claim_folder(config, model_folder)
         checkpoints.remove_leftovers()
         bar.begin_at(done)
-        log = Silent()
-        if runtime.is_main():
-            log = Log(folder, done, config.metrics.tensorboard, on_row=console.iteration)
+        log = open_log(config, m.parts.writers, done, console)
         run = Run(config, m, folder, checkpoints, log, Clock(), console, lock)
+        prompts = m.parts.prompts
         if done:
             console.note(resumed(run, done))
-        position = m.prompts.state()
+        position = prompts.state()
         try:
             for i in range(done, config.train.iterations):
                 with profile(i, config.metrics.profile_iterations, folder / "profile"):
@@ -124,7 +125,7 @@ def train(
                             evaluate(run, state, i)
                         minibatches, figures = roll_out(run, state)
                     state, report = update(run, state, minibatches)
-                done, position = i + 1, m.prompts.state()
+                done, position = i + 1, prompts.state()
                 laps = run.clock.lap()
                 log.write(i, figures | report | laps | speeds(config, figures, laps))
                 log.end_row()

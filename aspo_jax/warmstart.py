@@ -21,32 +21,25 @@ import numpy as np
 from jax.sharding import Mesh
 
 from aspo_jax import runtime
-from aspo_jax.build import (
-    Policy,
-    build_evaluate,
-    build_peers,
-    build_sampler,
-    check_shares,
-    new_policy,
-    open_scorer,
-    save_policy,
-)
+from aspo_jax.build import build_evaluate, check_shares
 from aspo_jax.config import Config
-from aspo_jax.data import CountdownSpec, demonstration, problem, render
+from aspo_jax.data import CountdownSpec, demonstration, encode, problem, render
 from aspo_jax.errors import UserError, describe, writing
 from aspo_jax.files import (
     Damaged,
-    are_digests,
     check_digests,
     digests,
     read_sealed,
     sealed_text,
     write_text_atomic,
 )
-from aspo_jax.inputs import countdown_spec
-from aspo_jax.learner import Goal, build_learner, clipped_adamw, learning_rate_schedule
+from aspo_jax.inputs import countdown_spec, held_out_prompts
+from aspo_jax.learner import Goal, build_learner
 from aspo_jax.losses import reinforce, token_mean
-from aspo_jax.rollout import BatchShape, Example, fill
+from aspo_jax.optimizers import adamw, clipped, learning_rate_schedule
+from aspo_jax.parts import build_peers, build_sampler, open_scorer
+from aspo_jax.policy import Policy, new_policy, save_policy
+from aspo_jax.rollout import BatchShape, Collector, answered, fill
 from aspo_jax.run.console import Console
 from aspo_jax.run.folder import INITIAL_MODEL
 from aspo_jax.run.records import has_results
@@ -106,9 +99,7 @@ def _problem(folder: Path, key: str | None) -> str | None:
     """Why a warm-started model cannot be used; key: of the settings it must be made under."""
     try:
         seal = read_sealed(folder / SEAL)
-        if not are_digests(seal.get("files")):
-            return f"{SEAL} lists no files"
-        check_digests(folder, seal["files"])
+        check_digests(folder, seal.get("files"))
     except FileNotFoundError:
         return f"it has no {SEAL}: it was never completed"
     except Damaged as problem:
@@ -158,41 +149,32 @@ def _train(config: Config, mesh: Mesh, target_folder: Path, console: Console) ->
     check_shares(config, mesh)
     w = config.warm_start
     policy, spec = new_policy(config, mesh), countdown_spec(config)
-    optimizer = clipped_adamw(
-        learning_rate_schedule(w.learning_rate, w.warmup_steps, w.max_steps),
-        betas=(0.9, w.b2),
-        eps=1e-8,
-        weight_decay=w.weight_decay,
-        clip_norm=w.clip_norm,
-    )
-    learner = build_learner(
-        policy.model, policy.head, Goal(reinforce(), token_mean), optimizer, mesh
-    )
+    rate = learning_rate_schedule(w.learning_rate, w.warmup_steps, w.max_steps)
+    optimizer = adamw(rate, policy.model.axes(), b2=w.b2, weight_decay=w.weight_decay)
+    goal = Goal(reinforce(), token_mean)
+    learner = build_learner(policy.model, policy.head, goal, clipped(optimizer, w.clip_norm), mesh)
     shape = BatchShape(1, 1, w.batch_size, config.train.row_tokens, config.train.pack)
     state = learner.init(policy.model.init(jax.random.key(config.run.seed)))
     progress = console.phase("warm start", w.max_steps, "steps", is_cap=True)
     with open_scorer(config) as scorer, progress as bar:
-        sampler = build_sampler(config, policy, mesh)
-        evaluate = build_evaluate(config, policy, sampler, scorer, mesh)
-        average, k = 0.0, config.evaluate.samples
+        collector = Collector(build_sampler(config, policy, mesh), scorer, policy.decode)
+        evaluate = build_evaluate(config, collector, held_out_prompts(config, policy.tokenizer))
+        average, reached = 0.0, f"held-out avg@{config.evaluate.samples}"
         for step in range(1, w.max_steps + 1):
             batch = _demonstrations(policy, spec, config.run.seed, step, shape)
             state, _ = learner.step(state, learner.place(batch))
             bar.advance()
             if step % w.eval_every == 0:
-                average = evaluate(state.params)[0].avg
-                bar.advance(0, figures=f"held-out avg@{k} {average:.3f} of {w.target}")
+                average = evaluate(state.params)[0]["avg"]
+                bar.advance(0, figures=f"{reached} {average:.3f} of {w.target}")
                 if average >= w.target:
                     break
     if average < w.target:
         raise WarmStartError(
-            f"the warm start reached held-out avg@{config.evaluate.samples} {average:.3f} in "
-            f"{w.max_steps} steps, expected WarmStart.target = {w.target}; raise "
-            "WarmStart.max_steps or lower the target"
+            f"the warm start reached {reached} {average:.3f} in {w.max_steps} steps, expected "
+            f"WarmStart.target = {w.target}; raise WarmStart.max_steps or lower the target"
         )
-    console.note(
-        f"warm start: held-out avg@{config.evaluate.samples} {average:.3f} after {step} steps"
-    )
+    console.note(f"warm start: {reached} {average:.3f} after {step} steps")
     with writing(target_folder):
         save_policy(policy, state.params, target_folder)
 
@@ -206,8 +188,9 @@ def _demonstrations(
         drawn = problem(spec, seed, index, "train")
         answer = demonstration(drawn, random.Random(f"demonstration {seed} {index}"))
         question = render(policy.tokenizer, [{"role": "user", "content": drawn.text}])
-        response = [*policy.codec.encode(answer), policy.tokenizer.eos_token_id]
-        examples.append(Example(policy.codec.encode(question), response, 1.0, 0.0, 0))
-    minibatch = fill(examples, shape._replace(rows=shape.rows // peers.count))
+        response = [*encode(policy.tokenizer, answer), policy.tokenizer.eos_token_id]
+        prompt = encode(policy.tokenizer, question)
+        examples.append(answered(prompt, response, logp_T=0.0, advantage=1.0, group=0))
+    minibatch = fill(examples, shape, peers.count)
     nothing: Any = np.zeros(minibatch.rows.target_BT.shape, np.float32)
     return Minibatch(minibatch.rows, minibatch.count, OldPolicy(nothing, nothing))

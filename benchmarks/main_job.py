@@ -37,10 +37,10 @@ import jax
 import jax.numpy as jnp
 from machine import header, table
 
-from aspo_jax.build import FACTORIES
 from aspo_jax.config import Config, read_config
 from aspo_jax.model import ModelConfig, read_model_config
-from aspo_jax.planning.flops import update_flops
+from aspo_jax.parts import FACTORIES
+from aspo_jax.planning.flops import forward_flops
 from aspo_jax.run.metrics import read_metrics
 
 FIRST = 2  # iterations before this one are warm-up
@@ -162,7 +162,7 @@ def speed_table(job: Observed, peak: float) -> str:
         seconds = row["seconds/update"]
         trained.append(train.epochs * done["responses"] / seconds)
         processed.append(train.epochs * done["tokens"] / seconds)
-        flops = update_flops(job.model, done["tokens"], done["pairs"])
+        flops = 3 * forward_flops(job.model, done["tokens"], done["pairs"])
         rates.append(train.epochs * flops / seconds)
         fill.append(done["tokens"] / done["slots"])
     rate = statistics.median(rates)
@@ -208,7 +208,7 @@ def main() -> int:
     words = ["--config", a.config, "--iterations", str(a.iterations)]
     words += [word for setting in a.set for word in ("--set", setting)]
     command = f"python benchmarks/main_job.py {shlex.join(words)}"
-    print(header("Main job", command, ("jax", "jaxlib", "flax", "numpy")), flush=True)
+    print(header("Main job", command, ("jax", "jaxlib", "numpy")), flush=True)
     before = matmul_peak()
     job = run_job(a.config, a.iterations, a.set)
     after = matmul_peak()

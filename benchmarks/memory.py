@@ -90,8 +90,8 @@ def observed(out: Path, argv: list[str]) -> int:
 
 def planned(argv: list[str]) -> float:
     """GiB of the program that needs most, by the plan."""
-    from aspo_jax.build import FACTORIES
     from aspo_jax.config import read_config
+    from aspo_jax.parts import FACTORIES
     from aspo_jax.plan import plan
 
     return plan(read_config(argv, FACTORIES), "cpu:1").worst.needed / GIB

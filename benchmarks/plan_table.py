@@ -18,8 +18,8 @@ import sys
 import jax
 from machine import header, table
 
-from aspo_jax.build import FACTORIES
 from aspo_jax.config import read_config
+from aspo_jax.parts import FACTORIES
 from aspo_jax.plan import Plan, gib, plan, report
 
 DEFAULT = "aspo_math_1p5b"
@@ -49,12 +49,12 @@ def summary(plans: list[Plan]) -> str:
         seconds = sum(row.memory.compile_seconds for row in found.rows if row.memory)
         lines.append(
             [
-                found.name,
+                found.programs.config.name,
                 found.topology.name,
-                f"{found.capacity.tokens:,}" if found.capacity else "-",
-                gib(found.limit),
+                f"{found.capacity.tokens:,}",
+                gib(found.topology.chip.memory),
                 *(f"{'' if row.memory else '>= '}{gib(row.needed)}" for row in found.rows),
-                f"{found.capacity.sequences:,}" if found.capacity else "-",
+                f"{found.capacity.sequences:,}",
                 f"{update.seconds:.1f}",
                 f"{seconds:.0f}",
                 "fits" if found.fits else "does not fit",
@@ -74,7 +74,7 @@ def main() -> int:
     a = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     command = f"python benchmarks/plan_table.py {shlex.join(sys.argv[1:])}".strip()
-    print(header("Plans", command, ("jax", "jaxlib", "libtpu", "flax", "optax")), flush=True)
+    print(header("Plans", command, ("jax", "jaxlib", "libtpu", "optax")), flush=True)
     plans = []
     for config in a.config or [DEFAULT]:
         lengths = a.tokens or (TOKENS if config == DEFAULT else [None])

@@ -46,7 +46,6 @@ from aspo_jax.rewards import (  # noqa: E402
     Scorer,
     Submission,
     Verdict,
-    choose_sandbox,
 )
 
 PACKAGES = ("math-verify", "sympy", "latex2sympy2-extended")
@@ -177,11 +176,11 @@ def speed(answers: int, programs: int) -> None:
     pairs = ordinary_answers(answers)
     submissions = [math_submission(response, gold) for gold, response in pairs]
     rows = []
-    with Scorer(1, 5.0, kinds=("math",)) as scorer:
+    with Scorer(1, Rules(5.0), kinds=("math",)) as scorer:
         scorer.wait_until_ready()
         rows.append(row("ours, one at a time", latencies(one_by_one(scorer), submissions)))
         rows.append(["ours, batch, 1 worker", f"{rate(scorer, submissions):,.0f}", "", ""])
-    with Scorer(2, 5.0, kinds=("math",)) as scorer:
+    with Scorer(2, Rules(5.0), kinds=("math",)) as scorer:
         rows.append(["ours, batch, 2 workers", f"{rate(scorer, submissions):,.0f}", "", ""])
     for name, judge in (("as verl calls it", as_verl), ("as TRL calls it", as_trl)):
         judge("1", r"\boxed{1}")  # imports
@@ -199,7 +198,7 @@ def _speed_with_blow_ups(submissions: Sequence[Submission]) -> None:
     ]
     mixed = [*submissions[:396], *hostile]
     random.Random(0).shuffle(mixed)
-    with Scorer(2, 5.0, kinds=("math",)) as scorer:
+    with Scorer(2, Rules(5.0), kinds=("math",)) as scorer:
         scorer.wait_until_ready()
         start = time.perf_counter()
         reasons = Counter(verdict.reason for verdict in scorer.score(mixed))
@@ -222,12 +221,13 @@ def _speed_of_programs(count: int) -> None:
         )
     ]
     for tier in ("rlimits", "landlock", "namespaces"):
+        rules = Rules(sandbox=tier)
         try:
-            rules, _ = choose_sandbox(Rules(sandbox=tier))
+            scorer = Scorer(1, rules, kinds=("code",))
         except RewardError as error:
             print(f"{tier} left out: {error}")
             continue
-        with Scorer(1, rules, kinds=("code",)) as scorer:
+        with scorer:
             scorer.wait_until_ready()
             rows.append(row(f"{tier}, one at a time", latencies(one_by_one(scorer), submissions)))
             rows.append([f"{tier}, batch, 1 worker", f"{rate(scorer, submissions):,.0f}", "", ""])
@@ -243,9 +243,9 @@ def cases() -> None:
     print(header("Graders: mathematics", "python benchmarks/rewards.py cases", PACKAGES))
     listed = math_cases.listed()
     core = [case for _, *case in listed]
-    with Scorer(2, 5.0, kinds=("math",)) as scorer:
+    with Scorer(2, Rules(5.0), kinds=("math",)) as scorer:
         verdicts = scorer.score([math_submission(response, gold) for gold, response, _ in core])
-    judged = {"ours": [verdict.reason == "match" for verdict in verdicts]}
+    judged = {"ours": [verdict.is_right for verdict in verdicts]}
     for name, judge in (("Math-Verify as verl", as_verl), ("Math-Verify as TRL", as_trl)):
         judged[name] = [any_gold(judge, gold, response) for gold, response, _ in core]
     kinds = [kind for kind, *_ in listed]
@@ -288,7 +288,7 @@ def _by_kind(core, kinds, judged) -> list[list[str]]:
 def _blow_ups() -> None:
     """Every text that makes a careless grader run for ever, at the default limit."""
     rows = []
-    with Scorer(1, 5.0, kinds=("math",)) as scorer:
+    with Scorer(1, Rules(5.0), kinds=("math",)) as scorer:
         scorer.wait_until_ready()
         pids = [worker._process.pid for worker in scorer._workers]
         for name, text in math_cases.BLOW_UPS.items():
@@ -407,7 +407,7 @@ def mutate(program: str) -> str:
 def public_data(data: Path) -> None:
     print(header("Graders: public data", "python benchmarks/rewards.py data DATA", PACKAGES))
     golds = list(math_golds(data))
-    with Scorer(2, 5.0, kinds=("math",)) as scorer:
+    with Scorer(2, Rules(5.0), kinds=("math",)) as scorer:
         verdicts = scorer.score([math_submission(as_response(gold), gold) for _, gold in golds])
         print("golds as answers to themselves:\n")
         _print_data([name for name, _ in golds], verdicts, [gold for _, gold in golds], "match")
@@ -417,12 +417,11 @@ def public_data(data: Path) -> None:
         verdicts = scorer.score([math_submission(said, gold) for _, gold, said in pairs])
     print("the same with one digit changed:\n")
     _print_data([name for name, *_ in pairs], verdicts, [said for *_, said in pairs], "")
-    rules, report = choose_sandbox(Rules())
-    print(f"programs: {report}\n")
     solutions = list(reference_solutions(data))
     names = [name for name, *_ in solutions]
     labels = [problem["task_id"] for *_, problem in solutions]
-    with Scorer(2, rules, kinds=("code",)) as scorer:
+    with Scorer(2, Rules(), kinds=("code",)) as scorer:
+        print(f"programs: {scorer.sandbox}\n")
         for kind, change, wanted in (("reference", str, "match"), ("mutated", mutate, "")):
             submissions = [code_submission(change(code), problem) for _, code, problem in solutions]
             start = time.perf_counter()
@@ -436,9 +435,9 @@ def _print_data(names, verdicts: Sequence[Verdict], labels, wanted: str) -> None
     rows, exceptions = [], []
     for name in dict.fromkeys(names):
         places = [i for i, n in enumerate(names) if n == name]
-        passed = [i for i in places if verdicts[i].reason == "match"]
+        passed = [i for i in places if verdicts[i].is_right]
         rows.append([name, str(len(places)), str(len(passed))])
-        odd = [i for i in places if (verdicts[i].reason == "match") != (wanted == "match")]
+        odd = [i for i in places if verdicts[i].is_right != (wanted == "match")]
         exceptions += [f"{name} `{labels[i]}`: {verdicts[i].reason}" for i in odd]
     print(table(["set", "number", "right"], rows) + "\n")
     print("exceptions: " + ("; ".join(exceptions) or "none") + "\n")
@@ -461,7 +460,7 @@ def noted(function, what):
 pool.Grading.submit = noted(submit, "submit")
 pool._Round.judged = noted(judged, "verdict")
 pool.Grading.results = noted(results, "wait")
-steps.draw = noted(rollout.draw, "draw")
+rollout.draw = noted(rollout.draw, "draw")
 update = train.update
 def observed(run, state, minibatches):
     note("update")
@@ -515,9 +514,8 @@ def _span(events: list[tuple[float, str]]) -> list[str]:
 
 FAULTY = """
 import os, sys, time, zlib
-from aspo_jax.rewards import graders
+from aspo_jax.rewards.graders import GRADERS
 from aspo_jax.rewards.pool import worker
-real = worker.open_graders
 def grade_by(grader):
     def grade(s):
         if zlib.crc32(s.identity.encode()) % 1000 < int(os.environ.get("FAULTS", "10")):
@@ -527,7 +525,8 @@ def grade_by(grader):
             os.write(1, b"x" * 10**6); raise RuntimeError
         return grader(s)
     return grade
-worker.open_graders = lambda kinds, rules: {k: grade_by(g) for k, g in real(kinds, rules).items()}
+for kind, real in GRADERS.items():
+    GRADERS[kind] = real._replace(open=lambda rules, real=real: grade_by(real.open(rules)))
 sys.exit(worker.main(*sys.argv[1:]))
 """
 _FAULTY_TRAIN = """
@@ -539,12 +538,12 @@ if sys.argv[2] != "none":
     pool.WORKER_COMMAND = (sys.executable, "-P", sys.argv[2])
     Scorer.__init__.__defaults__ = (*Scorer.__init__.__defaults__[:-1], pool.WORKER_COMMAND)
 seen = []
-judge = rollout.judge
+collect = rollout.collect
 def noted(*a, **k):
-    result = judge(*a, **k)
+    result = collect(*a, **k)
     seen.append([[s.text, s.verdict.reward, s.verdict.reason] for s in result.samples])
     return result
-steps.judge = noted
+steps.collect = noted
 code = train.main(sys.argv[3:])
 json.dump(seen, open(sys.argv[1], "w"))
 sys.exit(code)

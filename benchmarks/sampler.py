@@ -49,7 +49,7 @@ from aspo_jax.head import Head
 from aspo_jax.learner import forward
 from aspo_jax.model import Model, build_model, save_model
 from aspo_jax.planning.flops import attention_flops, causal_pairs, head_flops, layer_weights
-from aspo_jax.rollout import BatchShape, Example, fill
+from aspo_jax.rollout import BatchShape, answered, fill
 from aspo_jax.sampler import TRAIN, Completion, Limits, PagedSampler, Request, make_publish
 
 PAD, STOP = 0, 1
@@ -262,7 +262,7 @@ def prefill_seconds(who: Ours, schedule: Schedule) -> float:
 
 
 def pages_table(params: Any, schedule: Schedule, rounds: int) -> str:
-    """Speed, and rows drawn again, with pages for all rows at full length and with fewer."""
+    """Speed, and sequences drawn again, with pages for all rows at full length and with fewer."""
     full = ROWS * LIMITS.row_pages
     shares = (1.0, 0.6, 0.4, 0.25)
     systems = {
@@ -280,17 +280,17 @@ def pages_table(params: Any, schedule: Schedule, rounds: int) -> str:
     body = []
     for share, who in systems.items():
         stats = who.sampler.stats
-        again = stats.live / tokens - 1
+        again = stats.tokens / tokens - 1
         body.append(
             [
                 f"{share:.0%}",
                 f"{int(full * share) * page_mib:,.0f}",
                 f"{tokens / statistics.median(taken[share]):,.0f}",
-                f"{stats.evicted}",
+                f"{stats.preempted}",
                 f"{again:.1%}",
             ]
         )
-    head = ["pages, of full length", "cache, MiB", "tokens/s", "rows put back", "tokens again"]
+    head = ["pages, of full length", "cache, MiB", "tokens/s", "preempted", "tokens again"]
     return table(head, body)
 
 
@@ -323,7 +323,7 @@ def types_table(params: Any, schedule: Schedule) -> str:
 def gaps(who: Ours, params: Any, schedule: Schedule, got: Sequence[Completion]) -> np.ndarray:
     """|sampler's - trainer's log-probability| of every token."""
     examples = [
-        Example(prompt, c.tokens_T, 1.0, c.policy_logp_T, 0)
+        answered(prompt, c.tokens_T, c.policy_logp_T, 1.0, 0)
         for (prompt, _), c in zip(schedule, got, strict=True)
     ]
     rows: Any = fill(examples, BatchShape(1, len(examples) // 4, 4, PROMPT + CAP)).rows
@@ -389,8 +389,8 @@ def main() -> int:
     print(
         f"Ragged: {tokens:,} tokens in {stats.steps} steps and {stats.calls} calls of the decode "
         f"program ({stats.calls / tokens:.3f} a token); rows busy "
-        f"{stats.busy_live / max(stats.busy_steps, 1) / ROWS:.1%} until the queue is empty "
-        f"({stats.busy_steps} steps), {stats.live / stats.steps / ROWS:.1%} in all; "
+        f"{stats.busy_tokens / max(stats.busy_steps, 1) / ROWS:.1%} until the queue is empty "
+        f"({stats.busy_steps} steps), {stats.tokens / stats.steps / ROWS:.1%} in all; "
         f"{stats.prefilled} prompt tokens read.\n"
     )
     print(sharing_table(ours, alone, workloads["prompts"], a.rounds), "\n")

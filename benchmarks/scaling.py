@@ -12,7 +12,6 @@ program. Simulated devices share the cores, so nothing is timed there.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import re
 import statistics
 import sys
@@ -31,7 +30,7 @@ from aspo_jax.learner import Goal, Learner, build_learner
 from aspo_jax.losses import aspo, sequence_mean
 from aspo_jax.model import Model, ModelConfig, build_model, choose_attention
 from aspo_jax.model.sharding import MESH_AXES
-from aspo_jax.rollout import BatchShape, Example, fill
+from aspo_jax.rollout import BatchShape, answered, fill
 from aspo_jax.structs import Minibatch
 
 SHAPE = ModelConfig(
@@ -73,11 +72,11 @@ def part_of(rows: int, tokens: int) -> Minibatch:
     """One full sequence a row."""
     rng = np.random.default_rng(0)
     examples = [
-        Example(
+        answered(
             rng.integers(2, SHAPE.vocab_size, 64).tolist(),
             rng.integers(2, SHAPE.vocab_size, tokens - 63),
+            logp_T=-9.0,
             advantage=(-1.0) ** row,
-            sampler_logp_T=-9.0,
             group=row,
         )
         for row in range(rows)
@@ -90,7 +89,7 @@ def compiled(sizes: tuple[int, ...], rows: int, tokens: int, attention: str = "c
     model, learner = build(sizes, tokens, attention)
     state = learner.init(jax.jit(model.init)(jax.random.key(0)))
     part = learner.place(part_of(rows, tokens))
-    part = dataclasses.replace(part, old=learner.old_policy(state.params, None, part))
+    part = learner.with_old(state.params, None, part)
     return learner.step.lower(state, part).compile(), state, part
 
 

@@ -37,10 +37,11 @@ from machine import header, table
 from rivals import Rival
 
 from aspo_jax.head import Head
-from aspo_jax.learner import Goal, build_learner, clipped_adamw, learning_rate_schedule
+from aspo_jax.learner import Goal, build_learner
 from aspo_jax.losses import grpo, sequence_mean
 from aspo_jax.model import ModelConfig, build_model, choose_attention, save_model
-from aspo_jax.rollout import BatchShape, Example, fill
+from aspo_jax.optimizers import adamw, clipped, learning_rate_schedule
+from aspo_jax.rollout import BatchShape, Example, answered, fill
 from aspo_jax.runtime import make_mesh
 from aspo_jax.structs import Mean, Minibatch
 
@@ -81,7 +82,7 @@ class Sequences(NamedTuple):
     def examples(self) -> list[Example]:
         lengths = self.is_response_NR.sum(axis=1)
         return [
-            Example(prompt.tolist(), response[:length], float(advantage), 0.0, n)
+            answered(prompt.tolist(), response[:length], 0.0, float(advantage), n)
             for n, (prompt, response, length, advantage) in enumerate(
                 zip(self.prompt_NP, self.response_NR, lengths, self.advantage_N, strict=True)
             )
@@ -122,12 +123,10 @@ class Ours:
         )
         model = build_model(SHAPE, attention=attention, mesh=mesh)
         o = OPTIMIZER
-        optimizer = clipped_adamw(
-            learning_rate_schedule(o["learning_rate"], 0),
-            betas=o["betas"],
-            eps=o["eps"],
-            weight_decay=o["weight_decay"],
-            clip_norm=o["clip_norm"],
+        rate, (b1, b2) = learning_rate_schedule(o["learning_rate"], 0), o["betas"]
+        optimizer = clipped(
+            adamw(rate, model.axes(), b1=b1, b2=b2, eps=o["eps"], weight_decay=o["weight_decay"]),
+            o["clip_norm"],
         )
         head = Head(1.0, np.ones(SHAPE.vocab_size, bool), mesh=mesh)
         goal = Goal(grpo(clip_low=CLIP, clip_high=CLIP), sequence_mean)
@@ -273,7 +272,7 @@ def main() -> int:
     parser.add_argument("--tunix-python", default=sys.executable, help="with google-tunix")
     parser.add_argument("--trl-python", default=sys.executable, help="with trl and torch")
     a = parser.parse_args()
-    print(header("Train step", "python benchmarks/train_step.py", ("jax", "jaxlib", "flax")))
+    print(header("Train step", "python benchmarks/train_step.py", ("jax", "jaxlib")))
     model = build_model(SHAPE)
     params = jax.jit(model.init)(jax.random.key(SEED))
     noise = jax.jit(model.init)(jax.random.key(SEED + 1))

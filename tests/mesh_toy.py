@@ -8,6 +8,7 @@ eight, four and one devices with a checkpoint between each two, against three on
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import tempfile
@@ -35,7 +36,7 @@ from aspo_jax.run.checkpoint import Checkpoints
 jax.config.update("jax_num_cpu_devices", 8)
 
 GOAL = Goal(chain(aspo(), kl_penalty(beta=0.1)), sequence_mean, entropy_bonus=0.01)
-MODEL = toy_model(heads=8, kv_heads=8, head_dim=2, tie_embeddings=False)
+MODEL = toy_model(layers=1, heads=8, kv_heads=8, head_dim=2, tie_embeddings=False)
 PARAMS, REFERENCE = random_params(MODEL), random_params(MODEL, seed=1)
 EIGHT, FOUR, ONE = (2, 2, 2), (1, 4, 1), (1, 1, 1)
 
@@ -53,13 +54,17 @@ def change(sizes: tuple[int, int, int]):
     return since_start(update(learner, learner.init(on(mesh, MODEL, PARAMS)), mesh))
 
 
+@functools.cache
+def adam_on(sizes: tuple[int, int, int]) -> Learner:
+    return toy_learner(MODEL, GOAL, optax.adamw(1e-2, eps=1e-2), toy_mesh(*sizes))
+
+
 def change_on(meshes: list[tuple[int, int, int]], folder: Path):
     """What one update on each mesh does in all; from one to the next the state is a checkpoint."""
     state, saved = None, None
     with Checkpoints(folder, keep=1) as checkpoints:
         for step, sizes in enumerate(meshes):
-            mesh = toy_mesh(*sizes)
-            learner = toy_learner(MODEL, GOAL, optax.adamw(1e-2, eps=1e-2), mesh)
+            mesh, learner = toy_mesh(*sizes), adam_on(sizes)
             state = learner.init(on(mesh, MODEL, PARAMS))
             if saved is not None:
                 restored = checkpoints.restore(state)

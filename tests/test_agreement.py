@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -22,6 +24,8 @@ Runtime.data = 1
 Runtime.fsdp = -1
 Runtime.compilation_cache = None
 """
+
+PRECISION = "jax_default_matmul_precision"
 
 
 def test_gaps_count_response_tokens_only():
@@ -59,12 +63,17 @@ def test_command_measures_both_types_and_says_who_is_wrong(tmp_path, capsys, mon
     assert check.main([*argv, "--set", "Sampler.max_gap=1e-5"]) == 1
     assert "DISAGREE" in capsys.readouterr().out.splitlines()[-1]
 
-    real = check.draw
+    real, precisions = check.draw, []
 
     def wrong(*arguments, **more):
+        precisions.append(getattr(jax.config, PRECISION))
         return [c._replace(logp_T=c.logp_T + 1e-3) for c in real(*arguments, **more)]
 
     monkeypatch.setattr(check, "draw", wrong)
+    assert check.main(argv) == 1
+    assert precisions == ["highest", None]  # a GPU's own float32 is off by more than the limit
+
+    monkeypatch.setattr(check, "gaps", lambda *_: [Gap(0, 0, 1, math.nan, math.nan, 0.0)])
     assert check.main(argv) == 1
 
 

@@ -6,16 +6,12 @@ import sys
 
 import pytest
 
-from aspo_jax.build import (
-    FACTORIES,
-    build_reward_shape,
-    check_inputs,
-    open_scorer,
-)
+from aspo_jax.build import check_inputs
 from aspo_jax.config import ConfigError, read_config
 from aspo_jax.config.reading import config_folder
 from aspo_jax.data import DataError, build_character_tokenizer, load_tokenizer
 from aspo_jax.inputs import build_prompts, data_kinds, held_out_prompts
+from aspo_jax.parts import FACTORIES, build_reward_shape, open_scorer
 from aspo_jax.rewards import RewardError, Submission, Verdict
 
 ROWS = [

@@ -346,11 +346,12 @@ def test_only_unfinished_steps_is_nothing_to_continue(
     assert "/20 skipped: manifest.json is missing" in caplog.text
 
 
-def test_survives_kill_9(tmp_path: Path):
-    """Seven starts, six kills at seeded moments of a run that does nothing but save."""
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_survives_kill_9(tmp_path: Path, kills: int):
+    """Starts and kills at seeded moments of a run that does nothing but save."""
     moments = random.Random(0)
     at_least = 0
-    for _ in range(6):
+    for _ in range(kills):
         program = start("save_for_ever", tmp_path)
         begun = int(await_line(program, "start").split()[1])
         assert begun >= at_least

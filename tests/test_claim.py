@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from aspo_jax.build import FACTORIES
 from aspo_jax.config import Config, ConfigError, read_config
+from aspo_jax.parts import FACTORIES
 from aspo_jax.run.checkpoint import MANIFEST
 from aspo_jax.run.records import ModelChanged, check_config, claim_folder
 

@@ -10,12 +10,13 @@ from typing import Literal
 
 import pytest
 
-from aspo_jax import build
 from aspo_jax.config import ConfigError, diff_text, packaged, parse_config, read_config
+from aspo_jax.config.factories import arguments
 from aspo_jax.config.reading import config_folder
-from aspo_jax.config.schema import arguments, describe, meanings
+from aspo_jax.config.schema import describe, meanings
 from aspo_jax.config.sections import SECTIONS, fields
 from aspo_jax.errors import run_command
+from aspo_jax.parts import FACTORIES as SHIPPED
 from aspo_jax.paths import page, shown
 
 
@@ -35,10 +36,17 @@ def _fixed_length(length: int):
     """A constant denominator."""
 
 
+def _adamw(learning_rate, axes):
+    """Made from more than its settings."""
+
+
 FACTORIES = {
     "objective": {"aspo": _aspo, "kl_penalty": _kl_penalty},
     "advantage": {"group_zscore": _none},
     "aggregate": {"sequence_mean": _none, "token_mean": _none, "fixed_length": _fixed_length},
+    "shape": {},
+    "optimizer": {"adamw": _adamw},
+    "writer": {},
 }
 GOOD = (config_folder() / "countdown_cpu.gin").read_text()
 
@@ -188,7 +196,8 @@ BAD_LINES = [
      " Section.field (did you mean Run.seed or Evaluate.seed?)"),
     ("Optim.learning_rate", "run.gin:{n}: found 'Optim.learning_rate'; expected Section.field ="
      " literal"),
-    ("a.b.c = 1", "run.gin:{n}: found 'a.b.c = 1'; expected Section.field = literal"),
+    ("a.b.c = 1", "run.gin:{n}: a.b.c = 1: unknown section a.b"),
+    ("a.b.c.d = 1", "run.gin:{n}: found 'a.b.c.d = 1'; expected Section.field = literal"),
     ("Run.seed == 1 =", "run.gin:{n}: cannot read 'Run.seed == 1 ='; expected Section.field ="
      " literal"),
     ("include 'other.gin'", "run.gin:{n}: include must come before the first setting of the file"),
@@ -209,9 +218,9 @@ def test_bad_line(lines, message, tmp_path, monkeypatch):
 # (the --set values; message)
 BAD_FLAGS = [
     (["Objective.name=apso"], "--set #1: unknown objective 'apso' (did you mean aspo?); expected"
-     " one of aspo, kl_penalty"),
+     " one of aspo, kl_penalty, or 'package.module:factory'"),
     (["Objective.advantage=zscore"], "--set #1: unknown advantage 'zscore' (did you mean"
-     " group_zscore?); expected one of group_zscore"),
+     " group_zscore?); expected one of group_zscore, or 'package.module:factory'"),
     (["Objective.aggregate=fixed_length"], "--set #1: fixed_length needs fixed_length.length:"
      " a whole number"),
     (["Train.prompts_per_step=30"], "--set #1: Train.prompts_per_step = 30 must be a multiple of"
@@ -235,14 +244,15 @@ BAD_FLAGS = [
     (["Sampler.top_p=0.9"], "--set #1: Sampler.top_p = 0.9 biases training: tokens would be drawn"
      " from a part of the distribution, renormalised, while importance ratios compare the whole,"
      " and no rule here corrects for that; set it to 1.0 (Evaluate.top_p is for evaluation)"),
-    (["Evaluate.temperature=0", "Evaluate.min_p=0.1"], "--set #1: Evaluate.temperature = 0 always"
+    (["Evaluate.temperature=0", "Evaluate.min_p=0.1"], "--set #1: Evaluate.temperature = 0.0 always"
      " takes the likeliest token; Evaluate.top_k, top_p and min_p then mean nothing, leave them"
      " out"),
     (["Reward.overlong_buffer=30"], "--set #1: Reward.overlong_buffer = 30 is longer than"
      " Sampler.max_response_tokens = 24; set it to at most 24"),
     (["Runtime.fsdp=-1"], "only one mesh axis may be -1 (the rest), found Runtime.data = -1,"
      " Runtime.fsdp = -1, Runtime.tensor = 1; set the others to 1"),
-    (["Runtime.tensor=0"], "--set #1: a mesh axis has no size 0; set 1, or -1 for the rest"),
+    (["Runtime.tensor=0"], "--set #1: Runtime.tensor = 0: a mesh axis has no size 0; set 1,"
+     " or -1 for the rest"),
     (["Run.seed"], "--set #1: found 'Run.seed'; expected Section.field=value"),
     (["Run.seed=one"], "--set #1: Run.seed = 'one': expected a whole number >= 0, found 'one'"),
     (["Run.folder=__import__('os')"], "--set #1: found \"__import__('os')\"; expected a literal:"
@@ -453,6 +463,139 @@ def test_a_factory_says_what_is_wrong_with_its_arguments_at_their_line(tmp_path,
     assert str(error.value) == f"run.gin:{n + 2}: picky.high is too large"
 
 
+# --- factories of one's own -------------------------------------------------------------------
+
+RULES = """
+def mine(*, beta: float = 0.5, gain=2, label: str = 'a', what=None):
+    \"\"\"A rule.
+
+    beta: how much.
+    \"\"\"
+
+def needs(*, beta: float):
+    pass
+
+def refuses(*, beta: float = 0.0):
+    if beta > 1:
+        raise ValueError('refuses.beta is too large')
+
+no_function = 3
+"""
+
+
+@pytest.fixture
+def rules(tmp_path, monkeypatch) -> str:
+    """A module of factories that lies in the current folder; its name."""
+    name = f"rules_{abs(hash(tmp_path))}"  # a module is imported once
+    (tmp_path / f"{name}.py").write_text(RULES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return name
+
+
+def test_a_factory_of_anyones_is_named_by_its_module(rules):
+    config = _read(
+        *("--set", f"Objective.name={rules}:mine", "--set", "mine.beta=1", "--set", "mine.gain=3"),
+        *("--set", f"Objective.aggregate={rules}:mine.b", "--set", "mine.b.beta=2"),
+        *("--set", f"Optim.name={rules}:mine.c"),
+    )
+    assert config.factories["mine"] == {"beta": 1.0, "gain": 3}
+    assert config.factories["mine.b"] == {"beta": 2.0} and "mine.c" not in config.factories
+    assert config.run_folder == "runs/countdown_cpu-mine-seed0"
+    assert parse_config(config.text(), FACTORIES) == config
+    diff = config.diff(_read("--set", f"Objective.name={rules}:mine").text())
+    assert "mine.b.beta: (default) -> 2.0" in diff
+
+
+def test_a_rule_is_used_twice_with_two_settings():
+    config = _read(
+        *("--set", "Objective.penalties=['kl_penalty', 'kl_penalty.b']"),
+        *("--set", "kl_penalty.beta=0.1", "--set", "kl_penalty.b.beta=0.2"),
+    )
+    assert config.factories["kl_penalty"] == {"beta": 0.1}
+    assert config.factories["kl_penalty.b"] == {"beta": 0.2}
+    with pytest.raises(ConfigError, match="kl_penalty.b needs kl_penalty.b.beta: a number"):
+        _read(
+            *("--set", "Objective.penalties=['kl_penalty', 'kl_penalty.b']"),
+            *("--set", "kl_penalty.beta=0.1"),
+        )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["Objective.name=nowhere:mine"],
+            "--set #1: Objective.name = 'nowhere:mine': cannot"
+            " import nowhere (ModuleNotFoundError: No module named 'nowhere'); run from the folder",
+        ),
+        (
+            ["Objective.name={rules}:main"],
+            "--set #1: Objective.name = '{rules}:main': {rules} has"
+            " no function 'main'; it has mine, needs, refuses",
+        ),
+        (
+            ["Objective.name={rules}:no_function"],
+            "--set #1: Objective.name = '{rules}:no_function'"
+            ": {rules} has no function 'no_function'; it has mine, needs, refuses",
+        ),
+        (
+            ["Objective.name={rules}:mine", "mine.gamma=1"],
+            "--set #2: mine.gamma = 1: mine has no argument gamma",
+        ),
+        (
+            ["Objective.name={rules}:mine", "mine.gain=0.5"],
+            "--set #2: mine.gain = 0.5: expected a whole number, found 0.5",
+        ),
+        (
+            ["Objective.name={rules}:mine", "mine.what=1"],
+            "--set #2: mine.what = 1: mine has no argument what",
+        ),
+        (["Objective.name={rules}:needs"], "--set #1: needs needs needs.beta: a number"),
+        (
+            ["Objective.name={rules}:refuses", "refuses.beta=2"],
+            "--set #2: refuses.beta is too large",
+        ),
+        (["mine.beta=1"], "--set #1: mine.beta = 1: unknown section mine"),
+        (
+            ["Objective.name=aspo:"],
+            "--set #1: Objective.name = 'aspo:': expected one of aspo,"
+            " kl_penalty, or 'package.module:factory', either with a label behind a dot",
+        ),
+        (["Objective.name=a-b:d"], "--set #1: Objective.name = 'a-b:d': expected one of aspo"),
+        (["Objective.name={rules}:mine", "Objective.aggregate=os:getcwd.b"], ""),
+        (["adamw.b1=0.5"], "adamw has no argument b1"),
+    ],
+)
+def test_a_factory_that_cannot_be_used(flags, message, rules):
+    flags = [flag.format(rules=rules) for flag in flags]
+    if not message:
+        assert _read(*(w for flag in flags for w in ("--set", flag))).objective.aggregate
+        return
+    with pytest.raises(ConfigError) as error:
+        _read(*(word for flag in flags for word in ("--set", flag)))
+    assert message.format(rules=rules) in str(error.value)
+
+
+def test_a_module_that_breaks_is_named_by_its_line(rules, tmp_path):
+    (tmp_path / f"broken_{rules}.py").write_text("import math\n\nmath.nothing()\n")
+    with pytest.raises(ConfigError, match=rf"AttributeError: .* at .*broken_{rules}.py:3\)"):
+        _read("--set", f"Objective.name=broken_{rules}:mine")
+
+
+def test_two_factories_of_one_name_are_told_apart_by_a_label(rules, tmp_path):
+    (tmp_path / f"other_{rules}.py").write_text(RULES)
+    flags = ["--set", f"Objective.name={rules}:mine"]
+    with pytest.raises(ConfigError, match="has the name of another section, mine; give it a label"):
+        _read(*flags, "--set", f"Objective.penalties=['other_{rules}:mine']")
+    assert _read(*flags, "--set", f"Objective.penalties=['other_{rules}:mine.b']")
+
+
+def test_help_of_a_factory_of_anyones(rules, capsys):
+    page = _help(f"{rules}:mine", capsys)
+    assert "mine.beta  (float, default 0.5)\n        how much." in page
+
+
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
@@ -473,7 +616,7 @@ def test_a_factory_says_what_is_wrong_with_its_arguments_at_their_line(tmp_path,
 )
 def test_the_shipped_factories_bound_their_arguments(flag, message):
     with pytest.raises(ConfigError, match=message):
-        read_config(["--set", flag], build.FACTORIES)
+        read_config(["--set", flag], SHIPPED)
 
 
 def test_one_sample_per_prompt_is_no_group():
@@ -518,7 +661,7 @@ def test_print_config_shows_the_resolved_text_and_exits(capsys):
 
 def _help(topic: str, capsys) -> str:
     with pytest.raises(SystemExit) as stop:
-        read_config(["--help", topic], build.FACTORIES)
+        read_config(["--help", topic], SHIPPED)
     assert stop.value.code == 0
     return capsys.readouterr().out
 
@@ -529,14 +672,14 @@ def test_help_of_a_section(capsys):
     assert "[tokens] longest prompt (>= 1)" in page
     assert _help("sampler.slots", capsys) == page
     with pytest.raises(ConfigError, match="--help Smapler: unknown section .*did you mean Sampler"):
-        read_config(["--help", "Smapler"], build.FACTORIES)
+        read_config(["--help", "Smapler"], SHIPPED)
 
 
 def test_help_of_a_factory_says_what_every_argument_means(capsys):
     page = _help("aspo", capsys)
     assert "aspo.cap  (float, default 3.0)\n        largest weight, above 0." in page
     assert "A > 0:  w = min(1/r, cap)" in page
-    for named in build.FACTORIES.values():
+    for named in SHIPPED.values():
         for name, factory in named.items():
             page = _help(name, capsys)
             for argument in arguments(factory):

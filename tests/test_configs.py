@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import typing
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from aspo_jax.build import FACTORIES, check_inputs
-from aspo_jax.config import Config, packaged, parse_config, read_config
+from aspo_jax.build import check_inputs
+from aspo_jax.config import Config, packaged, parse_config, read_config, sections
 from aspo_jax.config.reading import config_folder
 from aspo_jax.data import build_character_tokenizer
-from aspo_jax.model import build_model, parse_model_config
-from aspo_jax.planning.programs import UPDATE, programs, read_shape
-from aspo_jax.planning.topology import abstract_mesh
+from aspo_jax.model import AttentionError, build_model, choose_attention, parse_model_config
+from aspo_jax.model.qwen import REMAT
+from aspo_jax.model.sharding import abstract_mesh
+from aspo_jax.parts import FACTORIES
+from aspo_jax.planning.programs import SCORE, UPDATE, programs, read_shape
 
 LONG = [name for name in packaged() if not name.startswith(("countdown", "own_data"))]
 SHAPES = sorted((config_folder() / "shapes").glob("*.json"))
@@ -68,18 +73,25 @@ def test_the_config_for_own_data_fits_its_sample_files(tmp_path, monkeypatch):
     assert table["evaluation"] == "8 prompts x 4 samples = 32, every 20 iterations"
 
 
-@pytest.mark.parametrize("name", LONG)
+def _long(*quick: str) -> list:
+    """The names of the long runs; those that are not named take part in `pytest -m slow` only."""
+    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in LONG]
+
+
+# The others differ from it in their rule, which test_baselines.py compiles, or in their sizes.
+@pytest.mark.parametrize("name", _long("aspo_math_1p5b"))
 def test_lowers_for_tpu_at_full_size(name):
     """16 chips, 34,816-token rows, all layers: the stack is scanned, so depth costs nothing."""
     config = _read(name)
     shape = read_shape(config).config
-    found = programs(config, shape, abstract_mesh((1, 16, 1)), abstract_mesh((4, 1, 1)), "tpu", 4)
+    found = programs(config, shape, abstract_mesh((1, 16, 1)), abstract_mesh((4, 1, 1)), "tpu")
     assert found.attention.name == "splash"
     assert found.has_reference == ("kl_penalty" in config.objective.penalties)
     wanted = list(found.by_name) if name in ("aspo_math_1p5b", "aspo_qwen3_4b") else [UPDATE]
     for program in wanted:
         text = found.by_name[program].lower("tpu").as_text()
-        assert "num_partitions = 16" in text or "num_partitions = 4" in text
+        chips = 16 if program in (UPDATE, SCORE) else 4  # a host samples by itself
+        assert re.findall(r"num_partitions = (\d+)", text) == [str(chips)]
     assert found.batch.microbatches * found.batch.rows >= 256
 
 
@@ -138,3 +150,20 @@ def test_packaged_shapes_have_the_published_sizes(path: Path):
 
 def test_every_packaged_shape_is_known():
     assert {path.stem for path in SHAPES} == BILLIONS.keys()
+
+
+def test_the_settings_of_the_model_are_what_the_model_knows():
+    """A config is read without jax, so it cannot ask the model."""
+    choices = typing.get_type_hints(sections.Model)
+    assert set(typing.get_args(choices["remat"])) == REMAT.keys()
+    for name in typing.get_args(choices["attention"]):
+        assert any(_runs_on(platform, name) for platform in ("cpu", "gpu", "tpu"))
+
+
+def _runs_on(platform: str, name: str) -> bool:
+    sizes = {"head_dim": 128, "row_tokens": 128, "packed": False, "dtype": jnp.bfloat16}
+    try:
+        found = choose_attention(platform, **sizes, mesh=abstract_mesh((1, 1, 1)), name=name)
+    except AttentionError:
+        return False
+    return name in (found.name, "auto")

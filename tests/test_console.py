@@ -56,6 +56,7 @@ FACTORIES = {
     "objective": {"aspo": _aspo},
     "advantage": {"group_zscore": _nothing},
     "aggregate": {"token_mean": _nothing},
+    "optimizer": {"adamw": _nothing},
 }
 CONFIG = parse_config((config_folder() / "countdown_cpu.gin").read_text(), FACTORIES, "demo")
 

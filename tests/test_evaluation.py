@@ -3,35 +3,80 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
-import numpy as np
 import pytest
+from rollout_toy import RIGHT, WRONG, FakeSampler, FakeScorer, completion, decode, in_step, prompt
 
-from aspo_jax.evaluation import scores
+from aspo_jax.config import ConfigError
+from aspo_jax.evaluation import Scores, evaluator
+from aspo_jax.outcomes import EVALUATE as TABLE
+from aspo_jax.rewards import Verdict
+from aspo_jax.rollout import ALONE, Collector, Peers
+from aspo_jax.sampler import EVALUATE
 
-REWARD = np.array([[1, 1, 1, 0], [0.5, 0, 0, 0], [1, 0, 1, 0]], np.float32)
-RIGHT = np.array([[1, 1, 1, 0], [0, 0, 0, 0], [1, 0, 1, 0]], bool)
-DISTINCT = np.array([2, 0, 1])
-FINISHED = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]], bool)
-LENGTH = np.array([[1, 2, 3, 4], [5, 5, 5, 5], [0, 0, 0, 6]], np.float32)
+HALF = Verdict(0.5, "mismatch")
+ROWS = [  # of each prompt: verdict, text
+    [(RIGHT, "a"), (RIGHT, "bb"), (RIGHT, "a"), (WRONG, "c")],
+    [(HALF, "a"), (WRONG, "a"), (WRONG, "a"), (WRONG, "a")],
+    [(RIGHT, "dddd"), (WRONG, "dddd"), (RIGHT, "dddd"), (WRONG, "")],
+]
+CUT = {6, 7, 11}  # samples that did not end themselves
+
+
+def collector_of(index: int = 0, count: int = 1, rows=ROWS) -> Collector:
+    """What one process of several collects by: it has the prompts ``index::count``."""
+    own = [p * 4 + g for p in range(len(rows))[index::count] for g in range(4)]
+    flat = [sample for row in rows for sample in row]
+    answers = [completion(i, flat[n][1], n not in CUT) for i, n in enumerate(own)]
+    scorer: Any = FakeScorer([flat[n][0] for n in own])
+    return Collector(FakeSampler(answers), scorer, decode)
+
+
+def scores_of(peers: Peers = ALONE, rows=ROWS) -> Scores:
+    collector = collector_of(peers.index, peers.count, rows)
+    prompts = [prompt(p) for p in range(len(rows))]
+    return evaluator(collector, prompts, 4, seed=9, peers=peers)("params")[0]
 
 
 def test_by_hand():
-    got = scores(REWARD, RIGHT, DISTINCT, FINISHED, LENGTH)
-    assert got.avg == pytest.approx((0.75 + 0.0 + 0.5) / 3)
-    # sample variance of (9, 0, 6)/12 about 5/12: (16 + 25 + 1)/144 / 2, over 3 prompts
-    assert got.avg_stderr == pytest.approx(math.sqrt(42 / 144 / 2 / 3))
-    assert got.reward_mean == pytest.approx(5.5 / 12) and got.samples == 4
-    assert got.pass_any == pytest.approx(2 / 3)
-    assert got.distinct_right == pytest.approx((2 + 0 + 1) / 3)
-    assert got.truncated == pytest.approx(3 / 12)
-    assert got.response_length == pytest.approx(36 / 12)
+    assert scores_of() == pytest.approx(
+        {
+            "avg": (0.75 + 0.0 + 0.5) / 3,
+            # sample variance of (9, 0, 6)/12 about 5/12: (16 + 25 + 1)/144 / 2, over 3 prompts
+            "avg_stderr": math.sqrt(42 / 144 / 2 / 3),
+            "reward_mean": 5.5 / 12,
+            "pass_any": 2 / 3,
+            "distinct_right": (2 + 0 + 1) / 3,
+            "truncated": 3 / 12,
+            "response_length": (5 + 4 + 12) / 12,
+            "samples": 4,
+        }
+    )
+    assert all(type(x) is float for x in scores_of().values())
+    assert list(scores_of()) == list(TABLE)
 
 
 def test_one_prompt_has_no_error_estimate():
-    got = scores(REWARD[:1], RIGHT[:1], DISTINCT[:1], FINISHED[:1], LENGTH[:1])
-    assert got.avg == 0.75 and got.avg_stderr == 0.0
+    got = scores_of(rows=ROWS[:1])
+    assert got["avg"] == 0.75 and got["avg_stderr"] == 0.0
 
 
-def test_figures_are_plain_numbers():
-    assert all(type(x) is float for x in scores(REWARD, RIGHT, DISTINCT, FINISHED, LENGTH))
+@pytest.mark.parametrize("processes", [2, 3])
+def test_the_scores_are_those_of_all_processes(processes):
+    assert in_step([scores_of] * processes) == [scores_of()] * processes
+
+
+def test_fewer_prompts_than_processes_are_an_error():
+    with pytest.raises(ConfigError, match=r"found 3 .*\(Evaluate.prompts\) for 4 .* at least 4"):
+        scores_of(Peers(0, 4, lambda x: x))
+
+
+def test_every_evaluation_draws_by_the_same_keys():
+    collector: Any = collector_of()
+    evaluate = evaluator(collector, [prompt(p) for p in range(3)], 4, seed=9)
+    keys = [(EVALUATE, 100 + p, 9, g) for p in range(3) for g in range(4)]
+    for _ in range(2):
+        _, rollout = evaluate("params")
+        assert [r.identity for r in collector.sampler.requests] == keys
+        assert [s.text for s in rollout.samples] == [text for row in ROWS for _, text in row]

@@ -14,21 +14,27 @@ import aspo_jax
 
 PACKAGE = Path(aspo_jax.__file__).parent
 FLOORS = [  # top to bottom; strangers on one floor do not import each other
-    ["train", "plan", "export", "check"],
+    ["train", "plan", "export", "check", "library"],
     ["plot", "steps", "warmstart", "planning"],
     ["rounding"],
     ["build"],
-    ["inputs", "rollout", "learner", "evaluation", "run"],
+    ["parts"],
+    ["policy"],
+    ["evaluation"],
+    ["inputs", "rollout", "learner", "run"],
     ["runtime", "sampler", "agreement"],
-    ["head"],
+    ["head", "optimizers", "outcomes"],
     ["losses", "model", "rewards", "data"],
     ["structs", "config", "files"],
     ["paths"],
     ["errors"],
-    ["streams", "allocator"],
+    ["streams", "allocator", "imports"],
 ]
 FLOOR = {room: len(FLOORS) - i for i, rooms in enumerate(FLOORS) for room in rooms}
-NARROW = {"losses": {"structs"}, "rewards": {"errors"}}  # usable without the rest of the house
+NARROW = {
+    "losses": {"structs"},
+    "rewards": {"errors", "imports"},
+}  # usable without the rest of the house
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
 
 

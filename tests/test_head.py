@@ -43,12 +43,15 @@ def pulled(function, head):
         logp_BT, entropy_BT = function(head, weight_VD, hidden_BTD, TARGET_BT)
         return jnp.sum(logp_BT * LOGP_PULL_BT) + jnp.sum(entropy_BT * ENTROPY_PULL_BT)
 
-    return jax.jit(jax.grad(scalar, argnums=(0, 1)))
+    # Compiling is all that takes long.
+    quickly = {"xla_backend_optimization_level": 0}
+    return jax.jit(jax.grad(scalar, argnums=(0, 1)), compiler_options=quickly)
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 7, 20, 21, 1024])
-@pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_values_and_gradients_are_those_of_the_definition(chunk, temperature):
+@pytest.mark.parametrize(
+    ("temperature", "chunk"), [(1.0, 7), *((0.7, chunk) for chunk in (1, 4, 7, 20, 21, 1024))]
+)
+def test_values_and_gradients_are_those_of_the_definition(temperature, chunk):
     head = Head(temperature, IS_ALLOWED_V, chunk)
     got = logp_and_entropy(head, WEIGHT_VD, HIDDEN_BTD, TARGET_BT)
     expected = reference(head, WEIGHT_VD, HIDDEN_BTD, TARGET_BT)

@@ -19,23 +19,21 @@ import optax
 import pytest
 import toy
 
-from aspo_jax.learner import (
-    Goal,
-    clipped_adamw,
-    learning_rate_schedule,
-    matrices_only,
-    warmup_by_iteration,
-)
+from aspo_jax.learner import LARGEST_COPIED, Goal, PlacementError, _tokens, forward
 from aspo_jax.losses import (
     Coefficient,
     Objective,
     aspo,
     chain,
     kl_penalty,
+    policy_loss,
     reads,
+    reinforce,
     sequence_mean,
     token_mean,
 )
+from aspo_jax.model.qwen import REMAT
+from aspo_jax.optimizers import adamw, clipped, muon, sgd
 from aspo_jax.structs import Max, Minibatch, TrainState, merge_metrics
 
 MODEL = toy.toy_model(layers=1)
@@ -69,9 +67,9 @@ def state_of(learner, params, mesh=None) -> TrainState:
     return learner.init(toy.on(mesh or toy.toy_mesh(), MODEL, params))
 
 
-def update(learner, params, part: Minibatch):
+def update(learner, params, part: Minibatch, call=lambda step, *arguments: step(*arguments)):
     """(change of the parameters, figures) of one update from a fresh state."""
-    state, report = learner.step(state_of(learner, params), part)
+    state, report = call(learner.step, state_of(learner, params), part)
     change = jax.tree.map(lambda new, old: np.asarray(new) - old, state.params, params)
     return change, toy.figures(report)
 
@@ -89,7 +87,9 @@ def assert_relative(got, expected, tolerance: float) -> None:
 # --- the first ratio ----------------------------------------------------------------------------
 
 
-def test_the_first_importance_ratio_is_exactly_one(learner, params, reference):
+@pytest.mark.parametrize("remat", REMAT)
+def test_the_first_importance_ratio_is_exactly_one(params, reference, remat):
+    learner = toy.toy_learner(MODEL, GOAL, optax.sgd(1.0), remat=remat)
     part = toy.minibatch(EXAMPLES, 3, 2, 32)
     part = toy.with_old(learner, toy.on(toy.toy_mesh(), MODEL, params), part, reference)
     _, got = update(learner, params, part)
@@ -97,8 +97,7 @@ def test_the_first_importance_ratio_is_exactly_one(learner, params, reference):
     assert got["clip_share"] == 0 and got["entropy"] == got["old_entropy"]
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_so_it_is_in_bfloat16_on_a_cpu(remat):
+def test_so_it_is_in_bfloat16_on_a_cpu():
     tests = Path(__file__).parent
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -107,9 +106,12 @@ def test_so_it_is_in_bfloat16_on_a_cpu(remat):
         "PROGRAMS": jax.config.values["jax_compilation_cache_dir"],
     }
     done = subprocess.run(
-        [sys.executable, tests / "learner_toy.py", remat], env=env, capture_output=True, text=True
+        [sys.executable, tests / "learner_toy.py", *REMAT],
+        env=env,
+        capture_output=True,
+        text=True,
     )
-    assert done.stdout == "0.0 True\n", done.stderr
+    assert done.stdout == "".join(f"{remat} 0.0 True\n" for remat in REMAT), done.stderr
 
 
 # --- one gradient -------------------------------------------------------------------------------
@@ -123,7 +125,7 @@ LAYOUTS = {
 
 def on_layout(learner, params, behaviour, reference, layout, made=EXAMPLES):
     part = toy.with_old(learner, behaviour, toy.minibatch(made, *layout), reference)
-    return update(learner, params, part)
+    return update(learner, params, part, toy.quickly)
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +169,7 @@ def test_nor_do_the_devices(params, behaviour, reference, at_once, sizes):
     part = toy.with_old(learner, old, part, frozen)
     before = state_of(learner, params, mesh)
     lies = jax.tree.map(lambda x: x.sharding, before)
-    state, report = learner.step(before, part)
+    state, report = toy.quickly(learner.step, before, part)
     assert jax.tree.map(lambda x: x.sharding, state) == lies
     assert len(state.params["embed"].sharding.device_set) == 4
     change = jax.tree.map(lambda new, old: np.asarray(new) - old, state.params, params)
@@ -184,7 +186,11 @@ def factorisations(devices: int) -> list[tuple[int, int, int]]:
 def on_eight_devices(meshes: list[tuple[int, int, int]]) -> None:
     """Meshes of eight against one device, and a move to fewer, in a process that has eight."""
     program = Path(__file__).with_name("mesh_toy.py")
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiling is all that takes long
+    }
     done = subprocess.run(
         [
             sys.executable,
@@ -203,8 +209,9 @@ def on_eight_devices(meshes: list[tuple[int, int, int]]) -> None:
     assert found["moved"] < 1e-5
 
 
+@pytest.mark.slow
 def test_eight_devices_make_the_same_update_and_hand_it_on_to_four_and_one():
-    on_eight_devices([(2, 2, 2), (8, 1, 1), (1, 2, 4)])
+    on_eight_devices([(2, 2, 2)])
 
 
 @pytest.mark.slow
@@ -256,9 +263,8 @@ def tally() -> Objective:
 @pytest.fixture(scope="module")
 def adam():
     """AdamW and a stateful rule: everything that a skipped update could spoil."""
-    optimizer = clipped_adamw(
-        optax.constant_schedule(0.01), betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, clip_norm=1.0
-    )
+    rate = optax.constant_schedule(0.01)
+    optimizer = clipped(adamw(rate, MODEL.axes(), b2=0.99, weight_decay=0.1), 1.0)
     return toy.toy_learner(MODEL, Goal(chain(aspo(), tally()), token_mean), optimizer)
 
 
@@ -308,7 +314,7 @@ def test_an_empty_minibatch_changes_no_bit_and_is_counted(adam, params, good):
 
 
 def test_a_stateful_rule_is_driven_once_per_applied_update(adam, params, good):
-    tokens = sum(len(e.response_tokens) for e in EXAMPLES)
+    tokens = sum(int(e.is_response_L.sum()) for e in EXAMPLES)
     state = state_of(adam, params)
     assert state.objective_state[1] == {"tokens": 0, "updates": 0}
     empty = toy.with_old(adam, params, toy.minibatch([], *LAYOUT))
@@ -325,6 +331,35 @@ def test_a_stateful_rule_is_driven_once_per_applied_update(adam, params, good):
         assert state.objective_state[1] == {"tokens": applied * tokens, "updates": applied}
 
 
+SUMMED = ("logp_BT", "old_logp_BT", "advantage_BT", "entropy_BT", "ref_logp_BT")
+
+
+def unmasked() -> Objective:
+    """A rule that trusts its tokens: the sums count all that is not zero in them, in any slot."""
+
+    def prepare(tokens, state):
+        return {name: jnp.sum(getattr(tokens, name)) for name in SUMMED}
+
+    def coefficient(tokens, state, sums):
+        ones = jnp.ones_like(tokens.logp_BT)
+        return Coefficient(ones, 0 * ones, {name: Max(sums[name]) for name in SUMMED})
+
+    return Objective(coefficient, prepare)
+
+
+def test_rules_prepare_from_what_policy_loss_would_show_them(params, reference):
+    """The sums over micro-batches are those of one `policy_loss` on all tokens, raw ones."""
+    learner = toy.toy_learner(MODEL, Goal(unmasked(), token_mean), optax.sgd(0.0))
+    part = toy.with_old(learner, params, toy.minibatch(EXAMPLES, *LAYOUT), reference)
+    rows, old = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), (part.rows, part.old))
+    tokens = _tokens(rows, old, *forward(MODEL, toy.HEAD, params, rows))
+    assert np.abs(np.where(rows.is_response_BT, 0, tokens.logp_BT)).max() > 1  # to be blanked
+    _, expected = policy_loss(unmasked(), tokens, aggregate=token_mean)
+    got, expected = update(learner, params, part)[1], toy.figures(expected)
+    for name in SUMMED:
+        assert got[name] == pytest.approx(expected[name], rel=1e-5), name
+
+
 def test_the_moments_are_updated_where_they_lie(adam, params, good):
     """XLA on a CPU copies both before each update unless it is told what comes first."""
     state = state_of(adam, params)
@@ -339,6 +374,78 @@ def test_the_old_state_is_donated(adam, params, good):
     new, _ = adam.step(state, good)
     assert all(x.is_deleted() for x in jax.tree.leaves((state.params, state.opt_state)))
     assert not any(x.is_deleted() for x in jax.tree.leaves((new, good)))
+
+
+# --- any optimizer on any mesh -------------------------------------------------------------------
+
+RATE = optax.constant_schedule(0.02)
+ANY = {
+    "adamw": adamw(RATE, MODEL.axes(), eps=1e-3, weight_decay=0.1, decay="matrices"),
+    "muon": muon(RATE, MODEL.axes(), eps=1e-3),
+    "sgd": sgd(RATE, MODEL.axes(), momentum=0.9),
+}
+MOMENTS = {"adamw": (2, 2), "muon": (1, 2), "sgd": (1, 1)}  # of a layer's matrix, of all else
+
+
+def three_steps(optimizer, params, mesh):
+    """The state, and the loss before each step, of learning the examples by heart."""
+    learner = toy.toy_learner(MODEL, Goal(reinforce(), token_mean), clipped(optimizer, 1.0), mesh)
+    made = [e._replace(advantage=1.0) for e in EXAMPLES]
+    part = toy.with_old(learner, toy.on(mesh, MODEL, params), toy.minibatch(made, *LAYOUT))
+    state, losses = state_of(learner, params, mesh), []
+    step = toy.compiled_quickly(learner.step, state, part)
+    for _ in range(3):
+        state, report = step(state, part)
+        losses.append(toy.figures(report)["surrogate"])
+    return state, losses
+
+
+def moments_of(state, path) -> list[jax.Array]:
+    """The arrays of the optimizer's state under a parameter's path."""
+    found = jax.tree_util.tree_leaves_with_path(state.opt_state)
+    return [x for where, x in found if where[-len(path) :] == path]
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", pytest.param("sgd", marks=pytest.mark.slow)])
+def test_any_optimizers_moments_lie_as_their_parameters_and_train_alike(name, params):
+    state, losses = three_steps(ANY[name], params, toy.toy_mesh(fsdp=2, tensor=2))
+    for path, x in jax.tree_util.tree_leaves_with_path(state.params):
+        moments = moments_of(state, path)
+        is_matrix = path[-1].key == "kernel"
+        assert len(moments) == MOMENTS[name][not is_matrix], path
+        assert all(m.sharding == x.sharding and m.shape == x.shape for m in moments), path
+        if is_matrix or path[-1].key == "embed":
+            assert x.addressable_shards[0].data.size == x.size / 4
+    alone, expected = three_steps(ANY[name], params, toy.toy_mesh())
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), state.params, alone.params
+    )
+    assert losses[0] > losses[1] > losses[2], losses
+
+
+def hoard(elements: int) -> optax.GradientTransformation:
+    """An optimizer with an array of its own."""
+    return optax.stateless(lambda grads, params: grads)._replace(
+        init=lambda params: {"hoard": jnp.zeros(elements)}
+    )
+
+
+def test_a_large_array_that_every_device_would_hold_is_refused():
+    goal, four = Goal(aspo(), token_mean), toy.toy_mesh(fsdp=4)
+    toy.toy_learner(MODEL, goal, hoard(LARGEST_COPIED), four)
+    toy.toy_learner(MODEL, goal, hoard(LARGEST_COPIED + 1))
+    expected = r"opt_state\['hoard'\] has 1,048,577 elements .* each of 4 devices .* at most"
+    with pytest.raises(PlacementError, match=expected):
+        toy.toy_learner(MODEL, goal, hoard(LARGEST_COPIED + 1), four)
+
+
+def test_state_of_another_shape_than_its_parameter_is_copied():
+    """Adafactor keeps a row and a column in place of a matrix, under the matrix's path."""
+    factored = optax.adafactor(0.1, min_dim_size_to_factor=1)
+    learner = toy.toy_learner(MODEL, Goal(aspo(), token_mean), factored, toy.toy_mesh(fsdp=4))
+    leaves = jax.tree.leaves(learner.state.opt_state)
+    assert all(x.sharding.is_fully_replicated for x in leaves if x.ndim < 3)
 
 
 # --- where the gradient points ------------------------------------------------------------------
@@ -389,57 +496,14 @@ def test_good_tokens_become_likelier_and_bad_ones_less_so(adam, params, good):
     assert gain[is_response & (advantage < 0)].mean() < -0.01
 
 
-def test_schedule_and_clip():
-    def rates(*args):
-        return [np.asarray(learning_rate_schedule(*args)(i)).item() for i in range(6)]
-
-    np.testing.assert_allclose(rates(0.3, 3), [0.1, 0.2, 0.3, 0.3, 0.3, 0.3], rtol=1e-6)
-    np.testing.assert_allclose(rates(0.3, 0), 0.3, rtol=1e-6)
-    np.testing.assert_allclose(rates(0.4, 2, 4), [0.2, 0.3, 0.2, 0.1, 0, 0], rtol=1e-6)
-    warmed = warmup_by_iteration(learning_rate_schedule(0.4, 0), 2, updates_per_iteration=3)
-    got = [np.asarray(warmed(i)).item() for i in range(9)]  # three iterations of three updates
-    np.testing.assert_allclose(got, [0, 0, 0, 0.2, 0.2, 0.2, 0.4, 0.4, 0.4], rtol=1e-6)
-    optimizer = clipped_adamw(
-        optax.constant_schedule(0.1), betas=(0.0, 0.0), eps=1.0, weight_decay=0.0, clip_norm=2.0
-    )
-    w = jnp.zeros(4)
-    # the gradient (8, 0, 0, 6) has norm 10 and is clipped to (1.6, 0, 0, 1.2); g / (|g| + 1)
-    change, _ = optimizer.update(jnp.array([8.0, 0, 0, 6.0]), optimizer.init(w), w)
-    np.testing.assert_allclose(
-        np.asarray(change), [-0.1 * 1.6 / 2.6, 0, 0, -0.1 * 1.2 / 2.2], rtol=1e-5
-    )
-
-
-@pytest.mark.parametrize("decay", [None, matrices_only])
-def test_what_decays(params, decay):
-    optimizer = clipped_adamw(
-        optax.constant_schedule(0.1),
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        weight_decay=0.5,
-        clip_norm=1.0,
-        decay=decay,
-    )
-    nothing = jax.tree.map(np.zeros_like, params)
-    change = optimizer.update(nothing, optimizer.init(params), params)[0]
-    for path, x in jax.tree_util.tree_leaves_with_path(change):
-        is_matrix = jax.tree_util.keystr(path[-1:]) in ("['kernel']", "['embed']", "['head']")
-        assert bool(np.abs(x).max() > 0) == (decay is None or is_matrix), path
-
-
 # --- golden -------------------------------------------------------------------------------------
 
 GOLDEN = {"surrogate": -0.1276843, "grad_norm": 3.494496, "delta_norm": 0.04816732}
 
 
 def test_golden_first_training_step(params, behaviour, reference):
-    optimizer = clipped_adamw(
-        optax.constant_schedule(1e-3),
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        weight_decay=0.01,
-        clip_norm=1.0,
-    )
+    rate = optax.constant_schedule(1e-3)
+    optimizer = clipped(adamw(rate, MODEL.axes(), weight_decay=0.01), 1.0)
     learner = toy.toy_learner(MODEL, GOAL, optimizer)
     part = toy.with_old(learner, behaviour, toy.minibatch(EXAMPLES, *LAYOUT), reference)
     change, got = update(learner, params, part)

@@ -8,15 +8,16 @@ import re
 import pytest
 
 from aspo_jax import plan as planning
-from aspo_jax.build import FACTORIES
 from aspo_jax.config import Config, ConfigError, read_config
 from aspo_jax.model import ModelConfig
+from aspo_jax.model.sharding import MeshError
+from aspo_jax.parts import FACTORIES
 from aspo_jax.plan import HEADROOM, Plan, parse_exhausted, plan, report
 from aspo_jax.planning import topology as topologies
-from aspo_jax.planning.budget import PROCESS, PROCESS_BYTES
-from aspo_jax.planning.flops import causal_pairs, forward_flops, update_flops
+from aspo_jax.planning.budget import CACHE, OPTIMIZER, PROCESS, PROCESS_BYTES
+from aspo_jax.planning.flops import causal_pairs, forward_flops
 from aspo_jax.planning.programs import DECODE, PREFILL, SCORE, UPDATE
-from aspo_jax.planning.topology import GIB, TopologyError, mesh_sizes, open_target, parse_topology
+from aspo_jax.planning.topology import GIB, TopologyError, open_devices, parse_topology
 
 
 def _read(*flags: str, config: str = "countdown_cpu") -> Config:
@@ -37,7 +38,8 @@ def test_every_program_is_compiled_and_fits(tiny):
     assert [row.program for row in tiny.rows] == [UPDATE, SCORE, PREFILL, DECODE]
     assert all(row.state == "compiled" and row.memory for row in tiny.rows)
     assert tiny.fits and tiny.is_certain and tiny.verdict.startswith("fits: ")
-    assert (tiny.mesh["data"], tiny.mesh["fsdp"], tiny.hosts) == (2, 2, 1)
+    assert dict(tiny.programs.mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 1}
+    assert tiny.programs.hosts == 1
 
 
 def test_arguments_are_what_the_parts_say(tiny):
@@ -45,7 +47,7 @@ def test_arguments_are_what_the_parts_say(tiny):
     update, score, _, decode = tiny.rows
     sizes = {part.name: part.bytes for row in tiny.rows for part in row.parts}
     assert "weights for sampling" not in {part.name for part in (*update.parts, *score.parts)}
-    state = sizes["weights, float32"] + sizes["moments of AdamW"]
+    state = sizes["weights, float32"] + sizes["optimizer state"]
     rows = sizes["rows of the mini-batches"]
     assert update.memory.arguments == pytest.approx(state + rows / 4, rel=0.02)
     policies = sizes["weights, float32"] + sizes["reference policy, bfloat16"]
@@ -57,24 +59,50 @@ def test_arguments_are_what_the_parts_say(tiny):
 def test_what_lies_beside_a_program_is_added(tiny):
     update, score, _, decode = tiny.rows
     sizes = {part.name: part.bytes for row in tiny.rows for part in row.parts}
-    assert update.beside >= sizes["reference policy, bfloat16"]
-    assert score.beside >= sizes["moments of AdamW"]
-    assert decode.beside >= sizes["moments of AdamW"] + sizes["reference policy, bfloat16"]
+    assert update.budget.beside >= sizes["reference policy, bfloat16"]
+    assert score.budget.beside >= sizes["optimizer state"]
+    assert decode.budget.beside >= sizes["optimizer state"] + sizes["reference policy, bfloat16"]
     for row in tiny.rows:
-        assert row.needed >= row.memory.peak + row.beside - 1
+        assert row.needed >= row.memory.peak + row.budget.beside - 1
         assert sum(part.bytes for part in row.parts) == pytest.approx(row.needed)
 
 
 def test_calls_of_an_iteration(tiny):
     # 32 prompts x 16 samples in 512 slots; 4 mini-batches x 2 epochs; 24 positions.
-    assert [row.calls for row in tiny.rows] == [8, 4, 1, 24]
+    assert [row.budget.work.calls for row in tiny.rows] == [8, 4, 1, 24]
+
+
+def _estimated(*flags: str) -> Plan:
+    return plan(_read(*flags), _with_memory(2**20))
+
+
+def test_unpacked_rows_hold_one_sequence_each():
+    """Of 35 tokens at most, so that four can be packed into a row of 140."""
+    sizes = ("Train.row_tokens=140", "Train.rows_per_microbatch=16")
+    packed, unpacked = (
+        _estimated(*sizes, f"Train.pack={pack}").rows[0].budget.work for pack in (True, False)
+    )
+    assert unpacked.flops == pytest.approx(4 * packed.flops)
+    assert unpacked.calls == packed.calls
+
+
+def test_the_state_of_any_optimizer_is_counted():
+    adam = _estimated().rows[0]
+    sgd = _estimated("Optim.name=sgd").rows[0]
+    of_adam, of_sgd = ({part.name: part.bytes for part in row.parts} for row in (adam, sgd))
+    weights, moments = of_adam["weights, float32"], of_adam["optimizer state"]
+    assert moments == pytest.approx(2 * weights, rel=1e-3) and of_sgd["optimizer state"] < 100
+    saved = adam.budget.work.traffic - sgd.budget.work.traffic
+    assert saved == pytest.approx(2 * moments, rel=1e-3)
 
 
 def test_room_for_sequences_leaves_headroom(tiny):
     room = tiny.capacity
-    assert room and room.tokens == 12 + 24
-    assert room.sequences * room.bytes_per_sequence <= 4 * tiny.limit * (1 - HEADROOM)
-    rest = 4 * tiny.limit * (1 - HEADROOM) - PROCESS_BYTES
+    assert room.tokens == 12 + 24
+    assert room.sequences * room.bytes_per_sequence <= 4 * tiny.topology.chip.memory * (
+        1 - HEADROOM
+    )
+    rest = 4 * tiny.topology.chip.memory * (1 - HEADROOM) - PROCESS_BYTES
     assert (room.sequences + 5) * room.bytes_per_sequence > rest * 0.99
 
 
@@ -118,25 +146,25 @@ def test_the_first_program_that_does_not_fit_ends_the_plan(tiny):
 @pytest.mark.parametrize(
     ("flags", "part", "setting"),
     [
-        (["Sampler.slots=4096"], "key-value cache", "Sampler.slots, now 4096"),
+        (["Sampler.slots=4096"], CACHE, "Sampler.slots, now 4096"),
         (
             ["Train.rows_per_microbatch=512", "Model.remat='full'", "Sampler.slots=64"],
             "kept of each layer for the backward pass",
-            "Train.rows_per_microbatch",
+            "lower Train.rows_per_microbatch",
         ),
         (
             ["Train.rows_per_microbatch=512"],
             "kept of each layer for the backward pass",
-            "Model.remat to 'full'",
+            "set Model.remat to 'full'",
         ),
-        (["Model.hidden_size=1024"], "weights, float32", "Runtime.fsdp"),
+        (["Model.hidden_size=1024"], OPTIMIZER, "Runtime.fsdp"),
     ],
 )
 def test_the_largest_part_names_its_setting(flags, part, setting):
-    found = plan(_read(*flags), _with_memory(2**20))
-    largest = [p.name for p in found.worst.parts if p.name != PROCESS]
-    assert largest[0] in (part, "moments of AdamW")
-    assert setting in found.verdict
+    found = _estimated(*flags)
+    largest = next(p for p in found.worst.parts if p.name != PROCESS)
+    assert largest.name == part
+    assert setting in largest.remedy and found.verdict.endswith(largest.remedy)
 
 
 @pytest.mark.parametrize(
@@ -160,35 +188,35 @@ def test_exhausted_memory_is_read_from_the_message(message, size):
     assert parse_exhausted(message) == size
 
 
-def test_a_refusal_of_the_compiler_is_a_verdict(monkeypatch):
+def _refuse(monkeypatch, message: str) -> None:
+    """Have the compiler refuse the update."""
+
     class Refusing:
-        """Has the arguments of the update, and no room."""
-
-        def __init__(self, program):
-            self.arguments = program.arguments
-
         def lower(self):
-            raise planning.jax.errors.JaxRuntimeError(
-                "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (22.38G) exceeds"
-                " available HBM (15.75G)."
-            )
+            raise planning.jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {message}")
 
     real = planning.programs
 
     def refusing(*arguments):
         found = real(*arguments)
-        return found._replace(
-            by_name={
-                name: Refusing(program) if name == UPDATE else program
-                for name, program in found.by_name.items()
-            }
-        )
+        return found._replace(by_name=found.by_name | {UPDATE: Refusing()})
 
     monkeypatch.setattr(planning, "programs", refusing)
+
+
+def test_a_refusal_of_the_compiler_is_a_verdict(monkeypatch):
+    _refuse(monkeypatch, "memory for HLO temporaries (22.38G) exceeds available HBM (15.75G).")
     found = plan(_read(), "cpu:4")
     row = next(row for row in found.rows if row.program == UPDATE)
     assert row.state == "refused" and row.needed > 22 * GIB and not found.fits
     assert "other temporaries" in found.verdict and "Train.row_tokens" in found.verdict
+
+
+def test_a_refusal_that_names_no_size_does_not_fit_either(monkeypatch):
+    _refuse(monkeypatch, "something new")
+    found = plan(_read(), "cpu:4")
+    assert found.worst.program == UPDATE and not found.fits and found.is_certain
+    assert found.verdict.startswith("does not fit: update, refused by the compiler, needs at least")
 
 
 # --- lowered only -----------------------------------------------------------------------------
@@ -201,14 +229,20 @@ def test_lowering_needs_no_compiler(topology, hosts):
     found = plan(_read(config="aspo_math_1p5b"), topology, lower_only=True)
     assert found.fits and not found.is_certain and found.verdict.startswith("may fit: ")
     assert {row.state for row in found.rows} == {"lowered"}
-    assert found.hosts == hosts and found.attention.startswith("splash")
-    assert "packaged shape" in found.model
+    assert found.programs.hosts == hosts and found.programs.attention.name == "splash"
+    assert "packaged shape" in found.source
     # 1.777 B parameters: three float32 arrays of them, and two bytes each of the reference.
     sizes = {part.name: part.bytes for row in found.rows for part in row.parts}
     chips = found.topology.size
-    assert sizes["moments of AdamW"] == pytest.approx(8 * 1.777e9 / chips, rel=2e-3)
+    assert sizes["optimizer state"] == pytest.approx(8 * 1.777e9 / chips, rel=2e-3)
     assert sizes["reference policy, bfloat16"] == pytest.approx(2 * 1.777e9 / chips, rel=2e-3)
     assert sizes["weights for sampling"] == pytest.approx(2 * 1.777e9, rel=2e-3)
+
+
+def test_lowering_for_gpus_needs_no_plugin():
+    found = plan(_read(config="aspo_math_1p5b"), "h100:8", lower_only=True)
+    assert {row.state for row in found.rows} == {"lowered"}
+    assert found.programs.attention.name == "pallas" and found.programs.hosts == 1
 
 
 def test_command_prints_the_plan_and_its_verdict(capsys):
@@ -266,10 +300,22 @@ def test_slices_that_can_be_rented_are_known():
         assert parse_topology(name).name == name
 
 
-def test_a_mesh_that_does_not_fit():
-    assert mesh_sizes(16, data=1, fsdp=-1, tensor=2) == (1, 8, 2)
-    with pytest.raises(TopologyError, match="Runtime.tensor = 3 does not fit 16 chips"):
-        mesh_sizes(16, data=1, fsdp=-1, tensor=3)
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["Runtime.fsdp=-1", "Runtime.tensor=3"], r"does not fit 8 device\(s\); set Runtime.data"),
+        (["Runtime.tensor=-1"], r"Runtime.tensor = 8 does not divide the 4 device\(s\)"),
+    ],
+)
+def test_a_mesh_that_does_not_fit(flags, message):
+    with pytest.raises(MeshError, match=message):
+        plan(_read("Runtime.data=1", *flags), "v5e:2x4", lower_only=True)
+
+
+def test_the_devices_left_over_may_be_a_tensor_group():
+    config = _read("Runtime.fsdp=1", "Runtime.tensor=-1", "Runtime.data=1", config="aspo_math_1p5b")
+    found = plan(config, "cpu:2", lower_only=True)
+    assert found.programs.local.shape["tensor"] == 2
 
 
 @pytest.mark.parametrize(
@@ -310,7 +356,7 @@ def test_arguments_that_are_none_are_answered_with_the_one_that_was_meant(capsys
 def test_too_many_simulated_devices():
     planning.jax.devices()  # with the four of every test session
     with pytest.raises(TopologyError, match="64 simulated CPU devices are needed, found 4"):
-        open_target(parse_topology("cpu:64"))
+        open_devices(parse_topology("cpu:64"))
 
 
 # --- compilers that are not there -------------------------------------------------------------
@@ -367,4 +413,3 @@ def test_flops_by_hand():
     pairs = causal_pairs(5)
     assert pairs == 15
     assert forward_flops(shape, 5, pairs) == 2 * (3 * block + 40) * 5 + 4 * 3 * 2 * 2 * 15
-    assert update_flops(shape, 5, pairs) == 3 * forward_flops(shape, 5, pairs)

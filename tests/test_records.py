@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from aspo_jax.build import FACTORIES
 from aspo_jax.config import Config, packaged, read_config
+from aspo_jax.parts import FACTORIES
 from aspo_jax.run.records import next_command
 
 

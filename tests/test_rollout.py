@@ -2,96 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from rollout_toy import (
+    FAILED,
+    RIGHT,
+    WRONG,
+    FakeSampler,
+    completion,
+    in_step,
+    judged,
+    prompt,
+    rollout_of,
+)
 
 from aspo_jax.losses import count_totals, group_mean, group_zscore
-from aspo_jax.rewards import RewardError, Submission, Verdict, mask_truncated, unshaped
+from aspo_jax.rewards import RewardError, Submission, Verdict, mask_truncated
 from aspo_jax.rollout import (
     BatchShape,
-    Codec,
     Example,
     Peers,
     Rollout,
+    answered,
     assemble,
     batch_shape,
     check_failures,
     draw,
     fill,
     held_out_transcripts,
-    judge,
-    submitter,
     training_transcripts,
 )
-from aspo_jax.sampler import LENGTH, STOP, TRAIN, Completion
-from aspo_jax.structs import Prompt, Rows
-
-CODEC = Codec(
-    encode=lambda text: [ord(c) for c in text],
-    decode=lambda ids: "".join(chr(i) for i in ids),
-)
-RIGHT, WRONG = Verdict(1.0, "match"), Verdict(0.0, "mismatch")
-FAILED = Verdict(0.0, "crash", is_valid=False)
-
-
-def prompt(number: int) -> Prompt:
-    return Prompt(f"p{number}", 100 + number, "q" * (number + 1), {"n": number}, "countdown")
-
-
-def completion(request: int, text: str, is_finished: bool = True) -> Completion:
-    logp = -0.25 * np.arange(1, len(text) + 1, dtype=np.float32)
-    ending = STOP if is_finished else LENGTH
-    return Completion(request, np.array(CODEC.encode(text)), logp, ending)
-
-
-class FakeSampler:
-    """Answers each request with its own number, the last first."""
-
-    def start(self, params):
-        raise AssertionError("starting the sampler is the caller's")
-
-    def release(self):
-        raise AssertionError("so is releasing it")
-
-    def sample(self, requests):
-        self.requests = list(requests)
-        for number in reversed(range(len(self.requests))):
-            yield completion(number, f"answer {number}", number % 2 == 0)
-
-
-class FakeGrading:
-    """Knows its verdicts beforehand; submissions may come in any order."""
-
-    def __init__(self, verdicts):
-        self.verdicts = verdicts
-        self.submissions = {}
-
-    def submit(self, number, submission):
-        self.submissions[number] = submission
-
-    def results(self):
-        return [(s, self.verdicts[n]) for n, s in sorted(self.submissions.items())]
-
-
-def judged(verdicts, prompts, answers, shape=unshaped) -> tuple[Rollout, FakeGrading]:
-    """The rollout, and what its graders saw."""
-    grading: Any = FakeGrading(verdicts)
-    G = len(answers) // len(prompts)
-    submit = submitter(grading, CODEC, prompts, G, domain=TRAIN, iteration=3)
-    for answer in reversed(answers):
-        submit(answer)
-    return judge(grading, CODEC, prompts, answers, shape), grading
-
-
-def rollout_of(verdicts: list[list[Verdict]]) -> Rollout:
-    """One row of verdicts per prompt; every answer has a text and a length of its own."""
-    P, G = len(verdicts), len(verdicts[0])
-    answers = [completion(i, "abcdefgh"[: 1 + i % 8], i != 0) for i in range(P * G)]
-    return judged([v for row in verdicts for v in row], [prompt(p) for p in range(P)], answers)[0]
+from aspo_jax.sampler import LENGTH, NONFINITE, STOP, TRAIN, Completion
+from aspo_jax.structs import Rows
 
 
 def shape_of(rollout: Rollout, minibatches: int, **changes) -> BatchShape:
@@ -105,53 +53,82 @@ def shape_of(rollout: Rollout, minibatches: int, **changes) -> BatchShape:
     )
 
 
+def lengths_of(rollout: Rollout) -> np.ndarray:
+    lengths = [len(s.completion.tokens_T) for s in rollout.samples]
+    return np.reshape(lengths, (-1, rollout.samples_per_prompt))
+
+
 # --- drawing and judging ------------------------------------------------------------------------
 
 
 def test_every_prompt_is_drawn_by_its_identity_and_answers_come_back_in_order():
-    sampler = FakeSampler()
+    sampler = FakeSampler([completion(i, f"answer {i}") for i in range(6)])
     prompts = [prompt(2), prompt(0)]
     seen: list[Completion] = []
-    got = draw(sampler, CODEC, prompts, 3, domain=TRAIN, retry=7, finished=seen.append)
+    got = draw(sampler, "params", prompts, 3, domain=TRAIN, retry=7, finished=seen.append)
     assert [c.request for c in seen] == list(reversed(range(6)))  # as they finish
     assert [c.request for c in got] == list(range(6))
     assert [r.identity for r in sampler.requests] == [
         (TRAIN, p.draw, 7, g) for p in prompts for g in range(3)
     ]
-    assert [len(r.tokens) for r in sampler.requests] == [3, 3, 3, 1, 1, 1]
+    assert [r.tokens for r in sampler.requests] == [p.tokens for p in prompts for _ in range(3)]
+    assert sampler.calls == [("start", "params"), "sample", "release"]
+
+
+def test_sampling_and_the_wait_for_graders_are_phases_and_every_answer_moves_the_bar():
+    events: list[Any] = []
+
+    @contextlib.contextmanager
+    def phase(name, *size):
+        events.append((name, *size))
+        yield SimpleNamespace(advance=lambda tokens: events.append(tokens))
+        events.append(f"end of {name}")
+
+    answers = [
+        completion(0, "one"),
+        completion(1, "three"),
+        completion(2, "x"),
+        completion(3, "yy"),
+    ]
+    judged([RIGHT] * 4, [prompt(0), prompt(1)], answers, phase=phase)
+    assert events == [
+        *(("sample", 4, "samples"), 2, 1, 5, 3, "end of sample"),
+        *(("grade",), "end of grade"),
+    ]
 
 
 def test_graders_see_the_text_the_answer_and_how_it_ended():
     answers = [completion(0, "one"), completion(1, "two!", False)]
-    rollout, grading = judged([RIGHT, WRONG], [prompt(1)], answers)
-    assert grading.submissions == {
+    rollout, scorer = judged([RIGHT, WRONG], [prompt(1)], answers)
+    assert scorer.submissions == {
         0: Submission("countdown", "one", {"n": 1}, True, 3, "qq", f"{TRAIN} 101 0", 3),
         1: Submission("countdown", "two!", {"n": 1}, False, 4, "qq", f"{TRAIN} 101 1", 3),
     }
     assert rollout.samples_per_prompt == 2
-    assert rollout.reward_PG.tolist() == [[1, 0]] and rollout.is_right_PG.tolist() == [
-        [True, False]
+    assert [(s.prompt, s.completion, s.text, s.verdict) for s in rollout.samples] == [
+        (prompt(1), answers[0], "one", RIGHT),
+        (prompt(1), answers[1], "two!", WRONG),
     ]
-    assert rollout.length_PG.tolist() == [[3, 4]]
-    assert rollout.distinct_P.tolist() == [2] and rollout.distinct_right_P.tolist() == [1]
-    assert rollout.is_finished_PG.tolist() == [[True, False]]
 
 
 def test_a_shape_may_mask_a_sample_without_calling_its_grader_a_failure():
     answers = [completion(0, "one"), completion(1, "two!", False)]
     rollout, _ = judged([RIGHT, RIGHT], [prompt(1)], answers, mask_truncated())
-    assert rollout.is_valid_PG.tolist() == [[True, False]]
-    assert not rollout.is_failed_PG.any()
+    assert [s.is_valid for s in rollout.samples] == [True, False]
+    _, figures = assemble(rollout, group_mean(), shape_of(rollout, 1))
+    assert figures["rollout/grader_failures"] == 0 and figures["rollout/truncated"] == 0.5
 
 
-def test_too_many_failed_graders_stop_the_run():
-    rollout = rollout_of([[RIGHT, FAILED], [WRONG, RIGHT]])
+@pytest.mark.parametrize("reason", ["crash", "bad_gold"])
+def test_too_many_failed_graders_stop_the_run(reason):
+    failed = Verdict(0.0, reason, is_valid=False)
+    rollout = rollout_of([[RIGHT, failed], [WRONG, RIGHT]])
     check_failures(rollout, 0.25)
-    with pytest.raises(RewardError, match="1 of 4 samples failed twice.*Reward.max_failures = 0.2"):
+    with pytest.raises(RewardError, match="1 of 4 samples failed.*Reward.max_failures = 0.2"):
         check_failures(rollout, 0.2)
     others = np.array([[1, 4], [0, 4], [0, 4]], np.int32)  # failed, samples of three processes
     check_failures(rollout, 0.2, Peers(0, 3, lambda own: np.concatenate([own[None], others[1:]])))
-    with pytest.raises(RewardError, match="1 of 12 samples failed twice"):
+    with pytest.raises(RewardError, match="1 of 12 samples failed"):
         check_failures(rollout, 0.05, Peers(1, 3, lambda own: others))
 
 
@@ -160,9 +137,9 @@ def test_too_many_failed_graders_stop_the_run():
 
 def test_fill_by_hand():
     """Two sequences share the first row, the longer one first; index t is the token predicted."""
-    short = Example([10, 11], [12, 13], -0.5, np.array([-0.1, -0.2], np.float32), 4)
-    long = Example([20], [21, 22, 23], 2.0, np.array([-1.0, -2.0, -3.0], np.float32), 5)
-    alone = Example([30, 31, 32], [33, 34], 1.0, np.array([-7.0, -8.0], np.float32), 6)
+    short = answered([10, 11], [12, 13], np.array([-0.1, -0.2]), -0.5, 4)
+    long = answered([20], [21, 22, 23], np.array([-1.0, -2.0, -3.0]), 2.0, 5)
+    alone = answered([30, 31, 32], [33, 34], np.array([-7.0, -8.0]), 1.0, 6)
     got = fill([short, long, alone], BatchShape(1, microbatches=2, rows=2, row_tokens=7))
     assert got.count == 1 and got.count.dtype == np.int32 and got.old is None
     expected = {
@@ -184,10 +161,46 @@ def test_fill_by_hand():
         assert not array[1].any()
 
 
+def test_only_what_the_policy_chose_is_trained_wherever_it_stands():
+    """A conversation: asked, called a tool, read its result, answered."""
+    tokens_L, nan = np.array([50, 51, 52, 53, 54, 55, 56]), math.nan
+    is_response_L = np.array([0, 0, 1, 1, 0, 1, 0], bool)  # what follows an answer is given too
+    logp_L = np.array([nan, nan, -1.0, -2.0, nan, -3.0, nan])
+    two_turns = Example(tokens_L, is_response_L, logp_L, -2.0, 3)
+    got = fill([answered([8], [9], -5.0, 1.0, 7), two_turns], BatchShape(1, 1, 1, 8))
+    expected = {
+        "input_BT": [50, 51, 52, 53, 54, 55, 8, 0],
+        "target_BT": [51, 52, 53, 54, 55, 56, 9, 0],
+        "position_BT": [0, 1, 2, 3, 4, 5, 0, 0],
+        "sequence_id_BT": [1, 1, 1, 1, 1, 1, 2, 0],
+        "response_position_BT": [0, 0, 1, 0, 2, 0, 0, 0],
+        "is_response_BT": [0, 1, 1, 0, 1, 0, 1, 0],
+        "advantage_BT": [0, -2, -2, 0, -2, 0, 1, 0],
+        "sampler_logp_BT": [0, -1, -2, 0, -3, 0, -5, 0],
+        "group_id_BT": [3, 3, 3, 3, 3, 3, 7, 0],
+    }
+    for name, values in expected.items():
+        assert getattr(got.rows, name).tolist() == [[values]], name
+    totals = count_totals(got.rows)
+    assert (int(totals.sequences), int(totals.tokens)) == (2, 4)
+
+
+def test_a_first_token_cannot_be_trained():
+    with pytest.raises(ValueError, match="3 tokens begins with one that the policy chose"):
+        fill([answered([], [1, 2, 3], 0.0, 1.0, 0)], BatchShape(1, 1, 1, 8))
+
+
 def test_no_examples_are_an_empty_minibatch_of_the_same_shape():
     got = fill([], BatchShape(1, 2, 3, 8))
     assert got.count == 0 and got.rows.input_BT.shape == (2, 3, 8)
     assert not got.rows.is_response_BT.any()
+
+
+def test_each_process_fills_its_share_of_the_rows():
+    shape = BatchShape(minibatches=1, microbatches=2, rows=4, row_tokens=8)
+    made = [answered([1], [2, 3, 4, 5, 6], 0.0, 1.0, i) for i in range(3)]  # one a row
+    got = fill(made, shape, processes=2)
+    assert got.rows.input_BT.shape == (2, 2, 8) and got.count == 2
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -206,7 +219,7 @@ def test_the_worst_case_fits_whatever_the_lengths(seed):
     assert shape.minibatches == 3
     sequences = per_minibatch * samples
     for lengths in (np.full(sequences, longest), rng.integers(1, longest + 1, sequences)):
-        made = [Example([1], np.ones(n, int), 1.0, 0.0, i) for i, n in enumerate(lengths)]
+        made = [answered([1], np.ones(n, int), 0.0, 1.0, i) for i, n in enumerate(lengths)]
         got = fill(made, shape)
         assert got.count <= shape.microbatches
         assert got.rows.is_response_BT.sum() == lengths.sum()
@@ -239,7 +252,7 @@ def test_groups_without_a_signal_are_dropped_and_the_others_dealt_evenly_in_orde
     assert [groups_of(part) for part in parts] == [[(0, 0), (1, 2), (2, 3)], [(0, 5), (1, 6)]]
     assert figures["rollout/valid_groups"] == 5 / 8
     # denominators count what was kept
-    length_PG = rollout.length_PG
+    length_PG = lengths_of(rollout)
     totals = [count_totals(part.rows) for part in parts]
     assert [float(t.sequences) for t in totals] == [6, 4]
     assert [float(t.tokens) for t in totals] == [length_PG[[0, 2, 3]].sum(), length_PG[5:7].sum()]
@@ -264,7 +277,7 @@ def test_samples_whose_grader_failed_are_masked():
     rollout = rollout_of([[RIGHT, FAILED, WRONG], [FAILED, FAILED, FAILED], [WRONG, FAILED, WRONG]])
     (part,), figures = assemble(rollout, group_mean(), shape_of(rollout, 1))
     assert count_totals(part.rows).sequences == 2
-    assert part.rows.is_response_BT.sum() == rollout.length_PG[0, [0, 2]].sum()
+    assert part.rows.is_response_BT.sum() == lengths_of(rollout)[0, [0, 2]].sum()
     advantages = part.rows.advantage_BT[part.rows.is_response_BT]
     assert set(advantages.tolist()) == {0.5, -0.5}
     assert figures["rollout/grader_failures"] == 5
@@ -305,6 +318,52 @@ def test_figures_by_hand():
         }
     )
     assert all(type(x) is float for x in figures.values())
+
+
+def test_figures_of_what_went_wrong():
+    """The graders of two samples failed, one hung, one distribution was not finite, one is cut."""
+    late, unusable = Verdict(0.0, "timeout"), Verdict(0.0, "bad_gold", is_valid=False)
+    answers = [completion(i, "same") for i in range(4)] + [completion(4, "other", False)]
+    answers.append(completion(5, "other")._replace(ending=NONFINITE))
+    verdicts = [RIGHT, FAILED, late, unusable, WRONG, RIGHT]
+    rollout, _ = judged(verdicts, [prompt(0), prompt(1)], answers)
+    _, figures = assemble(rollout, group_mean(), shape_of(rollout, 1))
+    assert {name.removeprefix("rollout/"): x for name, x in figures.items()} == pytest.approx(
+        {
+            "reward_mean": 1 / 3,  # of RIGHT, late and WRONG
+            "solve_none": 0,
+            "solve_all": 0,
+            "valid_groups": 1 / 2,
+            "response_length": (4 * 4 + 2 * 5) / 6,
+            "truncated": 2 / 6,
+            "repetition": 0,
+            "distinct_answers": (1 + 2) / 2,
+            "grader_failures": 2,
+            "grader_timeouts": 1,
+            "sampler_failures": 1,
+            "train_tokens": 2 * 4,
+            "packing_waste": 1 - 8 / 48,
+        }
+    )
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_every_process_has_the_figures_and_advantages_of_all(processes):
+    rows = [[RIGHT, WRONG], [WRONG, FAILED], [RIGHT, RIGHT], [WRONG, RIGHT], [RIGHT, WRONG]]
+    rows.append([WRONG, WRONG])
+    whole = rollout_of(rows)
+    shape = shape_of(whole, 1)._replace(rows=6)
+    parts, alone = assemble(whole, group_mean(), shape)
+    shares = [
+        Rollout([s for g in whole.groups[i::processes] for s in g], 2) for i in range(processes)
+    ]
+    found = in_step(
+        [lambda peers, share=share: assemble(share, group_mean(), shape, peers) for share in shares]
+    )
+    for _, figures in found:
+        assert figures == alone
+    trained = [group for (part,), _ in found for group in groups_of(part)]
+    assert sorted(trained) == groups_of(parts[0])
 
 
 def test_transcripts_say_what_was_asked_for_answered_and_expected():

@@ -22,11 +22,10 @@ from toy import (
     toy_model,
 )
 
-from aspo_jax.build import stop_length
 from aspo_jax.head import logits
 from aspo_jax.learner import forward
 from aspo_jax.model import build_model
-from aspo_jax.rollout import BatchShape, Codec, Example, fill
+from aspo_jax.rollout import BatchShape, answered, fill
 from aspo_jax.sampler import (
     EVALUATE,
     EVERYTHING,
@@ -40,6 +39,7 @@ from aspo_jax.sampler import (
     PagedSampler,
     Request,
     make_publish,
+    stop_length,
     truncate,
 )
 
@@ -148,7 +148,7 @@ def test_start_uses_the_new_parameters(params, completions):
 
 def test_log_probabilities_are_the_trainers(params, completions):
     made = [
-        Example(PROMPTS[i[1] % 3], c.tokens_T, 1.0, c.logp_T, 0) for i, c in completions.items()
+        answered(PROMPTS[i[1] % 3], c.tokens_T, c.logp_T, 1.0, 0) for i, c in completions.items()
     ]
     rows = jax.tree.map(lambda x: x[0], fill(made, BatchShape(1, 1, 8, 34)).rows)
     logp_BT, _ = jax.jit(lambda p, r: forward(MODEL, HEAD, p, r))(params, rows)
@@ -257,11 +257,13 @@ def test_stop_strings_cut_where_they_are_complete_whatever_the_block(params, com
 
 
 def test_a_stop_string_is_complete_after_the_shortest_text_that_holds_it():
-    codec = Codec(encode=lambda text: [ord(c) for c in text], decode=lambda x: "".join(map(chr, x)))
-    tokens = codec.encode("so long, long ago")
-    assert stop_length(codec, ("ago", "ong"), tokens) == len("so long")
-    assert stop_length(codec, ("ago",), tokens) == len(tokens)
-    assert stop_length(codec, ("never",), tokens) is None
+    def decode(tokens) -> str:
+        return "".join(map(chr, tokens))
+
+    tokens = list(map(ord, "so long, long ago"))
+    assert stop_length(decode, ("ago", "ong"), tokens) == len("so long")
+    assert stop_length(decode, ("ago",), tokens) == len(tokens)
+    assert stop_length(decode, ("never",), tokens) is None
 
 
 # --- rows, pages, prompts -----------------------------------------------------------------------
@@ -286,9 +288,9 @@ def test_few_programs_few_calls_and_full_rows(params):
     assert traced == shapes, "the second time compiled something"
     assert tokens == sum(len(c.tokens_T) for c in first)
     stats = sampler.stats
-    assert stats.live == tokens and stats.calls < tokens / 4
-    assert stats.busy_live >= 0.95 * stats.busy_steps * LIMITS.slots
-    assert stats.evicted == 0
+    assert stats.tokens == tokens and stats.calls < tokens / 4
+    assert stats.busy_tokens >= 0.95 * stats.busy_steps * LIMITS.slots
+    assert stats.preempted == 0
 
 
 def test_a_prompt_is_read_once_for_its_whole_group(sampler):
@@ -300,7 +302,7 @@ def test_a_prompt_is_read_once_for_its_whole_group(sampler):
 
 
 def test_published_layers_and_pages_at_once_change_no_token(params, completions):
-    """As a CPU wants the weights, layer by layer; as an accelerator wants the cache, in lots."""
+    """As a CPU wants the weights, layer by layer; as an accelerator wants the cache, by 4 pages."""
     apart = build_model(CONFIG, is_stacked=False)
     publish = make_publish(apart, toy_mesh(), toy_mesh(), "float32")
     one_by_one = PagedSampler(apart, HEAD, LIMITS, toy_mesh(), seed=3, publish=publish)
@@ -308,6 +310,15 @@ def test_published_layers_and_pages_at_once_change_no_token(params, completions)
     assert len(one_by_one.params["layers"]) == CONFIG.layers
     for other in (one_by_one, build(params, LIMITS._replace(read=4 * LIMITS.page))):
         assert_same(by_identity(other), completions, 1e-5)
+
+
+@pytest.mark.parametrize("is_stacked", [True, False])
+def test_all_but_the_scales_of_norms_are_published_in_the_samplers_type(params, is_stacked):
+    model = build_model(CONFIG, is_stacked=is_stacked)
+    published = make_publish(model, toy_mesh(), toy_mesh(), "bfloat16")(params)
+    for path, x in jax.tree_util.tree_leaves_with_path(published):
+        is_scale = path[-1].key in ("scale", "norm")
+        assert x.dtype == ("float32" if is_scale else "bfloat16"), path
 
 
 def test_rows_of_like_length_sit_together(params):
@@ -327,12 +338,12 @@ def test_rows_of_like_length_sit_together(params):
 
 @pytest.mark.parametrize("slots", [4, 3])
 def test_pages_that_run_out_change_no_bit(params, completions, slots):
-    """Room for one long sequence and a bit: rows are put back and drawn again."""
+    """Room for one long sequence and a bit: sequences are preempted and drawn again."""
     least = (LIMITS.row_pages + 1) * LIMITS.page
     limits = LIMITS._replace(cache_tokens=least, slots=slots, block=4)
     sampler = build(params, limits)
     assert_same(by_identity(sampler), completions, 0.0 if slots == LIMITS.slots else 1e-5)
-    assert sampler.stats.evicted > 0
+    assert sampler.stats.preempted > 0
     with pytest.raises(ValueError, match=f"Sampler.cache_tokens = {least - 1} .* least {least}"):
         build(params, LIMITS._replace(cache_tokens=least - 1))
 

@@ -22,7 +22,7 @@ def test_a_resume_makes_no_second_state():
     machines: Any = SimpleNamespace(
         learner=SimpleNamespace(state="shapes", init=_never),
         initial_params=_never,
-        prompts=SimpleNamespace(restore=positions.append),
+        parts=SimpleNamespace(prompts=SimpleNamespace(restore=positions.append)),
     )
     assert restore_or_init(checkpoints, machines) == ("saved", 3)
     assert positions == [7]

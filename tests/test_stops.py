@@ -13,19 +13,12 @@ import numpy as np
 import pytest
 from toy import TINY_CONFIG, bits, toy_mesh
 
-from aspo_jax.build import (
-    FACTORIES,
-    Policy,
-    build_sampler,
-    load_policy,
-    new_policy,
-    save_policy,
-    stop_ids,
-)
 from aspo_jax.config import Config, ConfigError, read_config
 from aspo_jax.data import load_tokenizer
 from aspo_jax.head import logp_and_entropy
 from aspo_jax.model import ModelFolderError, load_params
+from aspo_jax.parts import FACTORIES, build_sampler
+from aspo_jax.policy import Policy, load_policy, new_policy, save_policy, stop_ids
 from aspo_jax.sampler import STOP, TRAIN, Request
 
 PAD, BOS, EOS = 0, 1, 2
@@ -104,7 +97,7 @@ def test_a_pad_that_ends_responses_is_sampled_scored_and_learned(folder):
     assert lasts == {EOS, PAD}
     assert all(not np.isin(c.tokens_T[:-1], (EOS, PAD)).any() for c in drawn)
     ended = next(c for c in drawn if c.tokens_T[-1] == PAD and c.ending == STOP)
-    assert policy.codec.decode(ended.tokens_T) == policy.codec.decode(ended.tokens_T[:-1])
+    assert policy.decode(ended.tokens_T) == policy.decode(ended.tokens_T[:-1])
 
     token_BT = np.array([[*QUESTION, *ended.tokens_T]], np.int32)
     input_BT, target_BT = token_BT[:, :-1], token_BT[:, 1:]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from aspo_jax import warmstart
-from aspo_jax.build import FACTORIES
 from aspo_jax.config import Config, read_config
+from aspo_jax.parts import FACTORIES
 from aspo_jax.run.console import Console
 from aspo_jax.warmstart import INITIAL_MODEL, SEAL, WarmStartError, cache_key, warm_start
 

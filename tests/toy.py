@@ -14,7 +14,7 @@ from aspo_jax.head import Head
 from aspo_jax.learner import Goal, Learner, build_learner
 from aspo_jax.model import Model, ModelConfig, build_model, choose_attention, shardings
 from aspo_jax.model.sharding import MESH_AXES
-from aspo_jax.rollout import BatchShape, Example, fill
+from aspo_jax.rollout import BatchShape, Example, answered, fill
 from aspo_jax.structs import Histogram, Max, Mean, Metrics, Minibatch
 
 PAD, BOS, EOS = 0, 1, 2
@@ -72,7 +72,9 @@ def toy_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def toy_learner(model: Model, goal: Goal, optimizer: Any, mesh: Mesh | None = None) -> Learner:
+def toy_learner(
+    model: Model, goal: Goal, optimizer: Any, mesh: Mesh | None = None, remat: str = "dots"
+) -> Learner:
     """The update of a network on a mesh, with the attention and constraints that it has there."""
     mesh = mesh or toy_mesh()
     config = model.config
@@ -85,7 +87,7 @@ def toy_learner(model: Model, goal: Goal, optimizer: Any, mesh: Mesh | None = No
         mesh=mesh,
         name="dense" if mesh.size == 1 else "chunked",
     )
-    on_mesh = build_model(config, attention=attention, mesh=mesh)
+    on_mesh = build_model(config, remat=remat, attention=attention, mesh=mesh)
     return build_learner(on_mesh, HEAD._replace(mesh=mesh), goal, optimizer, mesh)
 
 
@@ -106,7 +108,7 @@ def examples(count: int = 10, seed: int = 0, longest: int = 15) -> list[Example]
         advantage = float(rng.uniform(0.3, 2.0)) * (-1) ** index
         logp_T = -rng.exponential(1.0, length - prompt).astype(np.float32)
         made.append(
-            Example(tokens[:prompt].tolist(), tokens[prompt:], advantage, logp_T, index // 2)
+            answered(tokens[:prompt].tolist(), tokens[prompt:], logp_T, advantage, index // 2)
         )
     return made
 
@@ -117,8 +119,21 @@ def minibatch(made: list[Example], microbatches: int, rows: int, row_tokens: int
 
 def with_old(learner: Learner, params: Any, part: Minibatch, reference: Any = None) -> Minibatch:
     """The placed mini-batch together with what the update compares itself with."""
-    placed = learner.place(part)
-    return dataclasses.replace(placed, old=learner.old_policy(params, reference, placed))
+    return learner.with_old(params, reference, learner.place(part))
+
+
+def quickly(function: Any, *arguments: Any) -> Any:
+    """Call a jitted function, compiled without LLVM's optimisations: its results may round anew.
+
+    For laws with a tolerance: what runs once costs its compilation.
+    """
+    return compiled_quickly(function, *arguments)(*arguments)
+
+
+def compiled_quickly(function: Any, *arguments: Any) -> Any:
+    """What `quickly` calls, for more than one call."""
+    options: Any = {"xla_backend_optimization_level": 0}
+    return function.lower(*arguments).compile(options)
 
 
 def figures(report: Metrics) -> dict[str, Any]:

@@ -19,7 +19,6 @@ This is the only package that reads flags or config files; every function below 
 
 from aspo_jax.config.gin import ConfigError, diff_text
 from aspo_jax.config.reading import config_flags, packaged, parse_config, read, read_config
-from aspo_jax.config.schema import help_text
 from aspo_jax.config.sections import Config, command
 
 __all__ = [
@@ -28,7 +27,6 @@ __all__ = [
     "command",
     "config_flags",
     "diff_text",
-    "help_text",
     "packaged",
     "parse_config",
     "read",

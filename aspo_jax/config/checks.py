@@ -1,53 +1,40 @@
 """What is wrong with a config whose fields are fine one by one: both numbers and the remedy."""
 
+import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
 
-from aspo_jax.config.gin import LAUNCH, nearest
-from aspo_jax.config.schema import Factories, arguments, describe
+from aspo_jax.config.factories import Factory, Use, arguments
+from aspo_jax.config.gin import LAUNCH
+from aspo_jax.config.schema import describe
 from aspo_jax.config.sections import Config
 
 
 def factory_problems(
-    config: Config, factories: Factories, places: Mapping[str, str]
+    config: Config, table: Mapping[str, Factory], used: list[Use], places: Mapping[str, str]
 ) -> Iterator[str]:
-    """Names of factories that do not exist, and their arguments that are missing."""
-    objective = config.objective
-    used = [
-        ("Objective.name", "objective", objective.name),
-        *(("Objective.penalties", "objective", name) for name in objective.penalties),
-        ("Objective.advantage", "advantage", objective.advantage),
-        ("Objective.aggregate", "aggregate", objective.aggregate),
-        *(("Reward.shapes", "shape", name) for name in config.reward.shapes),
-    ]
-    for key, kind, name in used:
-        known = factories[kind]
-        if name not in known:
-            yield (
-                f"{at(key, places)}unknown {kind} {name!r}{nearest(name, known)};"
-                f" expected one of {', '.join(sorted(known))}"
-            )
-            continue
-        for argument, parameter in arguments(known[name]).items():
-            is_given = argument in config.factories.get(name, {})
-            if parameter.default is parameter.empty and not is_given:
+    """Arguments that a factory in use needs and was not given."""
+    for use in used:
+        given = config.factories.get(use.section, {})
+        for argument, parameter in arguments(table[use.section]).items():
+            if parameter.default is parameter.empty and argument not in given:
                 yield (
-                    f"{at(key, places)}{name} needs {name}.{argument}:"
+                    f"{at(use.key, places)}{use.section} needs {use.section}.{argument}:"
                     f" {describe(parameter.annotation)}"
                 )
 
 
 def argument_problems(
-    config: Config, table: Mapping[str, Callable[..., Any]], places: Mapping[str, str]
+    config: Config, table: Mapping[str, Factory], places: Mapping[str, str]
 ) -> Iterator[str]:
     """What the factories themselves say of the arguments that they were given.
 
     A factory is cheap to call and raises ValueError; here, before anything is loaded.
     """
     for name, given in config.factories.items():
-        if any(p.default is p.empty and n not in given for n, p in arguments(table[name]).items()):
-            continue  # an unused section; what a used one lacks is a problem of its own
+        needed = inspect.signature(table[name]).parameters.items()
+        if any(p.default is p.empty and n not in given for n, p in needed):
+            continue  # an unused section, or one that is made from more than its settings
         try:
             table[name](**given)
         except ValueError as error:
@@ -55,171 +42,151 @@ def argument_problems(
             yield f"{at(f'{name}.{(named or list(given))[0]}', places)}{error}"
 
 
+Problem = tuple[str, str]  # a setting, or "" for none, and what stands behind its value
+
+
 def cross_checks(config: Config, places: Mapping[str, str]) -> Iterator[str]:
     """Settings that contradict each other, with both numbers and the remedy."""
-    yield from _check_objective(config, places)
-    yield from _check_sizes(config, places)
-    yield from _check_sampler(config, places)
-    yield from _check_model(config, places)
-    yield from _check_data(config, places)
-    yield from _check_runtime(config, places)
+    values = config.bindings()
+    for check in (_runtime, _launch, _objective, _sizes, _sampler, _model, _data):
+        for key, problem in check(config):
+            yield f"{at(key, places)}{key} = {values[key]!r}{problem}" if key else problem
 
 
-def _check_runtime(config: Config, places: Mapping[str, str]) -> Iterator[str]:
-    runtime = config.runtime
-    sizes = {"data": runtime.data, "fsdp": runtime.fsdp, "tensor": runtime.tensor}
-    for axis, size in sizes.items():
+def _runtime(config: Config) -> Iterator[Problem]:
+    sizes = {f"Runtime.{n}": getattr(config.runtime, n) for n in ("data", "fsdp", "tensor")}
+    for key, size in sizes.items():
         if size == 0:
-            key = f"Runtime.{axis}"
-            yield f"{at(key, places)}a mesh axis has no size 0; set 1, or -1 for the rest"
+            yield key, ": a mesh axis has no size 0; set 1, or -1 for the rest"
     if sum(size == -1 for size in sizes.values()) > 1:
-        axes = ", ".join(f"Runtime.{axis} = {size}" for axis, size in sizes.items())
-        yield f"only one mesh axis may be -1 (the rest), found {axes}; set the others to 1"
-    if runtime.context != 1:
-        yield (
-            f"{at('Runtime.context', places)}Runtime.context = {runtime.context}: the axis is"
-            " reserved, a sequence is not split over devices as yet; set it to 1"
-        )
-    yield from _check_launch(config, places)
+        axes = ", ".join(f"{key} = {size}" for key, size in sizes.items())
+        yield "", f"only one mesh axis may be -1 (the rest), found {axes}; set the others to 1"
+    if config.runtime.context != 1:
+        reserved = ": the axis is reserved, a sequence is not split over devices as yet"
+        yield "Runtime.context", f"{reserved}; set it to 1"
 
 
-def _check_launch(config: Config, places: Mapping[str, str]) -> Iterator[str]:
+def _launch(config: Config) -> Iterator[Problem]:
     runtime = config.runtime
-    launch = {name: getattr(runtime, name.rpartition(".")[2]) for name in LAUNCH}
-    unset = [name for name, value in launch.items() if value is None]
-    if len(unset) == len(launch):
+    unset = [name for name in LAUNCH if getattr(runtime, name.rpartition(".")[2]) is None]
+    if len(unset) == len(LAUNCH):
         return
     if unset:
-        yield f"{', '.join(LAUNCH)} belong together; set {' and '.join(unset)} too, or none of them"
+        missing = f"set {' and '.join(unset)} too, or none of them"
+        yield "", f"{', '.join(LAUNCH)} belong together; {missing}"
         return
     host, _, port = str(runtime.coordinator).rpartition(":")
     if not host or not port.isdecimal():
-        yield (
-            f"{at('Runtime.coordinator', places)}Runtime.coordinator = {runtime.coordinator!r};"
-            " expected 'host:port' of process 0, such as '10.0.0.1:8476'"
-        )
+        expected = "expected 'host:port' of process 0, such as '10.0.0.1:8476'"
+        yield "Runtime.coordinator", f"; {expected}"
     if (runtime.process_id or 0) >= (runtime.num_processes or 1):
-        yield (
-            f"{at('Runtime.process_id', places)}Runtime.process_id = {runtime.process_id} must be"
-            f" below Runtime.num_processes = {runtime.num_processes}; processes count from 0"
-        )
+        limit = f"Runtime.num_processes = {runtime.num_processes}"
+        yield "Runtime.process_id", f" must be below {limit}; processes count from 0"
 
 
 _GROUP_ADVANTAGES = ("group_mean", "group_zscore", "leave_one_out")
 
 
-def _check_objective(config: Config, places: Mapping[str, str]) -> Iterator[str]:
+def _objective(config: Config) -> Iterator[Problem]:
     objective = config.objective
     rules = (objective.name, *objective.penalties)
     for name in dict.fromkeys(rules):
         if rules.count(name) > 1:
             yield (
-                f"{at('Objective.penalties', places)}{name} is named {rules.count(name)} times in"
-                f" Objective.name = {objective.name!r} and Objective.penalties ="
-                f" {objective.penalties!r}; name it once: its weight and its penalty would count"
-                " as often"
+                "Objective.penalties",
+                f" and Objective.name = {objective.name!r} name {name} {rules.count(name)} times;"
+                " name it once: its weight and its penalty would count as often. With other"
+                f" settings, give it a label: '{name}.b'",
             )
+    for name in config.factories.get("adamw", ()):
+        yield f"adamw.{name}", f": adamw.{name} is set as Optim.{name}; write that"
     if config.train.samples_per_prompt == 1 and objective.advantage in _GROUP_ADVANTAGES:
         yield (
-            f"{at('Train.samples_per_prompt', places)}Train.samples_per_prompt = 1 leaves"
-            f" Objective.advantage = {objective.advantage!r} nothing to compare a sample with: the"
-            " bare reward would take its place, which is another algorithm (REINFORCE without a"
-            f" baseline); set it to 2 or more, for {', '.join(_GROUP_ADVANTAGES)} all compare the"
-            " samples of a prompt"
+            "Train.samples_per_prompt",
+            f" leaves Objective.advantage = {objective.advantage!r} nothing to compare a sample"
+            " with: the bare reward would take its place, which is another algorithm (REINFORCE"
+            f" without a baseline); set it to 2 or more, for {', '.join(_GROUP_ADVANTAGES)} all"
+            " compare the samples of a prompt",
         )
 
 
-def _check_sizes(config: Config, places: Mapping[str, str]) -> Iterator[str]:
+def _sizes(config: Config) -> Iterator[Problem]:
     train, sampler = config.train, config.sampler
     step, mini = train.prompts_per_step, train.prompts_per_minibatch
     if step % mini:
         nearest = sorted({max(step // mini, 1) * mini, (step // mini + 1) * mini})
         yield (
-            f"{at('Train.prompts_per_step', places)}Train.prompts_per_step = {step} must be a"
-            f" multiple of Train.prompts_per_minibatch = {mini};"
-            f" set Train.prompts_per_step to {' or '.join(map(str, nearest))}"
+            "Train.prompts_per_step",
+            f" must be a multiple of Train.prompts_per_minibatch = {mini};"
+            f" set Train.prompts_per_step to {' or '.join(map(str, nearest))}",
         )
-    needed = sampler.max_prompt_tokens + sampler.max_response_tokens - 1
-    if train.row_tokens < needed:
+    prompt, response = sampler.max_prompt_tokens, sampler.max_response_tokens
+    if train.row_tokens < prompt + response - 1:
         yield (
-            f"{at('Train.row_tokens', places)}Train.row_tokens = {train.row_tokens} cannot hold a"
-            f" prompt of {sampler.max_prompt_tokens} and a response of"
-            f" {sampler.max_response_tokens} tokens; set it to at least"
-            f" {sampler.max_prompt_tokens} + {sampler.max_response_tokens} - 1 = {needed}"
+            "Train.row_tokens",
+            f" cannot hold a prompt of {prompt} and a response of {response} tokens;"
+            f" set it to at least {prompt} + {response} - 1 = {prompt + response - 1}",
         )
-    if config.reward.overlong_buffer > sampler.max_response_tokens:
-        yield (
-            f"{at('Reward.overlong_buffer', places)}Reward.overlong_buffer ="
-            f" {config.reward.overlong_buffer} is longer than Sampler.max_response_tokens ="
-            f" {sampler.max_response_tokens}; set it to at most {sampler.max_response_tokens}"
-        )
+    if config.reward.overlong_buffer > response:
+        longest = f"Sampler.max_response_tokens = {response}"
+        yield "Reward.overlong_buffer", f" is longer than {longest}; set it to at most {response}"
 
 
-def _check_sampler(config: Config, places: Mapping[str, str]) -> Iterator[str]:
+def _sampler(config: Config) -> Iterator[Problem]:
     for field, off in (("top_k", 0), ("top_p", 1.0)):
-        value = getattr(config.sampler, field)
-        if value != off:
-            key = f"Sampler.{field}"
+        if getattr(config.sampler, field) != off:
             yield (
-                f"{at(key, places)}{key} = {value} biases training: tokens would be drawn from a"
-                " part of the distribution, renormalised, while importance ratios compare the"
-                " whole, and no rule here corrects for that; set it to"
-                f" {off} (Evaluate.{field} is for evaluation)"
+                f"Sampler.{field}",
+                " biases training: tokens would be drawn from a part of the distribution,"
+                " renormalised, while importance ratios compare the whole, and no rule here"
+                f" corrects for that; set it to {off} (Evaluate.{field} is for evaluation)",
             )
     evaluate = config.evaluate
     if evaluate.temperature == 0 and (evaluate.top_k, evaluate.top_p, evaluate.min_p) != (0, 1, 0):
         yield (
-            f"{at('Evaluate.temperature', places)}Evaluate.temperature = 0 always takes the"
-            " likeliest token; Evaluate.top_k, top_p and min_p then mean nothing, leave them out"
+            "Evaluate.temperature",
+            " always takes the likeliest token; Evaluate.top_k, top_p and min_p then mean nothing,"
+            " leave them out",
         )
 
 
-def _check_model(config: Config, places: Mapping[str, str]) -> Iterator[str]:
+def _model(config: Config) -> Iterator[Problem]:
     model = config.model
     if model.path is not None:
         return
     shape = ("hidden_size", "layers", "heads", "kv_heads", "intermediate_size")
-    unset = [f"Model.{name}" for name in shape if getattr(model, name) is None]
+    unset = ", ".join(f"Model.{name}" for name in shape if getattr(model, name) is None)
     if unset:
-        yield f"a new model needs its shape: set {', '.join(unset)}, or Model.path to a folder"
+        yield "", f"a new model needs its shape: set {unset}, or Model.path to a folder"
         return
     width, heads, kv_heads = model.hidden_size or 0, model.heads or 1, model.kv_heads or 1
     if heads % kv_heads:
-        yield (
-            f"{at('Model.heads', places)}Model.heads = {heads} must be a multiple of"
-            f" Model.kv_heads = {kv_heads}; set Model.kv_heads to a divisor of {heads}"
-        )
+        remedy = f"set Model.kv_heads to a divisor of {heads}"
+        yield "Model.heads", f" must be a multiple of Model.kv_heads = {kv_heads}; {remedy}"
     if width % (2 * heads):
-        yield (
-            f"{at('Model.hidden_size', places)}Model.hidden_size = {width} must give each of"
-            f" Model.heads = {heads} an even width; set Model.hidden_size to a multiple of"
-            f" {2 * heads}"
-        )
+        remedy = f"an even width; set Model.hidden_size to a multiple of {2 * heads}"
+        yield "Model.hidden_size", f" must give each of Model.heads = {heads} {remedy}"
 
 
-def _check_data(config: Config, places: Mapping[str, str]) -> Iterator[str]:
+def _data(config: Config) -> Iterator[Problem]:
     if config.data.kind == "jsonl":
         unset = [f"Data.{n}" for n in ("train_path", "eval_path") if not getattr(config.data, n)]
         if unset:
-            yield f"{at('Data.kind', places)}Data.kind = 'jsonl' needs {' and '.join(unset)}"
+            yield "Data.kind", f" needs {' and '.join(unset)}"
         if not config.model.path:
             yield (
-                f"{at('Data.kind', places)}Data.kind = 'jsonl' needs Model.path: only Countdown has"
-                " worked examples to warm-start a new model on; set it to a model folder"
+                "Data.kind",
+                " needs Model.path: only Countdown has worked examples to warm-start a new model"
+                " on; set it to a model folder",
             )
         return
     puzzle = config.countdown
     if puzzle.low > puzzle.high:
-        yield (
-            f"{at('Countdown.low', places)}Countdown.low = {puzzle.low} is above Countdown.high ="
-            f" {puzzle.high}; set Countdown.low to at most {puzzle.high}"
-        )
-    operations = puzzle.operations
-    if not operations or set(operations) - set("+-*") or len(set(operations)) < len(operations):
-        yield (
-            f"{at('Countdown.operations', places)}Countdown.operations = {operations!r};"
-            " expected some of + - *, each once, such as '+-'"
-        )
+        remedy = f"set Countdown.low to at most {puzzle.high}"
+        yield "Countdown.low", f" is above Countdown.high = {puzzle.high}; {remedy}"
+    used = puzzle.operations
+    if not used or set(used) - set("+-*") or len(set(used)) < len(used):
+        yield "Countdown.operations", "; expected some of + - *, each once, such as '+-'"
 
 
 def at(key: str, places: Mapping[str, str]) -> str:

@@ -1,7 +1,6 @@
 """gin syntax, read as Python with `ast`: text -> bindings -> literals. Nothing is executed."""
 
 import ast
-import difflib
 import os
 import re
 import typing
@@ -9,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from aspo_jax.errors import UserError
+from aspo_jax.errors import UserError, nearest
 from aspo_jax.paths import PathError, decode, read_bytes, shorten, shown, user_path
 
 # A run may be moved, also to other processes, and the permission to change it is no change.
@@ -37,6 +36,7 @@ _MACRO = re.compile(
 )
 _DEEPEST = 50  # brackets or operators inside each other, macros of macros, files that include files
 _DIGITS = 400  # of a whole number; the largest float has 309
+_KEY = re.compile(r"(?=.{1,100}$)[^\W\d]\w*(\.\w+){0,2}")
 _INCLUDE = re.compile(r"""^include[ \t]+(['"][^'"\n]*['"])""", re.MULTILINE)
 
 
@@ -161,10 +161,8 @@ def _include_target(statement: ast.stmt) -> str | None:
 
 def _assignment(statement: ast.stmt, place: str) -> tuple[str, ast.expr]:
     match statement:
-        case ast.Assign([ast.Attribute(ast.Name(name), field)], value) if len(name + field) < 100:
-            return f"{name}.{field}", value
-        case ast.Assign([ast.Name(macro)], value) if len(macro) < 100:
-            return macro, value
+        case ast.Assign([target], value) if _KEY.fullmatch(ast.unparse(target)):
+            return ast.unparse(target), value
     found = shorten(ast.unparse(statement).splitlines()[0])
     raise ConfigError(f"{place}: found {found!r}; expected Section.field = literal")
 
@@ -172,7 +170,7 @@ def _assignment(statement: ast.stmt, place: str) -> tuple[str, ast.expr]:
 def read_flag(text: str, place: str) -> dict[str, Binding]:
     """One ``--set``; a shell strips quotes, so a plain word or path there stands for text."""
     key, equals, value = (part.strip() for part in text.partition("="))
-    if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)?", key):
+    if not equals or not _KEY.fullmatch(key):
         raise ConfigError(f"{place}: found {shorten(text)!r}; expected Section.field=value")
     if not value.startswith("%") and not re.search(r"""['"()\[\]{}\s]""", value):
         try:
@@ -253,10 +251,3 @@ def diff_text(old: str, new: str) -> str:
         for key in dict.fromkeys((*after, *before))
         if before.get(key, absent) != after.get(key, absent) and key not in NOT_COMPARED
     )
-
-
-def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """A suggestion for a mistyped name, or nothing."""
-    by_folded = {k.lower(): k for k in known}
-    close = difflib.get_close_matches(name.lower(), by_folded, n=1, cutoff=0.5)
-    return f" (did you mean {prefix}{by_folded[close[0]]}?)" if close else ""

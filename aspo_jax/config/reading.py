@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import os
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,9 @@ from pydantic import ValidationError
 
 from aspo_jax.config import gin
 from aspo_jax.config.checks import argument_problems, cross_checks, factory_problems
+from aspo_jax.config.factories import Factories, Factory, arguments, factory_table, used_table, uses
 from aspo_jax.config.gin import Binding, ConfigError, config_folder, nearest
-from aspo_jax.config.schema import (
-    Factories,
-    adapter,
-    arguments,
-    describe,
-    factory_table,
-    help_text,
-    value_problem,
-)
+from aspo_jax.config.schema import adapter, describe, help_text, value_problem
 from aspo_jax.config.sections import SECTIONS, Config, attribute, fields
 from aspo_jax.errors import CommandParser
 from aspo_jax.paths import PathError, page, shorten, shown, user_path
@@ -32,15 +25,14 @@ DEFAULT = "countdown_cpu"
 def read_config(argv: Sequence[str], factories: Factories) -> Config:
     """The config named by the training command's arguments; ``--help`` and the like exit.
 
-    factories: 'objective', 'advantage' and 'aggregate', each a mapping from name to factory; the
-        factories' keyword arguments are sections of their own.
+    factories: kind -> name -> factory; its keyword arguments are a section of its name.
 
     Raises ConfigError for every mistake in a file or a ``--set``.
     """
     factory_table(factories)
     parser = CommandParser(
-        prog="python -m aspo_jax.train",
-        description="Train a language model on verifiable rewards.",
+        "train",
+        "Train a language model on verifiable rewards.",
         epilog=f"Files: {page('config.md')} says how they are written.",
         add_help=False,
     )
@@ -54,14 +46,10 @@ def read_config(argv: Sequence[str], factories: Factories) -> Config:
     config_flags(parser)
     found = parser.parse_args(argv)
     if found.help is not None:
-        _show_help(parser, factories, found.help)
+        text = help_text(factories, found.help or None)
+        print(text if found.help else f"{parser.format_help()}\n{text}")
+        raise SystemExit(0)
     return read(found, factories)
-
-
-def _show_help(parser: argparse.ArgumentParser, factories: Factories, topic: str) -> None:
-    text = help_text(factories, topic or None)
-    print(text if topic else f"{parser.format_help()}\n{text}")
-    raise SystemExit(0)
 
 
 def config_flags(parser: argparse.ArgumentParser) -> None:
@@ -129,36 +117,45 @@ def find_config(name: str) -> Path:
 
 def _build(found: Mapping[str, Binding], factories: Factories, source: str, name: str) -> Config:
     """Check every binding, then every section, then what the sections say of each other."""
-    table = factory_table(factories)
     macros = {key: binding for key, binding in found.items() if "." not in key}
     bindings = {key: binding for key, binding in found.items() if "." in key}
+    places = {key: binding.place for key, binding in bindings.items()}
     known = [f"{name}.{field}" for name in SECTIONS for field in fields(name)]
     problems = gin.unused_macros(macros, found, known)
-    given: dict[str, dict[str, Any]] = {}
+    values = {}
     for key, binding in bindings.items():
-        owner, _, field = key.partition(".")
-        problem = _unknown(owner, field, table)
         try:
-            value = gin.evaluate(binding, macros, ())
-            problem = problem or _wrong_type(owner, field, value, table)
+            values[key] = gin.evaluate(binding, macros, ())
         except ConfigError as error:
             problems.append(str(error))
-            continue
+    used = list(uses(lambda section, field: _named(values, section, field)))
+    table, wrong_names = used_table(factories, used, places)
+    given: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        owner, _, field = key.rpartition(".")
+        problem = _unknown(owner, field, table) or _wrong_type(owner, field, value, table)
         if problem:
-            problems.append(f"{binding.place}: {key} = {binding.found}: {problem}")
+            problems.append(f"{places[key]}: {key} = {bindings[key].found}: {problem}")
         else:
             given.setdefault(owner, {})[field] = value
-    _raise(problems)
+    _raise([*problems, *wrong_names])
     _raise(missing(given, bindings, source))
     sections = {attribute(n): cls(**given.get(n, {})) for n, cls in SECTIONS.items()}
     arguments = {
         n: types.MappingProxyType(_coerced(n, given[n], table)) for n in table if n in given
     }
     config = Config(**sections, factories=types.MappingProxyType(arguments), name=name)
-    places = {key: binding.place for key, binding in bindings.items()}
-    _raise([*factory_problems(config, factories, places), *cross_checks(config, places)])
+    _raise([*factory_problems(config, table, used, places), *cross_checks(config, places)])
     _raise([*argument_problems(config, table, places)])
     return config
+
+
+def _named(values: Mapping[str, Any], section: str, field: str) -> list[str]:
+    """The factories that a setting names; what is no text is said elsewhere."""
+    info = fields(section)[field]
+    value = values.get(f"{section}.{field}", () if info.is_required() else info.default)
+    listed = value if isinstance(value, tuple) else (value,)
+    return [text for text in listed if isinstance(text, str) and text.strip()]
 
 
 def _raise(problems: Sequence[str]) -> None:
@@ -166,7 +163,7 @@ def _raise(problems: Sequence[str]) -> None:
         raise ConfigError("\n".join(problems))
 
 
-def _unknown(owner: str, field: str, table: Mapping[str, Callable[..., Any]]) -> str | None:
+def _unknown(owner: str, field: str, table: Mapping[str, Factory]) -> str | None:
     """What is wrong with the name of a binding."""
     if owner not in SECTIONS and owner not in table:
         return f"unknown section {owner}{nearest(owner, (*SECTIONS, *table))}"
@@ -177,9 +174,7 @@ def _unknown(owner: str, field: str, table: Mapping[str, Callable[..., Any]]) ->
     return None
 
 
-def _wrong_type(
-    owner: str, field: str, value: Any, table: Mapping[str, Callable[..., Any]]
-) -> str | None:
+def _wrong_type(owner: str, field: str, value: Any, table: Mapping[str, Factory]) -> str | None:
     """What is wrong with a value by itself."""
     unit, bounds = "", ()
     if owner in SECTIONS:
@@ -194,9 +189,7 @@ def _wrong_type(
         return f"expected {describe(annotation, bounds)}, found {shorten(repr(value))}"
 
 
-def _coerced(
-    name: str, given: Mapping[str, Any], table: Mapping[str, Callable[..., Any]]
-) -> dict[str, Any]:
+def _coerced(name: str, given: Mapping[str, Any], table: Mapping[str, Factory]) -> dict[str, Any]:
     """A factory's arguments as their annotated types (3 for a float becomes 3.0)."""
     known = arguments(table[name])
     return {k: adapter(known[k].annotation).validate_python(v) for k, v in given.items()}

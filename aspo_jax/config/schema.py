@@ -4,40 +4,15 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter
 
+from aspo_jax.config.factories import Factories, arguments, factory_table, find_factory
 from aspo_jax.config.gin import ConfigError, nearest
 from aspo_jax.config.sections import SECTIONS, fields
 from aspo_jax.paths import path_problem, shorten
-
-Factories = Mapping[str, Mapping[str, Callable[..., Any]]]  # kind -> name -> factory
-
-
-def factory_table(factories: Factories) -> dict[str, Callable[..., Any]]:
-    """All factories by name. Raises ValueError if two of them share one."""
-    table: dict[str, Callable[..., Any]] = {}
-    for kind, named in factories.items():
-        for name, factory in named.items():
-            if name in table or name in SECTIONS:
-                raise ValueError(f"the {kind} factory {name!r} has the name of another section")
-            table[name] = factory
-    return table
-
-
-def arguments(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The arguments of a factory that a config can give: those with a plain type."""
-    parameters = inspect.signature(factory, eval_str=True).parameters
-    return {k: p for k, p in parameters.items() if _is_plain(p.annotation)}
-
-
-def _is_plain(annotation: Any) -> bool:
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (typing.Union, types.UnionType, tuple):
-        return all(_is_plain(a) for a in arguments if a is not Ellipsis)
-    return origin is Literal or annotation in (int, float, str, bool, type(None))
 
 
 def adapter(annotation: Any, bounds: tuple[Any, ...] = ()) -> TypeAdapter[Any]:
@@ -46,11 +21,7 @@ def adapter(annotation: Any, bounds: tuple[Any, ...] = ()) -> TypeAdapter[Any]:
 
 
 _WORDS = {int: "a whole number", float: "a number", str: "quoted text", bool: "True or False"}
-_PLURALS = {
-    "a whole number": "whole numbers",
-    "a number": "numbers",
-    "quoted text": "quoted texts",
-}
+_PLURALS = {"a whole number": "whole numbers", "a number": "numbers", "quoted text": "quoted texts"}
 _SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
@@ -99,7 +70,9 @@ def _item_problem(value: Any) -> str | None:
     if isinstance(value, str):
         return _text_problem(value)
     if isinstance(value, int) and abs(value) > _INT_MAX:
-        return f"expected a whole number of 32 bits, at most {_INT_MAX}, found {_brief(value)}"
+        return (
+            f"expected a whole number of 32 bits, at most {_INT_MAX}, found {shorten(repr(value))}"
+        )
     if isinstance(value, float) and value and not _FLOAT_MIN <= abs(value) <= _FLOAT_MAX:
         return (
             f"expected 0 or a number from {_FLOAT_MIN} to {_FLOAT_MAX} in size, for float32 holds"
@@ -116,10 +89,6 @@ def _text_problem(value: str) -> str | None:
     except UnicodeEncodeError:
         return "found half a surrogate pair, expected Unicode text; write the character in full"
     return "found a NUL in the text; leave it out" if "\0" in value else None
-
-
-def _brief(value: Any) -> str:
-    return shorten(repr(value))
 
 
 # --- the help pages ---------------------------------------------------------------------------
@@ -144,6 +113,8 @@ def help_text(factories: Factories, topic: str | None = None) -> str:
 
 
 def _help_topic(factories: Factories, topic: str) -> str:
+    if ":" in topic:  # of any kind: what is not ours is found by its module alone
+        return _factory_help(topic.rpartition(":")[2], find_factory(factories, "objective", topic))
     table = factory_table(factories)
     by_folded = {name.lower(): name for name in (*SECTIONS, *table)}
     name = by_folded.get(topic.partition(".")[0].lower())

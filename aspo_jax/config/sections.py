@@ -17,9 +17,13 @@ from pydantic import ConfigDict, Field
 from aspo_jax.config.gin import diff_text
 
 
-def setting(default: Any, unit: str, meaning: str, **bounds: Any) -> Any:
-    """A field with its unit, meaning and bounds (gt, ge, lt, le); ``...`` = no default."""
-    return Field(default, description=meaning, json_schema_extra={"unit": unit}, **bounds)
+def setting(default: Any, unit: str, meaning: str, *, factory: str = "", **bounds: Any) -> Any:
+    """A field with its unit, meaning and bounds (gt, ge, lt, le); ``...`` = no default.
+
+    factory: the kind of factories that it names; "": none.
+    """
+    extra: Any = {"unit": unit, "factory": factory}
+    return Field(default, description=meaning, json_schema_extra=extra, **bounds)
 
 
 Natural = Annotated[int, annotated_types.Ge(0)]  # an item of a list
@@ -179,26 +183,35 @@ class Reward:
     max_failures: float = setting(
         0.05, "share", "stop if the graders of more samples of a step fail", ge=0, le=1
     )
-    shapes: tuple[str, ...] = setting((), "", "shape factories, applied after the ramp")
+    shapes: tuple[str, ...] = setting(
+        (), "", "shape factories, applied after the ramp", factory="shape"
+    )
     overlong_buffer: int = setting(0, "tokens", "length of the overlong ramp; 0 = off", ge=0)
     overlong_factor: float = setting(1.0, "reward", "penalty at the end of the ramp", ge=0)
 
 
 @section
 class Objective:
-    """What is maximised. A factory's own arguments are a section of its name."""
+    """What is maximised. A factory's own arguments are a section of its name.
 
-    name: str = setting(..., "", "loss rule, one of the objective factories")
-    penalties: tuple[str, ...] = setting((), "", "objective factories chained behind the rule")
-    advantage: str = setting("group_zscore", "", "one of the advantage factories")
-    aggregate: str = setting("sequence_mean", "", "one of the aggregate factories")
+    Each factory is one of ours or anyone's, 'package.module:factory'. One that is used twice gets a
+    label: 'kl_penalty' and 'kl_penalty.b' read the sections kl_penalty and kl_penalty.b.
+    """
+
+    name: str = setting(..., "", "loss rule, an objective factory", factory="objective")
+    penalties: tuple[str, ...] = setting(
+        (), "", "objective factories chained behind the rule", factory="objective"
+    )
+    advantage: str = setting("group_zscore", "", "an advantage factory", factory="advantage")
+    aggregate: str = setting("sequence_mean", "", "an aggregate factory", factory="aggregate")
     entropy_bonus: float = setting(0.0, "per nat", "weight of the entropy bonus", ge=0)
 
 
 @section
 class Optim:
-    """AdamW."""
+    """The optimizer and its learning rate; b1, b2, eps, weight_decay and decay are adamw's."""
 
+    name: str = setting("adamw", "", "an optimizer factory", factory="optimizer")
     learning_rate: float = setting(..., "", "learning rate after the warm-up", gt=0)
     warmup_updates: int = setting(0, "updates", "linear learning-rate warm-up", ge=0)
     warmup_iterations: int = setting(
@@ -266,6 +279,9 @@ class Metrics:
     """What is recorded."""
 
     tensorboard: bool = setting(True, "", "write TensorBoard event files too")
+    writers: tuple[str, ...] = setting(
+        (), "", "writer factories that get every row of the log too", factory="writer"
+    )
     profile_iterations: tuple[Natural, ...] = setting((), "iterations", "iterations to profile")
     transcripts: int = setting(8, "samples", "completions written out per iteration", ge=0)
 
@@ -327,13 +343,18 @@ class Config:
     @property
     def run_folder(self) -> str:
         """Where the run is kept."""
-        default = f"runs/{self.name}-{self.objective.name}-seed{self.run.seed}"
+        rule = self.objective.name.rpartition(":")[2]
+        default = f"runs/{self.name}-{rule}-seed{self.run.seed}"
         return self.run.folder or default
 
-    def command(self, module: str, *settings: str) -> str:
-        """The shell command that runs ``aspo_jax.MODULE`` with this config and more settings."""
+    def command(self, module: str, *settings: str, without: str = "") -> str:
+        """The shell command that runs ``aspo_jax.MODULE`` with this config and more settings.
+
+        without: settings that begin so are left out; "": none.
+        """
         replaced = {setting.partition("=")[0] for setting in settings}
         kept = [s for s in self.settings if s.partition("=")[0].strip() not in replaced]
+        kept = [s for s in kept if not without or not s.startswith(without)]
         named = ["--config", self.source] if self.source else []
         return command(module, *named, *(w for s in (*kept, *settings) for w in ("--set", s)))
 
@@ -354,7 +375,7 @@ class Config:
         """The resolved config as gin text; `parse_config` reads it back to an equal Config."""
         lines, previous = [], ""
         for key, value in self.bindings().items():
-            current = key.partition(".")[0]
+            current = key.rpartition(".")[0]
             if previous and current != previous:
                 lines.append("")
             lines.append(f"{key} = {value!r}")
@@ -372,8 +393,8 @@ class Config:
 
         train_rows, held_out_rows: rows of the data files, where they have been read.
         """
-        train, sampler = self.train, self.sampler
-        group = train.samples_per_prompt
+        train, sampler, saved = self.train, self.sampler, self.checkpoint
+        group, rows, tokens = train.samples_per_prompt, train.rows_per_microbatch, train.row_tokens
         minibatches = train.prompts_per_step // train.prompts_per_minibatch
         updates = minibatches * train.epochs
         every = self.evaluate.every
@@ -384,32 +405,17 @@ class Config:
             ("policy", self._policy()),
             ("objective", f"{rule}, {self.objective.advantage}, {self.objective.aggregate}"),
             ("iterations", f"{train.iterations:,} ({train.iterations * updates:,} updates)"),
-            (
-                "sequences per step",
-                f"{train.prompts_per_step:,} prompts x {group} samples"
-                f" = {train.prompts_per_step * group:,}",
-            ),
+            ("sequences per step", _product(train.prompts_per_step, group)),
             ("updates per step", f"{minibatches} minibatches x {train.epochs} epochs = {updates}"),
-            (
-                "sequences per update",
-                f"{train.prompts_per_minibatch:,} prompts x {group} samples"
-                f" = {train.prompts_per_minibatch * group:,}",
-            ),
+            ("sequences per update", _product(train.prompts_per_minibatch, group)),
             (
                 "sampling",
                 f"{sampler.slots:,} at once, prompt <= {sampler.max_prompt_tokens:,}"
                 f" + response <= {sampler.max_response_tokens:,} tokens",
             ),
-            (
-                "micro-batch",
-                f"{train.rows_per_microbatch:,} rows x {train.row_tokens:,} tokens"
-                f" = {train.rows_per_microbatch * train.row_tokens:,}",
-            ),
+            ("micro-batch", f"{rows:,} rows x {tokens:,} tokens = {rows * tokens:,}"),
             ("evaluation", f"{self._evaluation(held_out_rows)}, {every}"),
-            (
-                "checkpoints",
-                f"every {self.checkpoint.every} iterations, newest {self.checkpoint.keep} kept",
-            ),
+            ("checkpoints", f"every {saved.every} iterations, newest {saved.keep} kept"),
         ]
 
     def _prompts(self, rows: int | None) -> str:
@@ -421,9 +427,8 @@ class Config:
         return f"Countdown, {puzzle.numbers} numbers {puzzle.low}-{puzzle.high}, {operations}"
 
     def _evaluation(self, rows: int | None) -> str:
-        asked, samples = self.evaluate.prompts, self.evaluate.samples
-        used = asked if rows is None else min(asked, rows)
-        sizes = f"{used:,} prompts x {samples} samples = {used * samples:,}"
+        asked = self.evaluate.prompts
+        sizes = _product(asked if rows is None else min(asked, rows), self.evaluate.samples)
         if rows is None or rows == asked:
             return sizes
         if rows > asked:
@@ -440,6 +445,10 @@ class Config:
             f"new Qwen2: width {m.hidden_size}, {m.layers} layers, {m.heads}/{m.kv_heads} heads,"
             f" SwiGLU {m.intermediate_size}, warm-started to avg@k {self.warm_start.target}"
         )
+
+
+def _product(prompts: int, samples: int) -> str:
+    return f"{prompts:,} prompts x {samples} samples = {prompts * samples:,}"
 
 
 def command(module: str, *words: str) -> str:

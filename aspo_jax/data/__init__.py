@@ -5,6 +5,8 @@
                      shuffle=False, prompts_per_step=32)
     batch  = next(stream)      # 32 Prompts;  stream.state() is one integer
 
+Other sources: the lines of a file (`read_jsonl`), or a Python generator (`generated`).
+
 Importing this loads neither jax nor transformers nor grain; the functions that need them do.
 """
 
@@ -19,6 +21,7 @@ from aspo_jax.data.countdown import (
     problem,
     split_of,
 )
+from aspo_jax.data.generated import generated
 from aspo_jax.data.jsonl import DataError, read_jsonl
 from aspo_jax.data.packing import pack
 from aspo_jax.data.prompts import PromptStream, Row, check_prompts, prompts
@@ -45,6 +48,7 @@ __all__ = [
     "copy_tokenizer",
     "demonstration",
     "encode",
+    "generated",
     "load_tokenizer",
     "max_prompt_tokens",
     "max_response_tokens",

@@ -15,7 +15,7 @@ import functools
 import hashlib
 import operator
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 from aspo_jax.data.jsonl import DataError
@@ -24,11 +24,7 @@ Split = Literal["train", "held_out"]
 
 CHARACTERS = "0123456789+-*=, :>"  # of prompts, answers and the chat template
 
-_OPERATIONS: Mapping[str, Callable[[int, int], int]] = {
-    "+": operator.add,
-    "-": operator.sub,
-    "*": operator.mul,
-}
+_OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 _HELD_OUT_SHARE = 5  # one prompt in so many is held out
 _MAX_DRAWS = 20_000
 
@@ -112,10 +108,7 @@ def _draw(spec: CountdownSpec, rng: random.Random) -> Problem | None:
 
 
 def _draw_until(
-    spec: CountdownSpec,
-    rng: random.Random,
-    is_wanted: Callable[[Problem], bool],
-    which: str,
+    spec: CountdownSpec, rng: random.Random, is_wanted: Callable[[Problem], bool], which: str
 ) -> Problem:
     for _ in range(_MAX_DRAWS):
         drawn = _draw(spec, rng)

@@ -16,7 +16,7 @@ import math
 import zlib
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from aspo_jax.errors import UserError
 from aspo_jax.paths import PathError, check_format, read_bytes, shorten, shown, user_path
@@ -30,12 +30,12 @@ class DataError(UserError):
     """A data file that cannot be used: file and line, found, expected, remedy."""
 
 
-class _Line:
-    """Where we are, for the error message."""
+class Place(NamedTuple):
+    """A row's place, ``where`` in words, for the error message; its ``number`` is its id without
+    another."""
 
-    def __init__(self, path: Path, number: int):
-        self.where = f"{shown(path)}:{number}"
-        self.number = number
+    where: str
+    number: int
 
     def fail(self, found: str, expected: str, remedy: str) -> NoReturn:
         raise DataError(f"{self.where}: found {found}, expected {expected}; {remedy}")
@@ -57,8 +57,8 @@ def read_jsonl(path: str | Path, kinds: Collection[str] | None = None) -> list[d
     rows: list[dict[str, Any]] = []
     first_use: dict[str, int] = {}
     for number, data in enumerate(lines, start=1):
-        line = _Line(path, number)
-        row = _read_row(line, _parse(line, data), kinds)
+        line = Place(f"{shown(path)}:{number}", number)
+        row = read_row(line, _parse(line, data), kinds)
         if row["id"] in first_use:
             line.fail(
                 f"id {row['id']!r} again (first on line {first_use[row['id']]})",
@@ -82,16 +82,12 @@ def _read_lines(path: Path) -> list[bytes]:
         )
     lines = data.removesuffix(b"\n").split(b"\n")
     if lines[0].strip() in _OPENINGS:
+        each = "'.[]'" if lines[0].startswith(b"[") else "."
         raise DataError(
             f"{shown(path)}:1: found {lines[0].strip().decode()!r} alone on a line, expected one "
-            f"whole JSON object per line; rewrite it with jq -c {_flatten(lines[0])} OLD > NEW"
+            f"whole JSON object per line; rewrite it with jq -c {each} OLD > NEW"
         )
     return lines
-
-
-def _flatten(line: bytes) -> str:
-    """The jq filter that makes one line of each row."""
-    return "'.[]'" if line.startswith(b"[") else "."
 
 
 def _unpack(data: bytes, path: Path) -> bytes:
@@ -125,7 +121,7 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _parse(line: _Line, data: bytes) -> dict[str, Any]:
+def _parse(line: Place, data: bytes) -> dict[str, Any]:
     """The object on a line."""
     if data.startswith(_BOM):
         line.fail("a byte-order mark", "plain UTF-8", "save the file as UTF-8 without BOM")
@@ -138,15 +134,12 @@ def _parse(line: _Line, data: bytes) -> dict[str, Any]:
             parse_float=_finite,
             object_pairs_hook=_without_twins,
         )
-        json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         line.fail(
             f"bytes that are not UTF-8 ({error.reason} at byte {error.start} of the line)",
             "UTF-8",
             "convert the file to UTF-8",
         )
-    except UnicodeEncodeError:
-        line.fail("half a surrogate pair", "Unicode text", "write the character in full")
     except json.JSONDecodeError as error:
         found = f"bad JSON ({error.msg} at column {error.colno})"
         line.fail(found, "a JSON object", "write one whole object per line")
@@ -159,10 +152,34 @@ def _parse(line: _Line, data: bytes) -> dict[str, Any]:
             'write {"prompt": ..., "answer": ..., "kind": ...}; jq -c \'.[]\' OLD > NEW takes a '
             "list apart",
         )
+    check_values(line, value)
     return value
 
 
-def _read_row(line: _Line, value: dict[str, Any], kinds: Collection[str] | None) -> dict[str, Any]:
+def check_values(line: Place, value: dict[str, Any]) -> None:
+    """Refuse what does not reach a grader in another process as it is.
+
+    Raises:
+        DataError: half a surrogate pair, or something that JSON does not hold.
+    """
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError:
+        line.fail("half a surrogate pair", "Unicode text", "write the character in full")
+    except (TypeError, ValueError, RecursionError) as error:
+        line.fail(
+            f"a value that JSON does not hold ({error})",
+            "strings, finite numbers, lists and dicts of them",
+            "convert it",
+        )
+
+
+def read_row(line: Place, value: dict[str, Any], kinds: Collection[str] | None) -> dict[str, Any]:
+    """A row of plain values from its fields, as `read_jsonl` gives it.
+
+    Raises:
+        DataError: a field that is missing or cannot be used.
+    """
     kind = _text(line, value, "kind")
     if kinds is not None and kind not in kinds:
         line.fail(f"kind {kind!r}", f"one of {sorted(kinds)}", "correct the name")
@@ -175,25 +192,25 @@ def _read_row(line: _Line, value: dict[str, Any], kinds: Collection[str] | None)
     }
 
 
-def _field(line: _Line, value: dict[str, Any], name: str) -> Any:
+def _field(line: Place, value: dict[str, Any], name: str) -> Any:
     if name not in value:
         line.fail(f"no field {name!r} (there are {sorted(value)})", f"{name!r}", "add the field")
     return value[name]
 
 
-def _text(line: _Line, value: dict[str, Any], name: str) -> str:
+def _text(line: Place, value: dict[str, Any], name: str) -> str:
     """A field that must be a string with something in it."""
     text = _field(line, value, name)
     if text is None:
-        line.fail(f"null for {name!r}", "some text", "fill it in or delete the line")
+        line.fail(f"null for {name!r}", "some text", "fill it in or drop the row")
     if not isinstance(text, str):
         line.fail(f"{name!r} of type {type(text).__name__}", "a string", "put it in quotes")
     if not text.strip():
-        line.fail(f"an empty {name!r}", "some text", "fill it in or delete the line")
+        line.fail(f"an empty {name!r}", "some text", "fill it in or drop the row")
     return text
 
 
-def _read_id(line: _Line, value: dict[str, Any]) -> str:
+def _read_id(line: Place, value: dict[str, Any]) -> str:
     if "id" not in value:
         return str(line.number)
     if isinstance(value["id"], int) and not isinstance(value["id"], bool):
@@ -203,15 +220,15 @@ def _read_id(line: _Line, value: dict[str, Any]) -> str:
     return _text(line, value, "id")
 
 
-def _read_answer(line: _Line, value: dict[str, Any]) -> Any:
+def _read_answer(line: Place, value: dict[str, Any]) -> Any:
     answer = _field(line, value, "answer")
     if answer is None or (isinstance(answer, str) and not answer.strip()):
         found = "null" if answer is None else "an empty string"
-        line.fail(f"{found} for 'answer'", "what the grader needs", "fill it in or delete the line")
+        line.fail(f"{found} for 'answer'", "what the grader needs", "fill it in or drop the row")
     return answer
 
 
-def _read_messages(line: _Line, value: dict[str, Any]) -> list[dict[str, str]]:
+def _read_messages(line: Place, value: dict[str, Any]) -> list[dict[str, str]]:
     """The chat; a plain prompt is one message of the user."""
     if ("prompt" in value) == ("messages" in value):
         both = "both" if "prompt" in value else "neither"
@@ -239,12 +256,10 @@ def _read_messages(line: _Line, value: dict[str, Any]) -> list[dict[str, str]]:
     return chat
 
 
-def _read_message(line: _Line, message: Any) -> dict[str, str]:
+def _read_message(line: Place, message: Any) -> dict[str, str]:
     if not isinstance(message, dict):
         line.fail(
-            f"a message {message!r:.60}",
-            "an object",
-            'write {"role": "user", "content": "..."}',
+            f"a message {message!r:.60}", "an object", 'write {"role": "user", "content": "..."}'
         )
     role = _text(line, message, "role")
     if role not in _ROLES:

@@ -79,15 +79,17 @@ class PromptStream(Iterator["list[Prompt]"]):
         rows = self._batches[self._drawn]
         first = self._drawn * self._draws.stop
         self._drawn += 1
+        texts = [_render(row, self._tokenizer) for row in rows]
         return [
             Prompt(
                 id=row["id"],
                 draw=first + draw,
-                text=_render(row, self._tokenizer),
+                text=text,
+                tokens=tuple(encode(self._tokenizer, text)),
                 answer=row["answer"],
                 kind=row["kind"],
             )
-            for draw, row in zip(self._draws, rows, strict=True)
+            for draw, row, text in zip(self._draws, rows, texts, strict=True)
         ]
 
     def state(self) -> int:
@@ -124,11 +126,7 @@ def prompts(
     """
     import grain
 
-    if prompts_per_step % processes:
-        raise DataError(
-            f"{processes} processes cannot share Train.prompts_per_step = {prompts_per_step} "
-            f"equally; set it to a multiple of {processes}"
-        )
+    draws = share(prompts_per_step, process, processes)
     rows = grain.MapDataset.source(source).seed(seed)
     if shuffle:
         rows = rows.shuffle()
@@ -136,4 +134,18 @@ def prompts(
     # content is this index.
     own = rows.repeat()[process::processes] if processes > 1 else rows.repeat()
     batches = own.batch(prompts_per_step // processes, batch_fn=list)
-    return PromptStream(batches, tokenizer, range(process, prompts_per_step, processes))
+    return PromptStream(batches, tokenizer, draws)
+
+
+def share(prompts_per_step: int, process: int, processes: int) -> range:
+    """Which prompts of a step one process of several reads.
+
+    Raises:
+        DataError: a step that the processes cannot share equally.
+    """
+    if prompts_per_step % processes:
+        raise DataError(
+            f"{processes} processes cannot share Train.prompts_per_step = {prompts_per_step} "
+            f"equally; set it to a multiple of {processes}"
+        )
+    return range(process, prompts_per_step, processes)

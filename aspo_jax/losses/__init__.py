@@ -1,63 +1,66 @@
 """The equations: objectives, advantages, aggregates. Needs jax alone; import it in a notebook.
 
+    >>> from math import log
+    >>> import jax.numpy as jnp
+    >>> tokens = Tokens(  # one response of two tokens; the second has become twice as likely
+    ...     logp_BT=jnp.array([[log(0.5), log(0.5)]]),
+    ...     old_logp_BT=jnp.array([[log(0.5), log(0.25)]]),
+    ...     advantage_BT=jnp.ones((1, 2)),
+    ...     is_response_BT=jnp.ones((1, 2), bool),
+    ... )
+    >>> loss, metrics = policy_loss(aspo(clip_high=1.0), tokens, aggregate=token_mean)
+    >>> round(float(loss), 3)  # -(1 log 0.5 + 1/2 log 0.5) / 2: its weight is the inverse ratio
+    0.52
+    >>> clipped = metrics["clip_share"]  # a metric is a sum and a count, so that parts add up
+    >>> float(clipped.total / clipped.count)
+    0.0
+
 `objective` says what an objective is; `aspo.py`, `ppo.py`, `cispo.py`, `gspo.py`, `kl.py` and
-`entropy.py` hold one family of rules each; `report.py` names the metrics.
+`entropy.py` hold one family of rules each; `report.py` names the metrics that every rule gets.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from aspo_jax.losses.advantages import Advantage as Advantage
-from aspo_jax.losses.advantages import group_mean as group_mean
-from aspo_jax.losses.advantages import group_zscore as group_zscore
-from aspo_jax.losses.advantages import leave_one_out as leave_one_out
-from aspo_jax.losses.aggregate import Aggregate as Aggregate
-from aspo_jax.losses.aggregate import Totals as Totals
-from aspo_jax.losses.aggregate import count_totals as count_totals
-from aspo_jax.losses.aggregate import fixed_length as fixed_length
-from aspo_jax.losses.aggregate import sequence_mean as sequence_mean
-from aspo_jax.losses.aggregate import sequence_sum as sequence_sum
-from aspo_jax.losses.aggregate import token_mean as token_mean
-from aspo_jax.losses.aspo import archer2 as archer2
-from aspo_jax.losses.aspo import aspo as aspo
-from aspo_jax.losses.aspo import is_low_entropy as is_low_entropy
-from aspo_jax.losses.cispo import cispo as cispo
-from aspo_jax.losses.entropy import entropy_bonus as entropy_bonus
-from aspo_jax.losses.gspo import gspo as gspo
-from aspo_jax.losses.kl import kl_penalty as kl_penalty
-from aspo_jax.losses.kl import low_entropy_kl as low_entropy_kl
-from aspo_jax.losses.objective import Coefficient as Coefficient
-from aspo_jax.losses.objective import Objective as Objective
-from aspo_jax.losses.objective import Predicate as Predicate
-from aspo_jax.losses.objective import chain as chain
-from aspo_jax.losses.objective import policy_loss as policy_loss
-from aspo_jax.losses.objective import reads as reads
-from aspo_jax.losses.objective import response_only as response_only
-from aspo_jax.losses.objective import select as select
-from aspo_jax.losses.objective import trace as trace
-from aspo_jax.losses.ppo import dapo as dapo
-from aspo_jax.losses.ppo import grpo as grpo
-from aspo_jax.losses.ppo import grpo_without_is as grpo_without_is
-from aspo_jax.losses.ppo import positive_response_mean as positive_response_mean
-from aspo_jax.losses.ppo import ppo_clip as ppo_clip
-from aspo_jax.losses.ppo import reinforce as reinforce
-from aspo_jax.losses.report import WEIGHT_BIN_EDGES as WEIGHT_BIN_EDGES
-from aspo_jax.losses.report import histogram_quantile as histogram_quantile
-from aspo_jax.structs import Tokens as Tokens
-
-
-def _token_mean() -> Aggregate:
-    return token_mean
-
-
-def _sequence_mean() -> Aggregate:
-    return sequence_mean
-
-
-def _sequence_sum() -> Aggregate:
-    return sequence_sum
-
+from aspo_jax.losses.advantages import Advantage, group_mean, group_zscore, leave_one_out
+from aspo_jax.losses.aggregate import (
+    Aggregate,
+    Totals,
+    count_totals,
+    fixed_length,
+    sequence_mean,
+    sequence_sum,
+    token_mean,
+)
+from aspo_jax.losses.aspo import archer2, aspo, is_low_entropy
+from aspo_jax.losses.cispo import cispo
+from aspo_jax.losses.entropy import entropy_bonus
+from aspo_jax.losses.gspo import gspo
+from aspo_jax.losses.kl import kl_penalty, low_entropy_kl
+from aspo_jax.losses.objective import (
+    Coefficient,
+    Objective,
+    Predicate,
+    chain,
+    log_ratio,
+    policy_loss,
+    ratio,
+    reads,
+    response_only,
+    select,
+    trace,
+)
+from aspo_jax.losses.ppo import (
+    dapo,
+    grpo,
+    grpo_without_is,
+    positive_response_mean,
+    ppo_clip,
+    reinforce,
+)
+from aspo_jax.losses.report import WEIGHT_BIN_EDGES, histogram_quantile, mean_over, weight_histogram
+from aspo_jax.structs import Tokens
 
 # name -> factory; a factory's keyword arguments are its hyper-parameters
 OBJECTIVES: Mapping[str, Callable[..., Objective]] = {
@@ -81,9 +84,9 @@ ADVANTAGES: Mapping[str, Callable[..., Advantage]] = {
 }
 AGGREGATES: Mapping[str, Callable[..., Aggregate]] = {
     "fixed_length": fixed_length,
-    "sequence_mean": _sequence_mean,
-    "sequence_sum": _sequence_sum,
-    "token_mean": _token_mean,
+    "sequence_mean": lambda: sequence_mean,
+    "sequence_sum": lambda: sequence_sum,
+    "token_mean": lambda: token_mean,
 }
 
 __all__ = [
@@ -115,10 +118,13 @@ __all__ = [
     "is_low_entropy",
     "kl_penalty",
     "leave_one_out",
+    "log_ratio",
     "low_entropy_kl",
+    "mean_over",
     "policy_loss",
     "positive_response_mean",
     "ppo_clip",
+    "ratio",
     "reads",
     "reinforce",
     "response_only",
@@ -127,4 +133,5 @@ __all__ = [
     "sequence_sum",
     "token_mean",
     "trace",
+    "weight_histogram",
 ]

@@ -9,7 +9,6 @@ in its place, so its advantage is its reward.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -20,14 +19,8 @@ from aspo_jax.losses.objective import require_non_negative
 Advantage = Callable[[ArrayLike, ArrayLike], Array]
 
 
-class _Group(NamedTuple):
-    """Rewards about their group's mean, over valid samples; 0 elsewhere."""
-
-    centred_PG: Array
-    count_P1: Array
-
-
-def _centre(reward_PG: ArrayLike, is_valid_PG: ArrayLike) -> _Group:
+def _centre(reward_PG: ArrayLike, is_valid_PG: ArrayLike) -> tuple[Array, Array]:
+    """Rewards about their group's mean over valid samples, 0 elsewhere; how many are valid."""
     is_valid_PG = jnp.asarray(is_valid_PG, bool)
     reward_PG = jnp.where(is_valid_PG, jnp.asarray(reward_PG, jnp.float32), 0)
     count_P1 = is_valid_PG.sum(axis=-1, keepdims=True).astype(jnp.float32)
@@ -37,14 +30,14 @@ def _centre(reward_PG: ArrayLike, is_valid_PG: ArrayLike) -> _Group:
     # The rounded mean of equal rewards need not equal them; a z-score would blow the rest up.
     mean_P1 = jnp.where(highest_P1 == lowest_P1, highest_P1, mean_P1)
     mean_P1 = jnp.where(count_P1 > 1, mean_P1, 0)
-    return _Group(jnp.where(is_valid_PG, reward_PG - mean_P1, 0), count_P1)
+    return jnp.where(is_valid_PG, reward_PG - mean_P1, 0), count_P1
 
 
 def group_zscore(ddof: int = 1, eps: float = 1e-6) -> Advantage:
     """``A = (R - mean) / (std + eps)`` over the group. GRPO, arXiv 2402.03300 §4.1.2.
 
     ddof: 1 divides the variance by n - 1, 0 by n.
-    eps: added to the standard deviation.
+    eps: added to the standard deviation, in reward, 0 or more.
     """
     if ddof not in (0, 1):
         raise ValueError(f"group_zscore.ddof = {ddof}; expected 0 or 1")
@@ -65,7 +58,7 @@ def group_mean() -> Advantage:
     """``A = R - mean`` over the group, no scale. Dr. GRPO, arXiv 2503.20783."""
 
     def advantage(reward_PG: ArrayLike, is_valid_PG: ArrayLike) -> Array:
-        return _centre(reward_PG, is_valid_PG).centred_PG
+        return _centre(reward_PG, is_valid_PG)[0]
 
     return advantage
 

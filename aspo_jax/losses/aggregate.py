@@ -59,7 +59,8 @@ def sequence_sum(tokens: Tokens, totals: Totals) -> Array:
 def fixed_length(length: int) -> Aggregate:
     """Token sums over a constant length, ``a = 1 / (N length)``. Dr. GRPO, arXiv 2503.20783.
 
-    length: the longest response that may be generated, so that no response's length matters.
+    length: the longest response that may be generated, in tokens, at least 1: no response's own
+        length matters.
 
     Some libraries leave the 1/N out; the loss here then is theirs divided by N.
     """

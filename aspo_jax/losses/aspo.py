@@ -9,15 +9,15 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from aspo_jax.losses.clip import CAPS, CapName, is_inside, pick_by_sign
+from aspo_jax.losses.clip import CAPS, CapName, is_kept, pick_by_sign
 from aspo_jax.losses.objective import (
     Objective,
     Predicate,
     accurate,
     choose,
-    log_ratio,
+    ratio,
+    ratio_bounds,
     require,
-    require_non_negative,
     require_positive,
     require_share,
     select,
@@ -45,7 +45,7 @@ def aspo(
     1/r instead would flip the sign of the update.
 
     clip_low: a negative token counts while its ratio is at least 1 - clip_low; 0 to 1.
-    clip_high: a positive token counts while its ratio is at most 1 + clip_high.
+    clip_high: a positive token counts while its ratio is at most 1 + clip_high; 0 or more.
     cap: largest weight, above 0.
     positive_cap, negative_cap: what happens beyond it, per sign of the advantage: "soft" keeps
         the gradient at weight ``cap``, "hard" removes it, "none" lets the weight grow.
@@ -54,16 +54,14 @@ def aspo(
     Source: arXiv 2510.06062 §6, Eq. 3; soft caps on both signs and cap 3 as in the authors' code
     (the paper prints no number).
     """
-    require_share("aspo", clip_low=clip_low)
-    require_non_negative("aspo", clip_high=clip_high)
+    low, high = ratio_bounds("aspo", clip_low, clip_high)
     require_positive("aspo", cap=cap)
     cap_positive = choose(CAPS, positive_cap, "aspo.positive_cap")
     cap_negative = choose(CAPS, negative_cap, "aspo.negative_cap")
-    low, high = 1 - clip_low, 1 + clip_high
 
     def coefficient(tokens, state, sums):
         advantage_BT, logp_BT = tokens.advantage_BT, accurate(tokens.logp_BT)
-        ratio_BT = jnp.exp(log_ratio(tokens))
+        ratio_BT = ratio(tokens)
         flipped_BT = 1 / jnp.minimum(ratio_BT, high)
         floored_BT = jnp.maximum(ratio_BT, low)
         capped = pick_by_sign(
@@ -71,7 +69,7 @@ def aspo(
             positive=cap_positive(flipped_BT, logp_BT, cap),
             negative=cap_negative(floored_BT, logp_BT, cap),
         )
-        is_kept_BT = is_inside(ratio_BT, advantage_BT, low, high)
+        is_kept_BT = is_kept(ratio_BT, advantage_BT, low, high)
         is_response_BT = tokens.is_response_BT
         return weight_only(
             jnp.where(is_kept_BT, capped.weight_BT, 0),

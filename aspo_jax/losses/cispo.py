@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from aspo_jax.losses.objective import Objective, accurate, log_ratio, weight_only
+from aspo_jax.losses.objective import Objective, accurate, ratio, weight_only
 
 
 def cispo(ratio_min: float = 0.0, ratio_max: float = 5.0) -> Objective:
@@ -12,8 +12,8 @@ def cispo(ratio_min: float = 0.0, ratio_max: float = 5.0) -> Objective:
 
         w = clip(r, ratio_min, ratio_max)        surrogate: -A sg(w) log pi
 
-    ratio_min, ratio_max: absolute bounds of the ratio, not distances from 1. The paper's upper
-        bound is not published; 5 is the common choice of libraries.
+    ratio_min, ratio_max: absolute bounds of the ratio, 0 or more, not distances from 1. The
+        paper's upper bound is not published; 5 is the common choice of libraries.
     Source: MiniMax-M1, arXiv 2506.13585.
     """
     if not 0 <= ratio_min <= ratio_max or ratio_max == 0:
@@ -23,7 +23,7 @@ def cispo(ratio_min: float = 0.0, ratio_max: float = 5.0) -> Objective:
         )
 
     def coefficient(tokens, state, sums):
-        weight_BT = jnp.clip(jnp.exp(log_ratio(tokens)), ratio_min, ratio_max)
+        weight_BT = jnp.clip(ratio(tokens), ratio_min, ratio_max)
         return weight_only(weight_BT, -tokens.advantage_BT * weight_BT * accurate(tokens.logp_BT))
 
     return Objective(coefficient)

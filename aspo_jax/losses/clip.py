@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -17,20 +18,20 @@ _CLAMPED_RATIO = math.exp(LOG_RATIO_LIMIT - 1e-3)
 CapName = Literal["soft", "hard", "none"]
 
 
-def is_inside(ratio_BT: Array, advantage_BT: Array, low: float, high: float) -> Array:
-    """The PPO gate, ``[B, T]``: False where the ratio has already left the clip range in the
-    direction in which the advantage pushes it.
+def is_kept(ratio_BT: Array, advantage_BT: Array, low: float, high: float) -> Array:
+    """The PPO gate, ``[B, T]``: True where a token keeps its gradient.
 
         A > 0:  r <= high          A < 0:  r >= low
 
-    A token on a bound keeps its gradient. PPO, arXiv 1707.06347 Eq. 7; ASPO, arXiv 2510.06062
-    Prop. 4.1.
+    It loses it where the ratio has already left the clip range in the direction in which the
+    advantage pushes it, not on the other side, and not on a bound. PPO, arXiv 1707.06347 Eq. 7;
+    ASPO, arXiv 2510.06062 Prop. 4.1.
     """
     return jnp.where(advantage_BT > 0, ratio_BT <= high, ratio_BT >= low)
 
 
 def is_free(ratio_BT: Array) -> Array:
-    """False where the +-20 nats clamp has made the ratio a constant, ``[B, T]``."""
+    """True where the +-20 nats clamp has not made the ratio a constant, ``[B, T]``."""
     return (ratio_BT > 1 / _CLAMPED_RATIO) & (ratio_BT < _CLAMPED_RATIO)
 
 
@@ -73,8 +74,4 @@ CAPS: Mapping[str, Callable[[Array, Array, float], Capped]] = {
 
 def pick_by_sign(advantage_BT: Array, positive: Capped, negative: Capped) -> Capped:
     """``positive`` where A > 0, ``negative`` elsewhere."""
-    is_positive_BT = advantage_BT > 0
-    return Capped(
-        jnp.where(is_positive_BT, positive.weight_BT, negative.weight_BT),
-        jnp.where(is_positive_BT, positive.value_BT, negative.value_BT),
-    )
+    return jax.tree.map(lambda x, y: jnp.where(advantage_BT > 0, x, y), positive, negative)

@@ -23,9 +23,10 @@ def entropy_bonus(
 
     tokens: ``entropy_BT`` (nats) carries the gradient; masked tokens change nothing.
     totals: as in `policy_loss`, so that parts of a mini-batch add up.
-    Raises ValueError when ``entropy_BT`` is None.
+
+    Raises:
+        ValueError: ``entropy_BT`` is None.
     """
-    require(tokens, "entropy_BT", "entropy_bonus")
     tokens = response_only(tokens)
     entropy_BT = require(tokens, "entropy_BT", "entropy_bonus")
     totals = count_totals(tokens) if totals is None else totals

@@ -68,13 +68,6 @@ ESTIMATORS: Mapping[str, Callable[[Array, float], Estimate]] = {
 }
 
 
-class SplitCounts(NamedTuple):
-    """Response tokens of the mini-batch, and those of them that the penalty is restricted to."""
-
-    tokens: Array
-    selected: Array
-
-
 def kl_penalty(
     beta: float = 1e-3,
     estimator: EstimatorName = "k3",
@@ -86,9 +79,9 @@ def kl_penalty(
 
         w = 1        b = -d(beta kl)/d log pi        surrogate: beta kl
 
-    beta: weight of the penalty, per nat.
+    beta: weight of the penalty, per nat, 0 or more.
     estimator: "k1", "abs", "k2" or "k3" (Schulman, "Approximating KL divergence", 2020).
-    clamp: largest k3 value, zero gradient beyond; ``float("inf")`` for none.
+    clamp: largest k3 value in nats, above 0, zero gradient beyond; ``float("inf")`` for none.
     where: restrict the penalty to the tokens of a predicate, averaged over *those* tokens: the
         factor ``tokens / selected tokens`` of the mini-batch is put into b. Exact under
         ``token_mean``; under other aggregates the factor is the same and the mean is theirs.
@@ -101,15 +94,12 @@ def kl_penalty(
     estimate = choose(ESTIMATORS, estimator, "kl_penalty.estimator")
 
     def is_penalised(tokens: Tokens) -> Array:
-        if where is None:
-            return tokens.is_response_BT
-        return tokens.is_response_BT & where(tokens)
+        mask_BT = tokens.is_response_BT
+        return mask_BT if where is None else mask_BT & where(tokens)
 
     def prepare(tokens, state):
-        return SplitCounts(
-            tokens.is_response_BT.sum().astype(jnp.float32),
-            is_penalised(tokens).sum().astype(jnp.float32),
-        )
+        masks = (tokens.is_response_BT, is_penalised(tokens))
+        return tuple(mask_BT.sum().astype(jnp.float32) for mask_BT in masks)
 
     def coefficient(tokens, state, sums):
         ref_logp_BT = accurate(require(tokens, "ref_logp_BT", "kl_penalty"))
@@ -117,8 +107,9 @@ def kl_penalty(
         is_penalised_BT = is_penalised(tokens)
         scale = jnp.asarray(beta, kl_BT.dtype)
         if sums is not None:
-            scale = scale * sums.tokens.astype(scale.dtype)
-            scale = scale / jnp.maximum(sums.selected, 1).astype(scale.dtype)
+            all_tokens, selected = sums
+            scale = scale * all_tokens.astype(scale.dtype)
+            scale = scale / jnp.maximum(selected, 1).astype(scale.dtype)
         scale_BT = jnp.where(is_penalised_BT, scale, 0)
         return Coefficient(
             weight_BT=jnp.ones_like(kl_BT),
@@ -131,14 +122,11 @@ def kl_penalty(
 
 
 def low_entropy_kl(
-    beta: float = 1e-3,
-    quantile: float = 0.8,
-    estimator: EstimatorName = "k3",
-    clamp: float = 10.0,
+    beta: float = 1e-3, quantile: float = 0.8, estimator: EstimatorName = "k3", clamp: float = 10.0
 ) -> Objective:
     """`kl_penalty` on low-entropy tokens only, over their own count; needs ``entropy_BT`` too.
 
-    beta: weight of the penalty, per nat.
+    beta: weight of the penalty, per nat, 0 or more.
     quantile: a token's entropy is low up to this quantile of its response, from 0 to 1.
     estimator, clamp: as in `kl_penalty`.
     The split KL that the authors' released scripts imply (their scale for the other tokens is 0).

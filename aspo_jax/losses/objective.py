@@ -28,12 +28,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from aspo_jax.losses.aggregate import Aggregate, Totals, count_totals, token_mean
-from aspo_jax.losses.report import surrogate_metric, weight_metrics
-from aspo_jax.structs import Metric, Metrics, Tokens, merge_metrics
+from aspo_jax.losses.report import WEIGHT_BIN_EDGES, surrogate_metric, weight_metrics
+from aspo_jax.structs import Histogram, Max, Mean, Metric, Metrics, Tokens, merge_metrics
 
 LOG_RATIO_LIMIT = 20.0  # exp(20) is finite in every dtype used, and far outside every clip range
-
-INTEGER_FIELDS = ("sequence_id_BT", "position_BT", "group_id_BT")
 
 Value = TypeVar("Value")
 Predicate = Callable[[Tokens], Array]  # tokens -> boolean [B, T]
@@ -60,14 +58,14 @@ class Objective(NamedTuple):
     coefficient: ``(tokens, state, sums) -> Coefficient``.
     prepare: ``(tokens, state) -> sums``, additive statistics over the whole mini-batch; None when
         the rule has no use for any, and then no pass over the data is made.
-    init: ``() -> state``, for rules with a state.
+    init: ``() -> state``; ``()`` for rules without one.
     update: ``(state, sums) -> state``, once per optimizer update, never on a skipped one.
     """
 
     coefficient: Callable[[Tokens, Any, Any], Coefficient]
     prepare: Callable[[Tokens, Any], Any] | None = None
-    init: Callable[[], Any] | None = None
-    update: Callable[[Any, Any], Any] | None = None
+    init: Callable[[], Any] = lambda: ()
+    update: Callable[[Any, Any], Any] = lambda state, sums: state
 
 
 # --- what rules share -------------------------------------------------------------------------
@@ -96,25 +94,27 @@ def choose(table: Mapping[str, Value], name: str, field: str) -> Value:
     return table[name]
 
 
-def require_non_negative(rule: str, **values: float) -> None:
-    """Raise a ValueError naming the first hyper-parameter that is negative or NaN."""
-    for name, value in values.items():
-        if not value >= 0:
-            raise ValueError(f"{rule}.{name} = {value}; expected a number >= 0")
+def _numbers(is_right: Callable[[float], bool], expected: str) -> Callable[..., None]:
+    def check(rule: str, **values: float) -> None:
+        """Raise a ValueError naming the first hyper-parameter out of range, or NaN."""
+        for name, value in values.items():
+            if not is_right(value):
+                raise ValueError(f"{rule}.{name} = {value}; expected a number {expected}")
+
+    return check
 
 
-def require_positive(rule: str, **values: float) -> None:
-    """Raise a ValueError naming the first hyper-parameter that is not above 0."""
-    for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f"{rule}.{name} = {value}; expected a number > 0")
+require_non_negative = _numbers(lambda x: x >= 0, ">= 0")
+require_positive = _numbers(lambda x: x > 0, "> 0")
+require_share = _numbers(lambda x: 0 <= x <= 1, "from 0 to 1")
+require_decay = _numbers(lambda x: 0 <= x < 1, "from 0 to below 1")
 
 
-def require_share(rule: str, **values: float) -> None:
-    """Raise a ValueError naming the first hyper-parameter outside of [0, 1]."""
-    for name, value in values.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"{rule}.{name} = {value}; expected a number from 0 to 1")
+def ratio_bounds(rule: str, clip_low: float, clip_high: float) -> tuple[float, float]:
+    """1 - clip_low and 1 + clip_high, the range of a ratio; ValueError where there is none."""
+    require_share(rule, clip_low=clip_low)
+    require_non_negative(rule, clip_high=clip_high)
+    return 1 - clip_low, 1 + clip_high
 
 
 def accurate(x: Array) -> Array:
@@ -126,6 +126,11 @@ def log_ratio(tokens: Tokens) -> Array:
     """``log pi_theta - log pi_old``, clamped to +-20 nats; ``[B, T]``."""
     difference_BT = accurate(tokens.logp_BT) - accurate(tokens.old_logp_BT)
     return jnp.clip(difference_BT, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+
+
+def ratio(tokens: Tokens) -> Array:
+    """The importance ratio ``r = pi_theta / pi_old``, at most e^20; ``[B, T]``."""
+    return jnp.exp(log_ratio(tokens))
 
 
 def weight_only(weight_BT: Array, surrogate_BT: Array, **metrics: Metric) -> Coefficient:
@@ -151,36 +156,61 @@ def response_only(tokens: Tokens) -> Tokens:
 def reads(objective: Objective, field: str) -> bool:
     """Whether the objective cannot do without a field of `Tokens`, e.g. ``"ref_logp_BT"``."""
     try:
-        trace(objective, **{field: None})
+        trace(objective, token_mean, **{field: None})
     except MissingField as missing:
         return missing.field == field
     return False
 
 
-def trace(objective: Objective, **changes: Any) -> None:
+def trace(objective: Objective, aggregate: Aggregate = token_mean, **changes: Any) -> Metrics:
     """Run an objective on shapes alone, all fields of `Tokens` given but for the changes.
 
+    Returns:
+        The shapes of its metrics.
+
     Raises:
-        ValueError: what the whole of it has wrong, such as two rules with one metric's name.
+        ValueError: what the whole of it has wrong: two rules with one metric's name, a weight that
+            is not ``[B, T]``, a metric that does not add up.
     """
-    one = jax.ShapeDtypeStruct((1, 1), jnp.float32)
-    fields = {f.name: one for f in dataclasses.fields(Tokens)} | {
-        "is_response_BT": jax.ShapeDtypeStruct((1, 1), jnp.bool_),
-        **{name: jax.ShapeDtypeStruct((1, 1), jnp.int32) for name in INTEGER_FIELDS},
+    fields = {
+        field.name: jax.ShapeDtypeStruct((2, 8), field.metadata.get("dtype", "float32"))
+        for field in dataclasses.fields(Tokens)
     }
 
-    def value(tokens: Tokens) -> Array:
-        return policy_loss(objective, tokens, aggregate=token_mean)[0]
+    def loss(tokens: Tokens) -> tuple[Array, dict[str, Metric]]:
+        return policy_loss(objective, tokens, aggregate=aggregate)
 
-    jax.eval_shape(value, Tokens(**{**fields, **changes}))
+    return jax.eval_shape(loss, Tokens(**{**fields, **changes}))[1]
+
+
+def _checked(objective: Objective, tokens: Tokens, state: Any, sums: Any) -> Coefficient:
+    """The coefficient of one rule, with the shapes that it must have.
+
+    Broadcasting would hide a weight per row or per sequence, a metric would fail much later.
+    """
+    rule, expected = objective.coefficient(tokens, state, sums), tokens.logp_BT.shape
+    for name in ("weight_BT", "bias_BT", "surrogate_BT"):
+        found = getattr(rule, name)
+        if found is not None and jnp.shape(found) != expected:
+            raise ValueError(f"the rule's {name} has shape {jnp.shape(found)}, expected {expected}")
+    for name, metric in rule.metrics.items():
+        bins = (len(WEIGHT_BIN_EDGES) + 1,) if isinstance(metric, Histogram) else ()
+        if not isinstance(metric, Mean | Max | Histogram) or any(
+            jnp.shape(x) != bins for x in metric
+        ):
+            raise ValueError(
+                f"the rule's metric {name!r} is {metric!r:.80}, expected a Mean or Max of scalars, "
+                "or a Histogram from weight_histogram"
+            )
+    return rule
 
 
 # --- combinators ------------------------------------------------------------------------------
 
 
-def _part(values: Any, index: int) -> Any:
-    """One part's share of a combined state or sums; nothing when no part has any."""
-    return values[index] if values else values
+def _each(sums: Any, parts: tuple[Objective, ...]) -> tuple[Any, ...]:
+    """Each part's share of combined sums; None where no part prepares any."""
+    return (None,) * len(parts) if sums is None else sums
 
 
 def _combine(
@@ -190,24 +220,19 @@ def _combine(
 
     def prepare(tokens, state):
         return tuple(
-            part.prepare(tokens, _part(state, i)) if part.prepare else None
-            for i, part in enumerate(parts)
+            part.prepare(tokens, own) if part.prepare else None
+            for part, own in zip(parts, state, strict=True)
         )
-
-    def init():
-        return tuple(part.init() if part.init else () for part in parts)
 
     def update(state, sums):
-        return tuple(
-            part.update(_part(state, i), _part(sums, i)) if part.update else _part(state, i)
-            for i, part in enumerate(parts)
-        )
+        shares = zip(parts, state, _each(sums, parts), strict=True)
+        return tuple(part.update(*share) for part, *share in shares)
 
     return Objective(
-        coefficient,
-        prepare if any(part.prepare for part in parts) else None,
-        init if any(part.init for part in parts) else None,
-        update if any(part.update for part in parts) else None,
+        coefficient=lambda tokens, state, sums: coefficient(tokens, state, _each(sums, parts)),
+        prepare=prepare if any(part.prepare for part in parts) else None,
+        init=lambda: tuple(part.init() for part in parts),
+        update=update,
     )
 
 
@@ -228,16 +253,16 @@ def chain(*objectives: Objective) -> Objective:
         w = prod_k w_k        b = sum_k b_k
 
     States and sums are tuples, one entry per rule. The surrogate is None if a rule's is.
-    Raises ValueError for an empty chain, and when two rules emit a metric of one name.
+
+    Raises:
+        ValueError: no rule is given; later, when two rules emit a metric of one name.
     """
     if not objectives:
         raise ValueError("chain() needs at least one objective")
 
     def coefficient(tokens, state, sums):
-        parts = [
-            rule.coefficient(tokens, _part(state, i), _part(sums, i))
-            for i, rule in enumerate(objectives)
-        ]
+        shares = zip(objectives, state, sums, strict=True)
+        parts = [_checked(rule, tokens, *share) for rule, *share in shares]
         weight_BT, bias_BT, _, surrogate_BT = parts[0]
         for part in parts[1:]:
             weight_BT = weight_BT * part.weight_BT
@@ -261,10 +286,10 @@ def select(predicate: Predicate, a: Objective, b: Objective) -> Objective:
 
         def own_metrics(i: int, rule: Objective, is_own_BT: Array) -> Metrics:
             own = dataclasses.replace(tokens, is_response_BT=tokens.is_response_BT & is_own_BT)
-            return rule.coefficient(own, _part(state, i), _part(sums, i)).metrics
+            return rule.coefficient(own, state[i], sums[i]).metrics
 
-        of_a = a.coefficient(tokens, _part(state, 0), _part(sums, 0))
-        of_b = b.coefficient(tokens, _part(state, 1), _part(sums, 1))
+        of_a = _checked(a, tokens, state[0], sums[0])
+        of_b = _checked(b, tokens, state[1], sums[1])
         metrics_a, metrics_b = own_metrics(0, a, is_a_BT), own_metrics(1, b, ~is_a_BT)
         common = {name: metric for name, metric in metrics_a.items() if name in metrics_b}
 
@@ -313,18 +338,22 @@ def policy_loss(
     sums: what ``objective.prepare`` gathered over the whole mini-batch (parts add up). None: it is
         gathered from these tokens, which is right only if they are the whole mini-batch.
 
-    Returns ``(loss, aux)``: a scalar, at least float32, and ``{name: Mean | Max | Histogram}``.
-    Raises ValueError when a rule needs a field that is None.
+    Returns:
+        ``(loss, aux)``: a scalar, at least float32, and ``{name: Mean | Max | Histogram}``.
+
+    Raises:
+        ValueError: a rule needs a field that is None, what it returns has another shape, or two
+            rules emit a metric of one name.
     """
     tokens = response_only(tokens)
     constants = jax.tree.map(jax.lax.stop_gradient, tokens)
     totals = count_totals(constants) if totals is None else totals
-    if objective.init is not None and isinstance(state, tuple) and not state:
+    if isinstance(state, tuple) and not state:
         state = objective.init()
-    if objective.prepare is not None and sums is None:
+    if objective.prepare and sums is None:
         sums = objective.prepare(constants, state)
 
-    rule = objective.coefficient(constants, state, sums)
+    rule = _checked(objective, constants, state, sums)
     a_BT = aggregate(constants, totals)
     c_BT = rule.weight_BT * constants.advantage_BT + rule.bias_BT
     c_BT = jnp.where(constants.is_response_BT, c_BT, 0)

@@ -6,16 +6,8 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from aspo_jax.losses.clip import CAPS, CapName, is_inside, no_cap, pick_by_sign, ratio_weight
-from aspo_jax.losses.objective import (
-    Objective,
-    accurate,
-    choose,
-    log_ratio,
-    require_non_negative,
-    require_share,
-    weight_only,
-)
+from aspo_jax.losses.clip import CAPS, CapName, is_kept, no_cap, pick_by_sign, ratio_weight
+from aspo_jax.losses.objective import Objective, accurate, choose, ratio, ratio_bounds, weight_only
 from aspo_jax.losses.segment import segment_mean
 
 
@@ -33,28 +25,26 @@ def ppo_clip(
     Published surrogate: ``max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))``.
 
     clip_low: a negative token counts while its ratio is at least 1 - clip_low; 0 to 1.
-    clip_high: a positive token counts while its ratio is at most 1 + clip_high.
+    clip_high: a positive token counts while its ratio is at most 1 + clip_high; 0 or more.
     dual_cap: where the dual clip of negative tokens begins, a ratio above 1.
     dual_clip: what happens to A < 0 beyond ``r > dual_cap``: "hard" removes the gradient (the
         published dual clip), "soft" keeps it at weight ``dual_cap``, "none" is plain PPO.
     Source: PPO, arXiv 1707.06347 Eq. 7; dual clip, arXiv 1912.09729.
     """
-    require_share("ppo_clip", clip_low=clip_low)
-    require_non_negative("ppo_clip", clip_high=clip_high)
+    low, high = ratio_bounds("ppo_clip", clip_low, clip_high)
     if not dual_cap > 1:
         raise ValueError(f"ppo_clip.dual_cap = {dual_cap}; expected a ratio above 1")
     cap_negative = choose(CAPS, dual_clip, "ppo_clip.dual_clip")
-    low, high = 1 - clip_low, 1 + clip_high
 
     def coefficient(tokens, state, sums):
         advantage_BT, logp_BT = tokens.advantage_BT, accurate(tokens.logp_BT)
-        ratio_BT = jnp.exp(log_ratio(tokens))
+        ratio_BT = ratio(tokens)
         capped = pick_by_sign(
             advantage_BT,
             positive=no_cap(jnp.minimum(ratio_BT, high), logp_BT, dual_cap),
             negative=cap_negative(jnp.maximum(ratio_BT, low), logp_BT, dual_cap),
         )
-        is_kept_BT = is_inside(ratio_BT, advantage_BT, low, high)
+        is_kept_BT = is_kept(ratio_BT, advantage_BT, low, high)
         weight_BT = jnp.where(is_kept_BT, capped.weight_BT, 0)
         return weight_only(weight_BT, -advantage_BT * capped.value_BT)
 
@@ -65,7 +55,7 @@ def grpo(clip_low: float = 0.2, clip_high: float = 0.2) -> Objective:
     """GRPO: `ppo_clip`; what makes it GRPO is ``group_zscore`` and ``sequence_mean``.
 
     clip_low: a negative token counts while its ratio is at least 1 - clip_low; 0 to 1.
-    clip_high: a positive token counts while its ratio is at most 1 + clip_high.
+    clip_high: a positive token counts while its ratio is at most 1 + clip_high; 0 or more.
     Source: DeepSeekMath, arXiv 2402.03300 Eq. 3; add `kl_penalty` for its KL term.
     """
     return ppo_clip(clip_low, clip_high)
@@ -75,7 +65,7 @@ def dapo(clip_low: float = 0.2, clip_high: float = 0.28, dual_cap: float = 10.0)
     """DAPO's clip-higher, with the hard dual clip of its scripts; goes with ``token_mean``.
 
     clip_low: a negative token counts while its ratio is at least 1 - clip_low; 0 to 1.
-    clip_high: a positive token counts while its ratio is at most 1 + clip_high.
+    clip_high: a positive token counts while its ratio is at most 1 + clip_high; 0 or more.
     dual_cap: negative tokens beyond this ratio, above 1, lose their gradient.
     Source: arXiv 2503.14476. Dynamic sampling and overlong shaping belong to the data loop.
     """
@@ -88,16 +78,15 @@ def grpo_without_is(clip_low: float = 0.2, clip_high: float = 0.2) -> Objective:
         w = 1  if the PPO gate is open  else 0        surrogate: -A w log pi
 
     clip_low: a negative token counts while its ratio is at least 1 - clip_low; 0 to 1.
-    clip_high: a positive token counts while its ratio is at most 1 + clip_high.
+    clip_high: a positive token counts while its ratio is at most 1 + clip_high; 0 or more.
     Source: arXiv 2510.06062 §4.2. The paper does not say whether the gate stays ("identical
     except for the use of r"): it does here; `reinforce` drops it too.
     """
-    require_share("grpo_without_is", clip_low=clip_low)
-    require_non_negative("grpo_without_is", clip_high=clip_high)
+    low, high = ratio_bounds("grpo_without_is", clip_low, clip_high)
 
     def coefficient(tokens, state, sums):
-        ratio_BT = jnp.exp(log_ratio(tokens))
-        is_kept_BT = is_inside(ratio_BT, tokens.advantage_BT, 1 - clip_low, 1 + clip_high)
+        ratio_BT = ratio(tokens)
+        is_kept_BT = is_kept(ratio_BT, tokens.advantage_BT, low, high)
         weight_BT = is_kept_BT.astype(ratio_BT.dtype)
         return weight_only(weight_BT, -tokens.advantage_BT * weight_BT * accurate(tokens.logp_BT))
 
@@ -115,10 +104,7 @@ def reinforce() -> Objective:
 
 
 # Which ratio of a positive token the gate looks at: (token ratio, response mean) -> ratio.
-GATES = {
-    "token": lambda ratio_BT, mean_BT: ratio_BT,
-    "response": lambda ratio_BT, mean_BT: mean_BT,
-}
+GATES = {"token": lambda ratio_BT, mean_BT: ratio_BT, "response": lambda ratio_BT, mean_BT: mean_BT}
 
 
 def positive_response_mean(
@@ -137,25 +123,24 @@ def positive_response_mean(
     own ratio back, and the variant would be GRPO unchanged.
 
     clip_low: a negative token counts while its ratio is at least 1 - clip_low; 0 to 1.
-    clip_high: a positive token counts while the ratio that ``gate`` names is at most 1 + clip_high.
+    clip_high: a positive token counts while the ratio that ``gate`` names is at most
+        1 + clip_high; 0 or more.
     gate: the positive tokens' gate looks at the "token" ratio or at the "response" mean; the
         paper does not say which.
     Source: arXiv 2510.06062 §5.3.
     """
-    require_share("positive_response_mean", clip_low=clip_low)
-    require_non_negative("positive_response_mean", clip_high=clip_high)
+    low, high = ratio_bounds("positive_response_mean", clip_low, clip_high)
     gate_ratio = choose(GATES, gate, "positive_response_mean.gate")
-    low, high = 1 - clip_low, 1 + clip_high
 
     def coefficient(tokens, state, sums):
-        advantage_BT, ratio_BT = tokens.advantage_BT, jnp.exp(log_ratio(tokens))
+        advantage_BT, ratio_BT = tokens.advantage_BT, ratio(tokens)
         is_positive_BT = advantage_BT > 0
         free_BT = ratio_weight(ratio_BT)
         mean_BT = segment_mean(free_BT, tokens)
         weight_BT = jnp.where(is_positive_BT, mean_BT, free_BT)
         seen_BT = gate_ratio(ratio_BT, segment_mean(ratio_BT, tokens))
         gated_BT = jnp.where(is_positive_BT, seen_BT, ratio_BT)
-        is_kept_BT = is_inside(gated_BT, advantage_BT, low, high)
+        is_kept_BT = is_kept(gated_BT, advantage_BT, low, high)
         bound_BT = jnp.where(is_positive_BT, high, low)
         shared_BT = jnp.where(is_positive_BT, mean_BT, ratio_BT)
         value_BT = jnp.where(is_kept_BT, shared_BT, bound_BT)

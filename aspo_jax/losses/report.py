@@ -1,4 +1,4 @@
-"""What every rule is measured by. All metric names that `policy_loss` emits are in this file.
+"""What every rule is measured by. A rule may add metrics of its own; its docstring names them.
 
     ratio_kl                 mean of r - 1 - log r, nats; estimates KL(old || new)
     abs_log_ratio_max        largest |log r|, nats, before any clamp

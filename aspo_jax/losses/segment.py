@@ -39,11 +39,6 @@ def lengths_per_sequence(tokens: Tokens | Rows) -> Array:
     return sums_per_sequence(tokens.is_response_BT.astype(jnp.float32), tokens)
 
 
-def segment_sum(x_BT: Array, tokens: Tokens | Rows) -> Array:
-    """Sum over the token's response, on each of its tokens: ``[B, T] -> [B, T]``."""
-    return to_tokens(sums_per_sequence(x_BT, tokens), tokens)
-
-
 def segment_count(tokens: Tokens | Rows) -> Array:
     """Length of the token's response, float32 ``[B, T]``; at least 1, safe to divide by."""
     return jnp.maximum(to_tokens(lengths_per_sequence(tokens), tokens), 1)
@@ -51,7 +46,7 @@ def segment_count(tokens: Tokens | Rows) -> Array:
 
 def segment_mean(x_BT: Array, tokens: Tokens | Rows) -> Array:
     """Mean over the token's response, on each of its tokens: ``[B, T] -> [B, T]``."""
-    return segment_sum(x_BT, tokens) / segment_count(tokens)
+    return to_tokens(sums_per_sequence(x_BT, tokens), tokens) / segment_count(tokens)
 
 
 def segment_quantile(x_BT: Array, tokens: Tokens, quantile: float) -> Array:

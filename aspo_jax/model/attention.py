@@ -233,10 +233,7 @@ def _splash_kernel(T: int, group: int, is_interpreted: bool):
     mask = masks.MultiHeadMask([masks.CausalMask((T, T))] * group)
     with jax.ensure_compile_time_eval():
         return kernel.make_splash_mqa_single_device(
-            mask,
-            block_sizes=sizes,
-            residual_checkpoint_name=SAVED,
-            interpret=is_interpreted,
+            mask, block_sizes=sizes, residual_checkpoint_name=SAVED, interpret=is_interpreted
         ), kernel.SegmentIds
 
 
@@ -325,6 +322,13 @@ def _refusal(name: str, platform: str, head_dim: int, row_tokens: int, packed: b
 
 
 _PREFERENCE = {"tpu": ("splash",), "gpu": ("cudnn", "pallas"), "cpu": ()}
+_PROGRAMS: dict[str, Attend] = {
+    "dense": dense,
+    "chunked": chunked,
+    "splash": functools.partial(_splash, False),
+    "pallas": functools.partial(_pallas, False),
+    "cudnn": cudnn,
+}
 
 
 def choose_attention(
@@ -345,40 +349,26 @@ def choose_attention(
     Raises:
         AttentionError: ``name`` cannot run there; the message says why.
     """
-    refusal = functools.partial(
-        _refusal,
-        platform=platform,
-        head_dim=head_dim,
-        row_tokens=row_tokens,
-        packed=packed,
-        dtype=dtype,
-    )
+
+    def chosen(name: str, *reasons: str) -> Attention:
+        is_whole = mesh.size == 1 or name == "dense"
+        program = _PROGRAMS[name] if is_whole else over_mesh(_PROGRAMS[name], mesh)
+        return Attention(name, "; ".join(reasons), program)
+
+    asked = (platform, head_dim, row_tokens, packed, dtype)
     if name != "auto":
-        if problem := refusal(name):
+        if problem := _refusal(name, *asked):
             raise AttentionError(f"Model.attention = {name!r}: {problem}, or set it to 'auto'")
-        return Attention(name, "as asked for", _program(name, mesh))
+        return chosen(name, "as asked for")
     passed_over = []
     for candidate in _PREFERENCE[platform]:
-        problem = refusal(candidate)
+        problem = _refusal(candidate, *asked)
         if problem is None:
-            reason = "; ".join([f"the kernel for {platform}", *passed_over])
-            return Attention(candidate, reason, _program(candidate, mesh))
+            return chosen(candidate, f"the kernel for {platform}", *passed_over)
         passed_over.append(f"not {candidate}: {problem}")
     if platform == "cpu" and row_tokens <= DENSE_UP_TO:
-        return Attention("dense", f"rows of {row_tokens} tokens are one block", dense)
-    reason = "; ".join([f"exact in O(T) memory on {platform}", *passed_over])
-    return Attention("chunked", reason, _program("chunked", mesh))
-
-
-def _program(name: str, mesh: Mesh) -> Attend:
-    programs: dict[str, Attend] = {
-        "dense": dense,
-        "chunked": chunked,
-        "splash": functools.partial(_splash, False),
-        "pallas": functools.partial(_pallas, False),
-        "cudnn": cudnn,
-    }
-    return programs[name] if mesh.size == 1 or name == "dense" else over_mesh(programs[name], mesh)
+        return chosen("dense", f"rows of {row_tokens} tokens are one block")
+    return chosen("chunked", f"exact in O(T) memory on {platform}", *passed_over)
 
 
 DENSE = Attention("dense", "the definition", dense)

@@ -2,9 +2,10 @@
 
 A page holds S successive positions of one sequence, in every layer. A sequence reads the pages of
 its prompt, which all samples of the prompt share, and then pages of its own; the prompt's last
-token opens the first of these. Page 0 belongs to no one: what must go nowhere goes there.
+token opens the first of these. Page 0 belongs to no sequence: writes that are to be
+forgotten go there.
 
-Pages are read some at once, one lot after the other, with a running softmax (as in arXiv
+A row reads a few pages at once, then the next few, with a running softmax (as in arXiv
 2307.08691; pages of a pool: arXiv 2309.06180), so pages that hold nothing for a row add exactly
 nothing to it: its numbers do not depend on how long its neighbours are.
 """
@@ -29,8 +30,8 @@ from aspo_jax.structs import struct
 class Cache:
     """The pool. With int8 pages a number is its scale times an integer; else scales are None.
 
-    key_EKYXSC, value_EKYXSC: per part of the devices, key/value head, layer, page, slot, feature.
-        Each part E of the devices holds the pages of its own rows. A page of one head is one piece
+    key_EKYXSC, value_EKYXSC: per shard, key/value head, layer, page, slot, feature. Each of the E
+        shards of the devices holds the pages of its own rows. A page of one head is one piece
         and a token of it another: with the heads within the page a TPU would copy the pool at every
         token.
     key_scale_EKYXS, value_scale_EKYXS: float32.
@@ -50,13 +51,13 @@ class Cache:
 
 
 def empty_cache(
-    layers: int, parts: int, pages: int, kv_heads: int, slots: int, head_dim: int, dtype: Any
+    layers: int, shards: int, pages: int, kv_heads: int, slots: int, head_dim: int, dtype: Any
 ) -> Cache:
-    """A pool of ``pages`` pages of ``slots`` positions on each part of the devices, page 0 aside.
+    """A pool of ``pages`` pages of ``slots`` positions on each shard of the devices, page 0 aside.
 
     dtype: of the numbers; int8 adds a scale per position and head.
     """
-    shape = (parts, kv_heads, layers, pages + 1, slots)
+    shape = (shards, kv_heads, layers, pages + 1, slots)
     is_int8 = jnp.dtype(dtype) == jnp.int8
     return Cache(
         *(jnp.zeros((*shape, head_dim), dtype) for _ in range(2)),
@@ -65,7 +66,7 @@ def empty_cache(
 
 
 def cache_specs(cache: Any) -> Any:
-    """Parts over the data axes, key/value heads over the tensor axis; shaped as the cache."""
+    """Shards over the data axes, key/value heads over the tensor axis; shaped as the cache."""
     return jax.tree.map(lambda x: PartitionSpec(RULES["batch"], RULES["kv_heads"]), cache)
 
 
@@ -73,7 +74,7 @@ def cache_specs(cache: Any) -> Any:
 class Prefill:
     """Prompts on their way into pages; their tokens attend to each other.
 
-    page_AJ: page of every S tokens of A prompts, A a multiple of the parts E; 0: nowhere.
+    page_AJ: page of every S tokens of A prompts, A a multiple of the shards E; 0: nowhere.
     """
 
     cache: Cache
@@ -106,18 +107,18 @@ class Decode:
     table_JN: pages of each row, those of its prompt first; 0 where it has none.
     prompt_N: positions in the prompt's pages. own_N: positions in the row's own pages before this
         token, which becomes number own_N of them.
-    lots_c: how many lots of pages are read, enough for every row that matters: for each of c equal
-        classes of rows, those of each part of the devices in their order. A row pays for the
-        longest of its class, so it pays to have rows of like length beside each other.
-    lot: pages of a row that are read at once.
+    reads_c: how many reads of ``pages_per_read`` pages reach the end of the longest row, in each of
+        c classes. A class is an equal share of each shard's rows, in their order. A row pays for
+        the longest of its class, so rows of like length should stand beside each other.
+    pages_per_read: pages of a row that are read at once.
     """
 
     cache: Cache
     table_JN: Array
     prompt_N: Array
     own_N: Array
-    lots_c: Array
-    lot: int = dataclasses.field(default=1, metadata={"static": True})
+    reads_c: Array
+    pages_per_read: int = dataclasses.field(default=1, metadata={"static": True})
 
     def attend(self, y: Array, q_N1HC, k_N1KC, v_N1KC, fresh: Callable) -> tuple[Decode, Array]:
         """Layer y: put the new token's key and value into its page; attend to all of the row's."""
@@ -137,20 +138,20 @@ class Decode:
         new = (x.reshape(E, -1, *x.shape[2:]).swapaxes(1, 2) for x in (k_N1KC, v_N1KC))
         cache = _stored(self.cache, tuple(new), put)
 
-        out_N1HC = self._over_lots(cache, y, q_N1HC)
+        out_N1HC = self._over_classes(cache, y, q_N1HC)
         return dataclasses.replace(self, cache=cache), out_N1HC
 
-    def _over_lots(self, cache: Cache, y: Array, q_N1HC: Array) -> Array:
+    def _over_classes(self, cache: Cache, y: Array, q_N1HC: Array) -> Array:
         """Attention of each row to its pages, class after class."""
         N, _, H, C = q_N1HC.shape
         E, K, _, _, S = cache.key_EKYXSC.shape[:5]
-        classes, J = self.lots_c.shape[0], self.table_JN.shape[0]
+        classes, J = self.reads_c.shape[0], self.table_JN.shape[0]
         of_prompt_N = -(-self.prompt_N // S)
 
         def by_class(x_N: Array) -> Array:
             return x_N.reshape(E, classes, N // E // classes, *x_N.shape[1:]).swapaxes(0, 1)
 
-        table_NJ = jnp.pad(self.table_JN.T, ((0, 0), (0, -J % self.lot)))
+        table_NJ = jnp.pad(self.table_JN.T, ((0, 0), (0, -J % self.pages_per_read)))
         numbers = jnp.arange(table_NJ.shape[1])
         held_NJ = jnp.where(
             numbers < of_prompt_N[:, None],
@@ -159,8 +160,8 @@ class Decode:
         )
         q_cEnKgC = by_class((q_N1HC * C**-0.5).reshape(N, K, H // K, C))
         out_cEnKgC = jax.lax.map(
-            lambda xs: _over_pages(cache, y, *xs, lot=self.lot),
-            (q_cEnKgC, by_class(table_NJ), by_class(held_NJ), self.lots_c),
+            lambda xs: _over_pages(cache, y, *xs, pages_per_read=self.pages_per_read),
+            (q_cEnKgC, by_class(table_NJ), by_class(held_NJ), self.reads_c),
         )
         return out_cEnKgC.swapaxes(0, 1).reshape(N, 1, H, C)
 
@@ -171,10 +172,10 @@ def _over_pages(
     q_EnKgC: Array,
     table_EnJ: Array,
     held_EnJ: Array,
-    lots: Array,
-    lot: int,
+    reads: Array,
+    pages_per_read: int,
 ) -> Array:
-    """Attention of one query per row to the first ``lots`` x ``lot`` pages of its row.
+    """Attention of one query per row to the first ``reads`` x ``pages_per_read`` pages of its row.
 
     held_EnJ: how many slots of each page hold a token, from the first one on.
     """
@@ -183,7 +184,7 @@ def _over_pages(
     q_EKngC = q_EnKgC.swapaxes(1, 2)
 
     def some(x_EnJ: Array, i: Array) -> Array:
-        return jax.lax.dynamic_slice_in_dim(x_EnJ, i * lot, lot, axis=2)
+        return jax.lax.dynamic_slice_in_dim(x_EnJ, i * pages_per_read, pages_per_read, axis=2)
 
     def pages_of(pool_EKYX: Array, scale_EKYX: Array | None, i: Array) -> Array:
         def take(x_EKYX: Array) -> Array:
@@ -195,7 +196,7 @@ def _over_pages(
         pages = take(pool_EKYX)
         if scale_EKYX is not None:
             pages = (pages * take(scale_EKYX)[..., None]).astype(dtype)
-        return pages.reshape(E, K, n, lot * S, C)
+        return pages.reshape(E, K, n, pages_per_read * S, C)
 
     def add(i, carry):
         top, mass, total = carry
@@ -204,7 +205,7 @@ def _over_pages(
             "ekngc,eknsc->ekngs", q_EKngC, k_EKnsC, preferred_element_type=jnp.float32
         )
         is_filled_EnjS = jnp.arange(S) < some(held_EnJ, i)[..., None]
-        score = jnp.where(is_filled_EnjS.reshape(E, 1, n, 1, lot * S), score, MASKED)
+        score = jnp.where(is_filled_EnjS.reshape(E, 1, n, 1, pages_per_read * S), score, MASKED)
         new_top = jnp.maximum(top, jnp.max(score, axis=-1))
         p, shrink = jnp.exp(score - new_top[..., None]), jnp.exp(top - new_top)
         part = jnp.einsum(
@@ -215,13 +216,13 @@ def _over_pages(
 
     rows = (E, K, n, g)
     nothing = (jnp.full(rows, MASKED), jnp.zeros(rows), jnp.zeros((*rows, C), jnp.float32))
-    _, mass, total = jax.lax.fori_loop(0, lots, add, nothing)
+    _, mass, total = jax.lax.fori_loop(0, reads, add, nothing)
     # The mass is 1 at least, but for a row that no one waits for and that has read nothing.
     return (total / jnp.maximum(mass, 1.0)[..., None]).astype(dtype).swapaxes(1, 2)
 
 
 def _each(of_head: Callable, pool_EKYX: Array, *arrays: Array, numbers: tuple[Array, ...]) -> Array:
-    """``of_head`` for every head of every part of the devices; page and slot numbers have E only.
+    """``of_head`` for every head of every shard of the devices; page and slot numbers have E only.
 
     Each head gets its own copy of the numbers: a write of all heads at once would be one piece, and
     a TPU would copy the pool to have the pieces together.

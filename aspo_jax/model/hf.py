@@ -1,13 +1,13 @@
-"""Weights of Hugging Face folders: one table of tensor names, read tensor by tensor."""
+"""Weights of Hugging Face folders, read tensor by tensor."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from safetensors import SafetensorError, safe_open
 
 from aspo_jax.model.hf_config import CONFIG_FILE, ModelFolderError, read_json
-from aspo_jax.model.qwen import ModelConfig
+from aspo_jax.model.parameters import ModelConfig, Parameter, parameters
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -25,76 +25,6 @@ DTYPES = ("F32", "BF16", "F16")
 
 # Buffers that old versions of transformers saved; they follow from config.json.
 _BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-
-# --- names ------------------------------------------------------------------------------------
-
-
-class Entry(NamedTuple):
-    """One tensor of a Hugging Face checkpoint.
-
-    name: its name there, with ``{y}`` for the layer.
-    shape: its shape there.
-    ours: its shape in our params (without the layer axis): ``[in, out]`` where theirs is
-        ``[out, in]``, with the head axis split off.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    ours: tuple[int, ...]
-
-    @property
-    def is_transposed(self) -> bool:
-        return len(self.shape) == 2 and self.name.endswith("_proj.weight")
-
-    @property
-    def is_layered(self) -> bool:
-        return "{y}" in self.name
-
-    def names(self, layers: int) -> list[str]:
-        """The names of all its layers, or its one name."""
-        return [self.name.format(y=y) for y in range(layers if self.is_layered else 1)]
-
-
-def names_table(config: ModelConfig) -> dict[tuple[str, ...], Entry]:
-    """Path in our params -> tensor in a Hugging Face checkpoint of Qwen2 or Qwen3."""
-    c = config
-    q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    D, F, H, K, C = c.hidden_size, c.intermediate_size, c.heads, c.kv_heads, c.head_dim
-    layer = "model.layers.{y}."
-    attention, mlp = layer + "self_attn.", layer + "mlp."
-    inside = {
-        ("attention_norm", "scale"): Entry(layer + "input_layernorm.weight", (D,), (D,)),
-        ("q", "kernel"): Entry(attention + "q_proj.weight", (q, D), (D, H, C)),
-        ("k", "kernel"): Entry(attention + "k_proj.weight", (kv, D), (D, K, C)),
-        ("v", "kernel"): Entry(attention + "v_proj.weight", (kv, D), (D, K, C)),
-        ("o", "kernel"): Entry(attention + "o_proj.weight", (D, q), (H, C, D)),
-        ("mlp_norm", "scale"): Entry(layer + "post_attention_layernorm.weight", (D,), (D,)),
-        ("gate", "kernel"): Entry(mlp + "gate_proj.weight", (F, D), (D, F)),
-        ("up", "kernel"): Entry(mlp + "up_proj.weight", (F, D), (D, F)),
-        ("down", "kernel"): Entry(mlp + "down_proj.weight", (D, F), (F, D)),
-    }
-    if c.qkv_bias:
-        inside |= {
-            ("q", "bias"): Entry(attention + "q_proj.bias", (q,), (H, C)),
-            ("k", "bias"): Entry(attention + "k_proj.bias", (kv,), (K, C)),
-            ("v", "bias"): Entry(attention + "v_proj.bias", (kv,), (K, C)),
-        }
-    if c.qk_norm:
-        inside |= {
-            ("q_norm", "scale"): Entry(attention + "q_norm.weight", (C,), (C,)),
-            ("k_norm", "scale"): Entry(attention + "k_norm.weight", (C,), (C,)),
-        }
-    table = {
-        ("embed",): Entry("model.embed_tokens.weight", (c.vocab_size, D), (c.vocab_size, D)),
-        **{("layers", *path): entry for path, entry in inside.items()},
-        ("norm",): Entry("model.norm.weight", (D,), (D,)),
-    }
-    if not c.tie_embeddings:
-        table[("head",)] = Entry("lm_head.weight", (c.vocab_size, D), (c.vocab_size, D))
-    return table
-
-
-# --- reading ----------------------------------------------------------------------------------
 
 
 def load_params(
@@ -120,39 +50,27 @@ def load_params(
         ModelFolderError: files or tensors are missing, surplus, misshapen or there twice (the
             message lists them), or numbers of a tensor are not finite.
     """
-    table = names_table(config)
-    params: dict = {}
+    tree = parameters(config)
+    if shardings is None:
+        alone = SingleDeviceSharding(jax.local_devices()[0])
+        shardings = jax.tree.map(lambda _: alone, tree)
     with contextlib.ExitStack() as stack:
         tensors = _open_tensors(Path(folder).expanduser(), config, stack)
-        for path, entry in table.items():
-            if shardings is None:
-                sharding = SingleDeviceSharding(jax.local_devices()[0])
-            else:
-                sharding = leaf_at(shardings, path)
-            try:
-                leaf = _load_leaf(tensors, entry, config.layers, sharding, dtype)
-            except _NotFinite as problem:
-                raise ModelFolderError(
-                    f"{folder}: {problem} holds numbers that are not finite, so that every answer "
-                    "would be noise; copy the weights again, or use those of an earlier step"
-                ) from None
-            _put(params, path, leaf)
-    return params
+
+        def load(entry: Parameter, sharding: Sharding) -> Array:
+            return _load_leaf(tensors, entry, config.layers, sharding, dtype)
+
+        try:
+            return jax.tree.map(load, tree, shardings)
+        except _NotFinite as problem:
+            raise ModelFolderError(
+                f"{folder}: {problem} holds numbers that are not finite, so that every answer "
+                "would be noise; copy the weights again, or use those of an earlier step"
+            ) from None
 
 
 class _NotFinite(Exception):
     """Name of a tensor that holds NaN or infinity."""
-
-
-def leaf_at(tree: Any, path: Sequence[str]) -> Any:
-    """``tree['layers']['q']`` for the path ``('layers', 'q')``."""
-    return functools.reduce(lambda branch, part: branch[part], path, tree)
-
-
-def _put(tree: dict, path: tuple[str, ...], leaf: Any) -> None:
-    for part in path[:-1]:
-        tree = tree.setdefault(part, {})
-    tree[path[-1]] = leaf
 
 
 def _open_tensors(folder: Path, config: ModelConfig, stack: contextlib.ExitStack) -> dict[str, Any]:
@@ -215,9 +133,10 @@ def _index(folder: Path) -> tuple[Path, dict[str, str]]:
 
 def _differences(found: dict[str, Any], config: ModelConfig) -> list[str]:
     """What is missing, surplus, misshapen or of another type."""
-    table = names_table(config)
     expected = {
-        name: entry.shape for entry in table.values() for name in entry.names(config.layers)
+        name: entry.shape
+        for entry in jax.tree.leaves(parameters(config))
+        for name in entry.names(config.layers)
     }
     # Tied checkpoints may repeat the embedding under the head's name.
     optional = {"lm_head.weight"} if config.tie_embeddings else set()
@@ -235,7 +154,7 @@ def _differences(found: dict[str, Any], config: ModelConfig) -> list[str]:
 
 
 def _load_leaf(
-    tensors: dict[str, Any], entry: Entry, layers: int, sharding: Sharding, dtype: Any
+    tensors: dict[str, Any], entry: Parameter, layers: int, sharding: Sharding, dtype: Any
 ) -> Array:
     """One array of params, all layers of it."""
     if not entry.is_layered:
@@ -249,7 +168,7 @@ def _load_leaf(
 
 
 def _load_tensor(
-    name: str, tensors: dict[str, Any], entry: Entry, sharding: Sharding, dtype: Any
+    name: str, tensors: dict[str, Any], entry: Parameter, sharding: Sharding, dtype: Any
 ) -> Array:
     """One tensor in our shape; replicas of a shard are read once."""
     read: dict[Any, np.ndarray] = {}
@@ -269,9 +188,9 @@ def _load_tensor(
     return jax.make_array_from_callback(entry.ours, sharding, shard)
 
 
-def _read(tensor: Any, entry: Entry, bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+def _read(tensor: Any, entry: Parameter, bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
     """The block [first, last) of each of our axes, read from their tensor."""
-    flat = entry.shape[::-1] if entry.is_transposed else entry.shape
+    flat = entry.flat
     within, where = tuple(slice(first, last) for first, last in bounds), list(bounds)
     if len(bounds) > len(flat):  # ours has heads and head width where theirs has their product
         axis = next(i for i, (n, m) in enumerate(zip(entry.ours, flat, strict=False)) if n != m)

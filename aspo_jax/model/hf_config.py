@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aspo_jax.errors import UserError
-from aspo_jax.model.qwen import ModelConfig, Yarn
+from aspo_jax.model.parameters import ModelConfig, Yarn
 
 CONFIG_FILE = "config.json"
 
@@ -294,14 +294,7 @@ def _new_config(config: ModelConfig) -> dict[str, Any]:
         "use_sliding_window": False,
     }
     if yarn := config.yarn:
-        raw["rope_scaling"] = {
-            "rope_type": "yarn",
-            "factor": yarn.factor,
-            "original_max_position_embeddings": yarn.original_max_position,
-            "beta_fast": yarn.beta_fast,
-            "beta_slow": yarn.beta_slow,
-            "truncate": yarn.truncate,
-        }
-        if yarn.attention_factor is not None:
-            raw["rope_scaling"]["attention_factor"] = yarn.attention_factor
+        known = {name: x for name, x in dataclasses.asdict(yarn).items() if x is not None}
+        known["original_max_position_embeddings"] = known.pop("original_max_position")
+        raw["rope_scaling"] = {"rope_type": "yarn", **known}
     return raw

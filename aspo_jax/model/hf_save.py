@@ -7,7 +7,7 @@ import functools
 import json
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -18,21 +18,21 @@ from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from aspo_jax.model.hf import INDEX_FILE, WEIGHTS_FILE, Entry, leaf_at, names_table
+from aspo_jax.model.hf import INDEX_FILE, WEIGHTS_FILE
 from aspo_jax.model.hf_config import CONFIG_FILE, hf_config
 from aspo_jax.model.hf_generation import GENERATION_FILE, generation_config
-from aspo_jax.model.qwen import ModelConfig
+from aspo_jax.model.parameters import ModelConfig, Parameter, parameters
 
 CODES = {"float32": "F32", "bfloat16": "BF16"}  # numpy's names and safetensors'
 
 
 class _Tensor(NamedTuple):
-    """A tensor to be written: its name there, its path and layer here, its shape there."""
+    """A tensor to be written: its name, what it is, the array that holds it, and at what layer."""
 
     name: str
-    path: tuple[str, ...]
+    entry: Parameter
+    leaf: Any
     y: int
-    entry: Entry
 
     def size(self, dtype: np.dtype) -> int:
         return int(np.prod(self.entry.shape)) * dtype.itemsize
@@ -76,9 +76,9 @@ def save_model(
     if is_writer:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    shards = _split(list(_tensors(config)), kind, max_shard_bytes)
+    shards = _split(_tensors(config, params), kind, max_shard_bytes)
     for file, tensors in shards.items():
-        arrays = (_gather(leaf_at(params, tensor.path), tensor, dtype) for tensor in tensors)
+        arrays = (_gather(tensor, dtype) for tensor in tensors)
         if is_writer:
             _write(partial / file, tensors, arrays, kind)
         else:
@@ -95,17 +95,15 @@ def save_model(
         multihost_utils.sync_global_devices("model saved")
 
 
-def _tensors(config: ModelConfig) -> Iterator[_Tensor]:
-    """All tensors, the layers one after the other as in published files."""
-    table = names_table(config)
-    layered = [(path, entry) for path, entry in table.items() if entry.is_layered]
-    yield _Tensor(table["embed",].name, ("embed",), 0, table["embed",])
-    for y in range(config.layers):
-        for path, entry in layered:
-            yield _Tensor(entry.name.format(y=y), path, y, entry)
-    for path in (("norm",), ("head",)):
-        if path in table:
-            yield _Tensor(table[path].name, path, 0, table[path])
+def _tensors(config: ModelConfig, params: Any) -> list[_Tensor]:
+    """All tensors, the layers one after the other, what belongs to no layer beside the first."""
+    pairs = jax.tree.map(lambda entry, leaf: (entry, leaf), parameters(config), params)
+    found = [
+        _Tensor(name, entry, leaf, y)
+        for entry, leaf in jax.tree.leaves(pairs, is_leaf=lambda x: isinstance(x, tuple))
+        for y, name in enumerate(entry.names(config.layers))
+    ]
+    return sorted(found, key=lambda tensor: tensor.y)
 
 
 def _split(tensors: Sequence[_Tensor], dtype: np.dtype, max_bytes: int) -> dict[str, list[_Tensor]]:
@@ -123,12 +121,11 @@ def _split(tensors: Sequence[_Tensor], dtype: np.dtype, max_bytes: int) -> dict[
     return {f"model-{i:05}-of-{len(parts):05}.safetensors": p for i, p in enumerate(parts, 1)}
 
 
-def _gather(leaf: Any, tensor: _Tensor, dtype: str) -> Array:
+def _gather(tensor: _Tensor, dtype: str) -> Array:
     """One tensor in their shape; whole on each device if other processes hold parts of it."""
-    replicated = None
+    entry, leaf, replicated = tensor.entry, tensor.leaf, None
     if isinstance(leaf, Array) and not leaf.is_fully_addressable:
         replicated = NamedSharding(cast(NamedSharding, leaf.sharding).mesh, PartitionSpec())
-    entry = tensor.entry
     convert = _to_theirs(entry.shape, entry.is_transposed, entry.is_layered, dtype, replicated)
     return convert(leaf, np.int32(tensor.y)).block_until_ready()
 

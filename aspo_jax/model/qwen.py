@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen3 (dense): one declared block, a scanned stack, a cache that goes in and comes out.
+"""Qwen2 and Qwen3 (dense): one block, a scanned stack, a cache that goes in and comes out.
 
 Parameters are a plain nested dict; every array of ``params["layers"]`` has a leading layer axis Y,
 or, for a sampler on a CPU, ``params["layers"]`` is a list of layers (`unstack`).
@@ -6,76 +6,40 @@ or, for a sampler on a CPU, ``params["layers"]`` is a list of layers (`unstack`)
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from aspo_jax.model.attention import DENSE, SAVED, Attention
 from aspo_jax.model.cache import Cache, Decode, Prefill, empty_cache
-from aspo_jax.model.sharding import batch_sharding, partition_spec
+from aspo_jax.model.parameters import ModelConfig, init_params, parameter_axes
+from aspo_jax.model.sharding import batch_sharding, map_axes, partition_spec
 
 _POLICIES = jax.checkpoint_policies
+
+
+class Remat(NamedTuple):
+    """What is kept of a layer for the backward pass beside its input; the rest is made again."""
+
+    policy: Callable[..., Any]
+    keeps_attention: bool
+    keeps_products: bool
+
+
+_ATTENTION = _POLICIES.save_only_these_names(SAVED)
 REMAT = {
-    "dots": _POLICIES.save_from_both_policies(
-        _POLICIES.dots_saveable, _POLICIES.save_only_these_names(SAVED)
+    "dots": Remat(
+        _POLICIES.save_from_both_policies(_POLICIES.dots_saveable, _ATTENTION), True, True
     ),
-    "attention": _POLICIES.save_only_these_names(SAVED),
-    "full": _POLICIES.nothing_saveable,
+    "attention": Remat(_ATTENTION, True, False),
+    "full": Remat(_POLICIES.nothing_saveable, False, False),
 }
-# Standard deviation 1/sqrt(fan in): 0.025 at width 1,536, where others say 0.02, but right for
-# small models too.
-INIT = nn.initializers.lecun_normal()
-
-
-@dataclasses.dataclass(frozen=True)
-class Yarn:
-    """Rotary angles stretched for contexts beyond those of pre-training (arXiv 2309.00071, §3).
-
-    factor: stretch of the slow angles.
-    original_max_position: tokens of the longest context before the stretch.
-    beta_fast, beta_slow: turns over that context above which an angle stays as it is, and below
-        which it is divided by ``factor``; a linear ramp lies between.
-    attention_factor: scale of cosine and sine; None: 0.1 ln(factor) + 1, the paper's.
-    truncate: round the ramp's ends to whole angles, as published models do.
-    """
-
-    factor: float
-    original_max_position: int
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
-    truncate: bool = True
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """Shape of the network, as `config.json` of a Hugging Face folder gives it.
-
-    What tells the families apart: Qwen2 has biases on q, k and v (``qkv_bias``), Qwen3 has none
-    and normalises each head of q and k (``qk_norm``).
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    rope_theta: float = 10_000.0
-    rms_norm_eps: float = 1e-6
-    tie_embeddings: bool = True
-    max_position: int = 32_768
-    qkv_bias: bool = True
-    qk_norm: bool = False
-    yarn: Yarn | None = None
 
 
 class Model(NamedTuple):
@@ -89,10 +53,9 @@ class Model(NamedTuple):
         row, which attends to all that the cache holds of its row instead.
     rotary: position_BT -> cosine and sine of the rotary angles; `apply` makes them of its
         positions where it is not given them.
-    empty_cache: (parts of the devices, pages, slots of a page, type=that of the activations) ->
+    empty_cache: (shards of the devices, pages, slots of a page, type=that of the activations) ->
         Cache.
     unembedding: params -> weight_VD of the vocabulary projection (the embedding where tied).
-    partition_specs: () -> tree of PartitionSpecs shaped as the params.
     is_stacked: whether the layers of its params are stacked.
     """
 
@@ -103,8 +66,15 @@ class Model(NamedTuple):
     rotary: Callable[[Array], tuple[Array, Array]]
     empty_cache: Callable[..., Cache]
     unembedding: Callable[[Any], Array]
-    partition_specs: Callable[[], Any]
     is_stacked: bool
+
+    def axes(self) -> Any:
+        """Tree of logical axes shaped as the params, see `parameter_axes`."""
+        return parameter_axes(self.config, self.is_stacked)
+
+    def partition_specs(self) -> Any:
+        """Tree of PartitionSpecs shaped as the params."""
+        return map_axes(partition_spec, self.axes())
 
 
 def rotary_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
@@ -149,118 +119,40 @@ def rotate(x_BTHC: Array, cosine_BTC: Array, sine_BTC: Array) -> Array:
     return out.astype(x_BTHC.dtype)
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * scale, in float32."""
-
-    eps: float
-
-    @nn.compact
-    def __call__(self, x_BTD: Array) -> Array:
-        width = x_BTD.shape[-1]
-        ones = nn.with_partitioning(nn.initializers.ones, ("norm",))
-        scale: Any = self.param("scale", ones, (width,))
-        x = x_BTD.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        return (x * scale).astype(x_BTD.dtype)
+def rms_norm(x: Array, scale: Array, eps: float) -> Array:
+    """``x / sqrt(mean(x^2) + eps) * scale`` over the last axis, in float32."""
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (wide * scale).astype(x.dtype)
 
 
-class Block(nn.Module):
+def project(x: Array, layer: Any, reads: int = 1) -> Array:
+    """The last ``reads`` axes of x times a layer's matrix, plus its bias if any, in x's type."""
+    axes = (tuple(range(x.ndim - reads, x.ndim)), tuple(range(reads)))
+    y = jax.lax.dot_general(x, layer["kernel"].astype(x.dtype), (axes, ((), ())))
+    return y + layer["bias"].astype(x.dtype) if "bias" in layer else y
+
+
+def block(
+    c: ModelConfig, layer: Any, hidden_BTD: Array, rotary: tuple[Array, Array], attend: Callable
+) -> Array:
     """One layer: RMSNorm, grouped-query attention, SwiGLU; two differences between the families.
 
-    ``attend(q_BTHC, k_BTKC, v_BTKC) -> out_BTHC`` owns masks and cache.
+    layer: its parameters. ``attend(q_BTHC, k_BTKC, v_BTKC) -> out_BTHC`` owns masks and cache.
     """
 
-    config: ModelConfig
-    dtype: Any
+    def norm(name: str, x: Array) -> Array:
+        return rms_norm(x, layer[name]["scale"], c.rms_norm_eps)
 
-    def project(self, name: str, axes: tuple[str, str, str], bias: bool) -> nn.DenseGeneral:
-        sizes = {
-            "heads": (self.config.heads, self.config.head_dim),
-            "kv_heads": (self.config.kv_heads, self.config.head_dim),
-        }
-        return nn.DenseGeneral(
-            sizes[axes[1]],
-            use_bias=bias,
-            dtype=self.dtype,
-            kernel_init=nn.with_partitioning(INIT, axes),
-            bias_init=nn.with_partitioning(nn.initializers.zeros, axes[1:]),
-            name=name,
-        )
-
-    def dense(self, name: str, width: int, axes: tuple[str, ...], axis: Any = -1):
-        return nn.DenseGeneral(
-            width,
-            axis=axis,
-            use_bias=False,
-            dtype=self.dtype,
-            kernel_init=nn.with_partitioning(INIT, axes),
-            name=name,
-        )
-
-    @nn.compact
-    def __call__(self, hidden_BTD: Array, rotary: tuple[Array, Array], attend: Callable) -> Array:
-        c = self.config
-        x = RMSNorm(c.rms_norm_eps, name="attention_norm")(hidden_BTD)
-        q_BTHC = self.project("q", ("embed", "heads", "head_dim"), bias=c.qkv_bias)(x)
-        k_BTKC = self.project("k", ("embed", "kv_heads", "head_dim"), bias=c.qkv_bias)(x)
-        v_BTKC = self.project("v", ("embed", "kv_heads", "head_dim"), bias=c.qkv_bias)(x)
-        if c.qk_norm:
-            q_BTHC = RMSNorm(c.rms_norm_eps, name="q_norm")(q_BTHC)
-            k_BTKC = RMSNorm(c.rms_norm_eps, name="k_norm")(k_BTKC)
-        mixed_BTHC = attend(rotate(q_BTHC, *rotary), rotate(k_BTKC, *rotary), v_BTKC)
-        o_axes = ("heads", "head_dim", "embed")
-        hidden_BTD = hidden_BTD + self.dense("o", c.hidden_size, o_axes, (-2, -1))(mixed_BTHC)
-        x = RMSNorm(c.rms_norm_eps, name="mlp_norm")(hidden_BTD)
-        gate_BTF = self.dense("gate", c.intermediate_size, ("embed", "mlp"))(x)
-        up_BTF = self.dense("up", c.intermediate_size, ("embed", "mlp"))(x)
-        down = self.dense("down", c.hidden_size, ("mlp", "embed"))
-        return hidden_BTD + down(nn.silu(gate_BTF) * up_BTF)
-
-
-def unstack(params: Any) -> Any:
-    """Params whose layers are a list in place of arrays with a leading layer axis."""
-    stack = params["layers"]
-    layers = range(jax.tree.leaves(stack)[0].shape[0])
-    return params | {"layers": [jax.tree.map(lambda x: x[y], stack) for y in layers]}  # noqa: B023
-
-
-def _declared(
-    config: ModelConfig, dtype: Any, is_stacked: bool
-) -> tuple[Callable[[Array], Any], Any]:
-    """Initialiser of all parameters and their logical axes, from one declaration of the block."""
-    block = Block(config, dtype)
-    hidden = jnp.zeros((1, 1, config.hidden_size), dtype)
-    rotary = rotary_BTC(jnp.zeros((1, 1), jnp.int32), config)
-
-    table_init = nn.initializers.normal(config.hidden_size**-0.5)
-
-    def init_block(key):
-        # The declaration needs shapes only, so the layer's own queries stand in for attention.
-        return block.init(key, hidden, rotary, lambda q, k, v: q)["params"]
-
-    def init(key):
-        embed_key, head_key, layer_key = jax.random.split(key, 3)
-        table_shape = (config.vocab_size, config.hidden_size)
-        params = {
-            "embed": table_init(embed_key, table_shape),
-            "layers": nn.unbox(jax.vmap(init_block)(jax.random.split(layer_key, config.layers))),
-            "norm": jnp.ones((config.hidden_size,)),
-        }
-        if not config.tie_embeddings:
-            params["head"] = table_init(head_key, table_shape)
-        return params if is_stacked else unstack(params)
-
-    boxed = jax.eval_shape(init_block, jax.random.key(0))
-    layer_axes = jax.tree.map(
-        lambda spec: ("layers", *spec) if is_stacked else tuple(spec),
-        nn.get_partition_spec(boxed),
-        is_leaf=lambda x: isinstance(x, PartitionSpec),
-    )
-    layers = layer_axes if is_stacked else [layer_axes] * config.layers
-    axes = {"embed": ("vocab", "embed"), "layers": layers, "norm": ("norm",)}
-    if not config.tie_embeddings:
-        axes["head"] = ("vocab", "embed")
-    return init, axes
+    x = norm("attention_norm", hidden_BTD)
+    q_BTHC, k_BTKC, v_BTKC = (project(x, layer[name]) for name in "qkv")
+    if c.qk_norm:
+        q_BTHC, k_BTKC = norm("q_norm", q_BTHC), norm("k_norm", k_BTKC)
+    mixed_BTHC = attend(rotate(q_BTHC, *rotary), rotate(k_BTKC, *rotary), v_BTKC)
+    hidden_BTD = hidden_BTD + project(mixed_BTHC, layer["o"], 2)
+    x = norm("mlp_norm", hidden_BTD)
+    gate_BTF, up_BTF = (project(x, layer[name]) for name in ("gate", "up"))
+    return hidden_BTD + project(jax.nn.silu(gate_BTF) * up_BTF, layer["down"])
 
 
 def _through(layer: Callable, carry: Any, layers: Any, unroll: int) -> Any:
@@ -273,34 +165,11 @@ def _through(layer: Callable, carry: Any, layers: Any, unroll: int) -> Any:
     return jax.lax.scan(layer, carry, (layers, jnp.arange(count)), unroll=unroll)[0]
 
 
-def build_model(
-    config: ModelConfig,
-    *,
-    dtype: Any = jnp.float32,
-    remat: str = "dots",
-    attention: Attention = DENSE,
-    mesh: Mesh | None = None,
-    is_stacked: bool = True,
-) -> Model:
-    """Make the network's functions; parameters stay float32, activations run in ``dtype``.
-
-    remat: what the backward pass does not compute again: "dots" matrix products and attention,
-        "attention" that alone, "full" nothing but the input of each layer. All keep the forward
-        pass the same program with and without a gradient (residuals of element-wise operations
-        would change how it is fused, hence how it rounds), so that the first importance ratio of
-        an iteration is exactly 1.
-    attention: the program for attention among new tokens.
-    mesh: keep activations split by rows over its data axes; None: one device.
-    is_stacked: scan over stacked layers; False: params are those of `unstack` and layers run one by
-        one. A CPU copies a layer out of the stack before it multiplies with it, which is a third of
-        the time of a step with few rows.
-    """
-    init, axes = _declared(config, dtype, is_stacked)
-    block = Block(config, dtype)
-    norm = RMSNorm(config.rms_norm_eps)
-
-    def final_norm(scale_D, hidden_BTD):
-        return norm.apply({"params": {"scale": scale_D}}, hidden_BTD)
+def _make_apply(
+    config: ModelConfig, dtype: Any, remat: str, attention: Attention, mesh: Mesh | None
+) -> Callable[..., tuple[Array, Any]]:
+    """The forward pass, `Model.apply`."""
+    final_norm = jax.checkpoint(functools.partial(rms_norm, eps=config.rms_norm_eps))
 
     def by_rows(hidden_BTD):
         if mesh is None or mesh.size == 1:
@@ -335,29 +204,51 @@ def build_model(
                 cache, out = cache.attend(y, q, k, v, fresh)
                 return out
 
-            hidden_BTD = block.apply({"params": layer_params}, hidden_BTD, rotary, attend)
+            hidden_BTD = block(config, layer_params, hidden_BTD, rotary, attend)
             return (by_rows(hidden_BTD), cache), None
 
         hidden_BTD, cache = _through(
-            jax.checkpoint(layer, policy=REMAT[remat]),
+            jax.checkpoint(layer, policy=REMAT[remat].policy),
             (hidden_BTD, cache),
             params["layers"],
             unroll,
         )
-        return jax.checkpoint(final_norm)(params["norm"], hidden_BTD), cache
+        return final_norm(hidden_BTD, params["norm"]), cache
 
+    return apply
+
+
+def build_model(
+    config: ModelConfig,
+    *,
+    dtype: Any = jnp.float32,
+    remat: str = "dots",
+    attention: Attention = DENSE,
+    mesh: Mesh | None = None,
+    is_stacked: bool = True,
+) -> Model:
+    """Make the network's functions; parameters stay float32, activations run in ``dtype``.
+
+    remat: what the backward pass does not compute again: "dots" matrix products and attention,
+        "attention" that alone, "full" nothing but the input of each layer. All keep the forward
+        pass the same program with and without a gradient (residuals of element-wise operations
+        would change how it is fused, hence how it rounds), so that the first importance ratio of
+        an iteration is exactly 1.
+    attention: the program for attention among new tokens.
+    mesh: keep activations split by rows over its data axes; None: one device.
+    is_stacked: scan over stacked layers; False: params are those of `unstack` and layers run one by
+        one. A CPU copies a layer out of the stack before it multiplies with it, which is a third of
+        the time of a step with few rows.
+    """
     return Model(
         config=config,
         attention=attention,
-        init=init,
-        apply=apply,
+        init=functools.partial(init_params, config, is_stacked),
+        apply=_make_apply(config, dtype, remat, attention, mesh),
         rotary=lambda position_BT: rotary_BTC(position_BT, config),
-        empty_cache=lambda parts, pages, slots, kind=dtype: empty_cache(
-            config.layers, parts, pages, config.kv_heads, slots, config.head_dim, kind
+        empty_cache=lambda shards, pages, slots, kind=dtype: empty_cache(
+            config.layers, shards, pages, config.kv_heads, slots, config.head_dim, kind
         ),
         unembedding=lambda params: params["embed" if config.tie_embeddings else "head"],
-        partition_specs=lambda: jax.tree.map(
-            partition_spec, axes, is_leaf=lambda x: isinstance(x, tuple)
-        ),
         is_stacked=is_stacked,
     )

@@ -7,14 +7,14 @@ them. A part names the settings that make it smaller.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from aspo_jax.config import Config
-from aspo_jax.model import ModelConfig
+from aspo_jax.build import build_shape
+from aspo_jax.model.qwen import REMAT
 from aspo_jax.planning.flops import (
     attention_flops,
     causal_pairs,
@@ -45,12 +45,14 @@ class Budget(NamedTuple):
     """One program: what lies in memory anyway, what it adds for sure, and its work.
 
     arguments: names of the parts that the program is given; the others lie beside it.
+    remedy: what makes its other temporaries smaller.
     """
 
     held: Sequence[Part]
-    arguments: frozenset[str]
+    arguments: Collection[str]
     added: Sequence[Part]
     work: Work
+    remedy: str
 
     @property
     def beside(self) -> float:
@@ -82,188 +84,142 @@ def shard_bytes(tree: Any) -> int:
 
 
 PROCESS, PROCESS_BYTES = "Python, libraries and compiled programs", 0.9 * 2**30  # as measured
-WEIGHTS, MOMENTS, REFERENCE = "weights, float32", "moments of AdamW", "reference policy, bfloat16"
+WEIGHTS, OPTIMIZER, REFERENCE = "weights, float32", "optimizer state", "reference policy, bfloat16"
 ROWS, PUBLISHED, CACHE = "rows of the mini-batches", "weights for sampling", "key-value cache"
 MORE_CHIPS = "raise Runtime.fsdp (more chips) or Runtime.tensor"
 
 
-def held_parts(config: Config, programs: Programs) -> list[Part]:
+def held_parts(of: Programs) -> list[Part]:
     """What lies in memory all through an iteration, per chip."""
-    params, reference, _ = programs.by_name[SCORE].arguments
-    state, minibatch = programs.by_name[UPDATE].arguments
-    weights = shard_bytes(params)
+    rows = of.batch.minibatches * shard_bytes((of.minibatch.rows, of.minibatch.old))
     parts = [
-        Part(WEIGHTS, weights, MORE_CHIPS),
-        Part(MOMENTS, shard_bytes(state.opt_state), MORE_CHIPS),
-        Part(
-            ROWS,
-            programs.batch.minibatches * shard_bytes((minibatch.rows, minibatch.old)),
-            "lower Train.prompts_per_step",
-        ),
+        Part(WEIGHTS, shard_bytes(of.state.params), MORE_CHIPS),
+        Part(OPTIMIZER, shard_bytes(of.state.opt_state), MORE_CHIPS),
+        Part(ROWS, rows, "lower Train.prompts_per_step"),
     ]
-    if programs.platform == "cpu":  # the memory is the process's own too
-        parts.append(Part(PROCESS, PROCESS_BYTES / programs.local.size, ""))
-    if programs.has_reference:
+    if of.platform == "cpu":  # the memory is the process's own too
+        parts.append(Part(PROCESS, PROCESS_BYTES / of.local.size, ""))
+    if of.has_reference:
         remedy = f"drop the KL penalty (Objective.penalties), or {MORE_CHIPS}"
-        parts.append(Part(REFERENCE, shard_bytes(reference), remedy))
+        parts.append(Part(REFERENCE, shard_bytes(of.reference), remedy))
     return parts
 
 
-def budgets(config: Config, shape: ModelConfig, programs: Programs) -> dict[str, Budget]:
-    """The budget of every program."""
-    held, mesh = held_parts(config, programs), programs.mesh
-    weights = shard_bytes(programs.by_name[DECODE].arguments[0])
-    sampling = [*held, Part(PUBLISHED, weights, "raise Runtime.tensor")]  # released for the update
-    given = {
-        UPDATE: {WEIGHTS, MOMENTS},
-        SCORE: {WEIGHTS, REFERENCE},
-        PREFILL: {PUBLISHED},
-        DECODE: {PUBLISHED},
+def budgets(of: Programs) -> dict[str, Budget]:
+    """The budget of every program.
+
+    The work is that of the worst case: every row full with one sequence, every slot at its last
+    position.
+    """
+    held, rows = held_parts(of), "Train.rows_per_microbatch or Train.head_chunk"
+    # The sampler's weights are released for the update.
+    sampling = [*held, Part(PUBLISHED, shard_bytes(of.weights), "raise Runtime.tensor")]
+    slots = of.config.sampler.slots
+    fewer = f"lower Sampler.slots, now {slots}, or Sampler.cache_tokens"
+    cache = [Part(CACHE, shard_bytes(of.cache), fewer)]
+    work = {**_training_work(of), **_sampling_work(of)}
+    programs = {
+        UPDATE: ({WEIGHTS, OPTIMIZER}, _update_parts(of), f"Train.row_tokens, {rows}"),
+        SCORE: ({WEIGHTS, REFERENCE}, [_logits(of)], rows),
+        PREFILL: ({PUBLISHED}, cache, "Sampler.slots or Sampler.max_prompt_tokens"),
+        DECODE: ({PUBLISHED}, cache, "Sampler.slots"),
     }
-    added = {
-        UPDATE: _update_parts(config, shape, programs, mesh),
-        SCORE: _head_parts(config, shape, mesh),
-        PREFILL: _sampling_parts(config, programs),
-        DECODE: _sampling_parts(config, programs),
-    }
-    work = _work(config, shape, programs, mesh)
     return {
         name: Budget(
-            sampling if name in (PREFILL, DECODE) else held,
-            frozenset(given[name]),
-            added[name],
-            work[name],
+            sampling if PUBLISHED in given else held, given, added, work[name], f"lower {remedy}"
         )
-        for name in programs.by_name
+        for name, (given, added, remedy) in programs.items()
     }
 
 
-def _rows_per_chip(config: Config, mesh: Any) -> int:
-    return config.train.rows_per_microbatch // (mesh.shape["data"] * mesh.shape["fsdp"])
+def _rows_per_chip(of: Programs) -> int:
+    return of.batch.rows // (of.mesh.shape["data"] * of.mesh.shape["fsdp"])
 
 
-def _kept(config: Config, shape: ModelConfig, mesh: Any) -> float:
+def _kept(of: Programs) -> float:
     """Bytes per chip that a micro-batch keeps for the backward pass."""
-    tokens = _rows_per_chip(config, mesh) * config.train.row_tokens
-    features = _kept_per_token(config, shape, mesh.shape["tensor"])
-    return shape.layers * tokens * features * jnp.dtype(config.model.dtype).itemsize
-
-
-def _kept_per_token(config: Config, shape: ModelConfig, tensor: int) -> float:
-    """Features of a token that each layer keeps for the backward pass; see `Model.remat`."""
+    shape, remat, tensor = of.shape, REMAT[of.config.model.remat], of.mesh.shape["tensor"]
     mixed = shape.heads * shape.head_dim / tensor
-    if config.model.remat == "full":
-        return shape.hidden_size
-    if config.model.remat == "attention":
-        return shape.hidden_size + mixed
     keys = 2 * shape.kv_heads * shape.head_dim / tensor
     wide = 2 * shape.intermediate_size / tensor
-    return 3 * shape.hidden_size + 2 * mixed + keys + wide
+    products = 2 * shape.hidden_size + mixed + keys + wide
+    # of a token, in each layer
+    features = shape.hidden_size + remat.keeps_attention * mixed + remat.keeps_products * products
+    tokens = _rows_per_chip(of) * of.batch.row_tokens
+    return shape.layers * tokens * features * jnp.dtype(of.config.model.dtype).itemsize
 
 
-def _update_parts(config: Config, shape: ModelConfig, programs: Programs, mesh: Any) -> list[Part]:
-    rows, weights = _rows_per_chip(config, mesh), shard_bytes(programs.by_name[SCORE].arguments[0])
-    fewer = "Train.rows_per_microbatch" if rows > 1 else "Train.row_tokens (or raise Runtime.fsdp)"
-    remedy = f"lower {fewer}"
-    if config.model.remat != "full":
+def _update_parts(of: Programs) -> list[Part]:
+    fewer = (
+        "rows_per_microbatch" if _rows_per_chip(of) > 1 else "row_tokens (or raise Runtime.fsdp)"
+    )
+    remedy = f"lower Train.{fewer}"
+    if REMAT[of.config.model.remat].keeps_attention:
         remedy = f"set Model.remat to 'full', or {remedy}"
     return [
-        Part("gradients, float32", weights, MORE_CHIPS),
-        Part("kept of each layer for the backward pass", _kept(config, shape, mesh), remedy),
-        *_head_parts(config, shape, mesh),
+        Part("gradients, float32", shard_bytes(of.state.params), MORE_CHIPS),
+        Part("kept of each layer for the backward pass", _kept(of), remedy),
+        _logits(of),
     ]
 
 
-def _head_parts(config: Config, shape: ModelConfig, mesh: Any) -> list[Part]:
-    rows, tensor = _rows_per_chip(config, mesh), mesh.shape["tensor"]
-    chunk = min(config.train.head_chunk, rows * config.train.row_tokens)
-    return [
-        Part(
-            "logits of one chunk, float32",
-            4.0 * chunk * shape.vocab_size / tensor,
-            "lower Train.head_chunk",
-        )
-    ]
+def _logits(of: Programs) -> Part:
+    chunk = min(of.config.train.head_chunk, _rows_per_chip(of) * of.batch.row_tokens)
+    size = 4.0 * chunk * of.shape.vocab_size / of.mesh.shape["tensor"]
+    return Part("logits of one chunk, float32", size, "lower Train.head_chunk")
 
 
-def cache_bytes(programs: Programs, local: Any) -> float:
+def cache_bytes(of: Programs) -> float:
     """The pages of one sequence of full length, on each chip that shares them."""
-    _, cache, rows, *_ = programs.by_name[DECODE].arguments
-    parts, _, _, pages = cache.key_EKYXSC.shape[:4]
-    total = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(cache))
-    return total / (parts * pages) * rows.table_JN.shape[0] / local.shape["tensor"]
-
-
-def _sampling_parts(config: Config, programs: Programs) -> list[Part]:
-    cache = programs.by_name[DECODE].arguments[1]
-    remedy = f"lower Sampler.slots, now {config.sampler.slots}, or Sampler.cache_tokens"
-    return [Part(CACHE, shard_bytes(cache), remedy)]
+    pages = of.cache.key_EKYXSC.shape[3]  # of each part of the devices
+    return shard_bytes(of.cache) / pages * of.limits.row_pages
 
 
 # --- arithmetic and traffic -------------------------------------------------------------------
 
 
-def _recomputed_flops(config: Config, shape: ModelConfig, tokens: float, pairs: float) -> float:
-    """FLOP of what the backward pass computes again: by `Model.remat`, and the logits always."""
-    layers = {
-        "full": 2.0 * layer_weights(shape) * tokens + attention_flops(shape, pairs),
-        "attention": 2.0 * layer_weights(shape) * tokens,
-        "dots": 0.0,
-    }
-    return layers[config.model.remat] + head_flops(shape, tokens)
-
-
-def _work(config: Config, shape: ModelConfig, programs: Programs, mesh: Any) -> dict[str, Work]:
-    """The worst case: every row full with one sequence, every slot at its last position."""
-    return {
-        **_training_work(config, shape, programs, mesh),
-        **_sampling_work(config, shape, programs),
-    }
-
-
-def _training_work(
-    config: Config, shape: ModelConfig, programs: Programs, mesh: Any
-) -> dict[str, Work]:
-    batch, t, s = programs.batch, config.train, config.sampler
+def _training_work(of: Programs) -> dict[str, Work]:
+    shape, chips, remat = of.shape, of.mesh.size, REMAT[of.config.model.remat]
     # Several hosts leave room for more rows than there are sequences to fill them.
-    per_row = t.row_tokens // (s.max_prompt_tokens + s.max_response_tokens - 1)
-    rows = math.ceil(t.prompts_per_minibatch * t.samples_per_prompt / per_row)
-    microbatches = math.ceil(rows / batch.rows)
-    tokens, pairs = rows * batch.row_tokens, rows * causal_pairs(batch.row_tokens)
-    forward, chips = forward_flops(shape, tokens, pairs), mesh.size
-    again = _recomputed_flops(config, shape, tokens, pairs)
-    policies = 2 if programs.has_reference else 1
+    microbatches = build_shape(of.config, 1).microbatches
+    rows, length = microbatches * of.batch.rows, of.batch.row_tokens
+    tokens, pairs = rows * length, rows * causal_pairs(length)
+    forward = forward_flops(shape, tokens, pairs)
+    # What the backward pass computes again: by `Model.remat`, and the logits always.
+    products = 0.0 if remat.keeps_products else 2.0 * layer_weights(shape) * tokens
+    attention = 0.0 if remat.keeps_attention else attention_flops(shape, pairs)
+    again = products + attention + head_flops(shape, tokens)
+    policies = 2 if of.has_reference else 1
     matrices = layer_weights(shape) + shape.vocab_size * shape.hidden_size
-    size = jnp.dtype(config.model.dtype).itemsize
-    one_pass = size * matrices / mesh.shape["tensor"] * microbatches
-    state = 3 * shard_bytes(programs.by_name[SCORE].arguments[0])
-    kept = microbatches * _kept(config, shape, mesh)
+    size = jnp.dtype(of.config.model.dtype).itemsize
+    one_pass = size * matrices / of.mesh.shape["tensor"] * microbatches
+    state = shard_bytes((of.state.params, of.state.opt_state))
     # Weights are read forward, again, and twice backward; the rest is written and read.
-    traffic = 4 * one_pass + 2 * kept + 2 * state
-    updates = t.epochs * batch.minibatches
+    traffic = 4 * one_pass + 2 * microbatches * _kept(of) + 2 * state
+    updates = of.config.train.epochs * of.batch.minibatches
     return {
         UPDATE: Work((3 * forward + again) / chips, traffic, updates),
-        SCORE: Work(policies * forward / chips, policies * one_pass, batch.minibatches),
+        SCORE: Work(policies * forward / chips, policies * one_pass, of.batch.minibatches),
     }
 
 
-def _sampling_work(config: Config, shape: ModelConfig, programs: Programs) -> dict[str, Work]:
-    t, s, chips = config.train, config.sampler, programs.mesh.size
+def _sampling_work(of: Programs) -> dict[str, Work]:
+    shape, t, s, chips = of.shape, of.config.train, of.config.sampler, of.mesh.size
     prompt, longest = s.max_prompt_tokens - 1, s.max_prompt_tokens + s.max_response_tokens
     waves = math.ceil(t.prompts_per_step * t.samples_per_prompt / s.slots)
-    weights = shard_bytes(programs.by_name[DECODE].arguments[0])
+    weights, per_sequence = shard_bytes(of.weights), cache_bytes(of)
     # Prompts are read once each, and by every host some of them at once.
-    together = programs.by_name[PREFILL].arguments[2].shape[0] * chips // programs.local.size
-    per_sequence = cache_bytes(programs, programs.local)
-    per_chip = s.slots * programs.local.shape["tensor"] / chips
+    together = of.limits.prompts * chips // of.local.size
+    share = of.local.shape["tensor"] / chips  # of a sequence that a chip holds
 
     def layers(tokens: float, pairs: float) -> float:
         return 2.0 * layer_weights(shape) * tokens + attention_flops(shape, pairs)
 
     read = together * layers(prompt, causal_pairs(prompt)) / chips
     step = s.slots * (layers(1, longest) + head_flops(shape, 1)) / chips
-    filled = per_sequence * prompt / longest * together * per_chip / s.slots
+    filled = per_sequence * prompt / longest * together * share
+    held = per_sequence * s.slots * share
     return {
         PREFILL: Work(read, weights + filled, math.ceil(t.prompts_per_step / together)),
-        DECODE: Work(step, weights + per_sequence * per_chip, waves * s.max_response_tokens),
+        DECODE: Work(step, weights + held, waves * s.max_response_tokens),
     }

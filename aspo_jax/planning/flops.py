@@ -6,7 +6,7 @@ products, and small beside them.
 
 from __future__ import annotations
 
-from aspo_jax.model.qwen import ModelConfig
+from aspo_jax.model.parameters import ModelConfig
 
 
 def layer_weights(config: ModelConfig) -> int:
@@ -35,11 +35,6 @@ def forward_flops(config: ModelConfig, tokens: float, pairs: float) -> float:
     """
     products = 2.0 * layer_weights(config) * tokens
     return products + attention_flops(config, pairs) + head_flops(config, tokens)
-
-
-def update_flops(config: ModelConfig, tokens: float, pairs: float) -> float:
-    """Useful FLOP of forward and backward pass, thrice the forward pass: nothing computed again."""
-    return 3.0 * forward_flops(config, tokens, pairs)
 
 
 def causal_pairs(length: float) -> float:

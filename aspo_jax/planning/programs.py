@@ -1,14 +1,14 @@
 """The programs of a run as functions and shapes: no weights, no tokenizer, no data, no devices.
 
-What `aspo_jax.plan` compiles and the tests lower is what `aspo_jax.train` runs, made by the same
-builders of `aspo_jax.build`.
+What `aspo_jax.plan` compiles and the tests lower is what `aspo_jax.train` runs: network, goal,
+optimizer and sizes come from the builders of `aspo_jax.build`. Only head and sampler are made here,
+for those need a tokenizer: every id may be drawn and one ends a response, which changes no shape.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,16 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aspo_jax import losses
-from aspo_jax.build import (
-    build_goal,
-    build_limits,
-    build_network,
-    build_optimizer,
-    build_sampling_network,
-    build_shape,
-    check_shares,
-    new_shape,
-)
+from aspo_jax.build import build_shape, check_shares
 from aspo_jax.config import Config, ConfigError
 from aspo_jax.config.reading import config_folder
 from aspo_jax.data import CHARACTERS, build_character_tokenizer
@@ -34,16 +25,18 @@ from aspo_jax.head import Head
 from aspo_jax.learner import build_learner
 from aspo_jax.model import (
     Attention,
-    Model,
     ModelConfig,
     batch_sharding,
     parse_model_config,
     read_model_config,
     shardings,
 )
+from aspo_jax.model.sharding import placed
+from aspo_jax.parts import build_goal, build_limits, build_optimizer, build_sampling_network
+from aspo_jax.policy import build_network, new_shape
 from aspo_jax.rollout import BatchShape, fill
-from aspo_jax.sampler import PagedSampler, cast_matrices
-from aspo_jax.structs import Minibatch, OldPolicy
+from aspo_jax.sampler import Limits, PagedSampler, cast_matrices
+from aspo_jax.structs import Minibatch, OldPolicy, TrainState
 
 UPDATE, SCORE, PREFILL, DECODE = "update", "old and reference log-probs", "prefill", "decode"
 
@@ -57,7 +50,10 @@ class Program(NamedTuple):
     def lower(self, platform: str | None = None) -> Any:
         """The program in StableHLO, for the devices of its mesh or for a platform by name."""
         traced = self.function.trace(*self.arguments)
-        return traced.lower(lowering_platforms=(platform,)) if platform else traced.lower()
+        if platform is None:
+            return traced.lower()
+        # "gpu" stands for those of them that are here; CUDA's lowering needs none.
+        return traced.lower(lowering_platforms=("cuda" if platform == "gpu" else platform,))
 
 
 class Shape(NamedTuple):
@@ -68,20 +64,38 @@ class Shape(NamedTuple):
 
 
 class Programs(NamedTuple):
-    """What a run executes, and what of it is needed to reckon with.
+    """What a run executes, the config it comes from, and the shapes of what it is given.
 
-    mesh, local: devices of the update, and of one host's sampler.
+    mesh, local: devices of the update, and of one host, on which it samples.
     platform: of the devices. batch: micro-batches of an update.
-    has_reference: a rule reads the frozen reference policy.
+    state, reference, minibatch: of the update; the reference is None where no rule reads it.
+    weights, cache, limits: of one host's sampler.
     """
 
     by_name: dict[str, Program]
+    config: Config
+    shape: ModelConfig
     mesh: Any
     local: Any
     platform: str
     attention: Attention
     batch: BatchShape
-    has_reference: bool
+    state: TrainState
+    reference: Any
+    minibatch: Minibatch
+    weights: Any
+    cache: Any
+    limits: Limits
+
+    @property
+    def hosts(self) -> int:
+        """Hosts that share ``Sampler.slots``."""
+        return self.mesh.size // self.local.size
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a rule reads the frozen reference policy."""
+        return self.reference is not None
 
 
 def read_shape(config: Config) -> Shape:
@@ -109,58 +123,60 @@ def read_shape(config: Config) -> Shape:
     )
 
 
-def programs(
-    config: Config, shape: ModelConfig, mesh: Any, local: Any, platform: str, hosts: int = 1
-) -> Programs:
+def programs(config: Config, shape: ModelConfig, mesh: Any, local: Any, platform: str) -> Programs:
     """Every program of a run.
 
     Args:
         shape: of the network.
         mesh: the training mesh; real, described or abstract devices.
-        local: the mesh of one host's devices, on which it samples.
+        local: the mesh of one host's devices, on which it samples its share of ``Sampler.slots``.
         platform: of the devices: cpu, gpu or tpu.
-        hosts: hosts that share ``Sampler.slots``.
 
     Raises:
         ConfigError: prompts, rows or slots do not split over hosts or devices.
         MeshError, AttentionError: as `aspo_jax.build.build_network`.
     """
+    hosts = mesh.size // local.size
     check_shares(config, mesh, hosts)
     model = build_network(config, shape, mesh, config.train.row_tokens, platform)
-    goal = build_goal(config)
+    goal, batch = build_goal(config), build_shape(config, hosts)
+    optimizer = build_optimizer(config, model.axes())[0]
+    learner = build_learner(model, _head(config, shape, mesh), goal, optimizer, mesh)
+    params, minibatch = learner.state.params, _minibatch(batch, mesh)
     has_reference = losses.reads(goal.objective, "ref_logp_BT")
-    batch = build_shape(config, hosts)
-    learner = build_learner(
-        model, _head(config, shape, mesh), goal, build_optimizer(config)[0], mesh
+    reference = jax.tree.map(lambda x: x.update(dtype=jnp.bfloat16), params)
+    reference = reference if has_reference else None
+    like = minibatch.rows.advantage_BT
+    old = OldPolicy(like, like, like if has_reference else None)
+    scored = dataclasses.replace(minibatch, old=old)
+    sampler, weights = _sampler(config, shape, local, platform, hosts)
+    prefill, decode = sampler.shapes()
+    return Programs(
+        by_name={
+            UPDATE: Program(learner.step, (learner.state, scored)),
+            SCORE: Program(learner.old_policy, (params, reference, minibatch)),
+            PREFILL: Program(sampler.prefill, (weights, *prefill)),
+            DECODE: Program(sampler.decode, (weights, *decode)),
+        },
+        config=config,
+        shape=shape,
+        mesh=mesh,
+        local=local,
+        platform=platform,
+        attention=model.attention,
+        batch=batch,
+        state=learner.state,
+        reference=reference,
+        minibatch=scored,
+        weights=weights,
+        cache=decode[0],
+        limits=sampler.limits,
     )
-    params = abstract_params(model, mesh)
-    reference = _cast(params, jnp.bfloat16) if has_reference else None
-    minibatch = _minibatch(batch, mesh)
-    old = _old_policy(minibatch, has_reference)
-    by_name = {
-        UPDATE: Program(learner.step, (learner.state, dataclasses.replace(minibatch, old=old))),
-        SCORE: Program(learner.old_policy, (params, reference, minibatch)),
-        **_sampling(config, shape, local, platform, hosts),
-    }
-    return Programs(by_name, mesh, local, platform, model.attention, batch, has_reference)
 
 
 def _head(config: Config, shape: ModelConfig, mesh: Any) -> Head:
     allowed_V = np.ones(shape.vocab_size, bool)
     return Head(config.sampler.temperature, allowed_V, config.train.head_chunk, mesh)
-
-
-def abstract_params(model: Model, mesh: Any) -> Any:
-    """Shapes and shardings of the float32 parameters."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    placed = shardings(mesh, model.partition_specs())
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed
-    )
-
-
-def _cast(params: Any, dtype: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), params)
 
 
 def _minibatch(batch: BatchShape, mesh: Any) -> Minibatch:
@@ -176,35 +192,16 @@ def _minibatch(batch: BatchShape, mesh: Any) -> Minibatch:
     return jax.tree.map(of, fill([], batch._replace(minibatches=1, microbatches=1, rows=1)))
 
 
-def _old_policy(minibatch: Minibatch, has_reference: bool) -> OldPolicy:
-    like = minibatch.rows.advantage_BT
-    return OldPolicy(like, like, like if has_reference else None)
-
-
-def _sampling(
+def _sampler(
     config: Config, shape: ModelConfig, local: Any, platform: str, hosts: int
-) -> dict[str, Program]:
-    """Prefill and decode of one host, with weights as they are published to its sampler."""
+) -> tuple[PagedSampler, Any]:
+    """The sampler of one host and the shapes of the weights that are published to it."""
     model = build_sampling_network(config, shape, local, platform)
-    sampler = PagedSampler(
-        model,
-        _head(config, shape, local),
-        build_limits(config, local, hosts, (0,), platform),
-        local,
-        seed=config.run.seed,
+    limits = build_limits(config, local, hosts, (0,), platform)
+    head = _head(config, shape, local)
+    sampler = PagedSampler(model, head, limits, local, seed=config.run.seed)
+    shapes = jax.eval_shape(
+        lambda key: cast_matrices(model.init(key), model.axes(), config.model.dtype),
+        jax.random.key(0),
     )
-    weights = published(abstract_params(model, local), config.model.dtype)
-    prefill, decode = sampler.shapes()
-    return {
-        PREFILL: Program(sampler.prefill, (weights, *prefill)),
-        DECODE: Program(sampler.decode, (weights, *decode)),
-    }
-
-
-def published(params: Any, dtype: Any) -> Any:
-    """Shapes of the weights that the sampler holds."""
-    return jax.tree.map(
-        lambda x, cast: jax.ShapeDtypeStruct(x.shape, cast.dtype, sharding=x.sharding),
-        params,
-        jax.eval_shape(partial(cast_matrices, dtype=dtype), params),
-    )
+    return sampler, placed(shapes, shardings(local, model.partition_specs()))

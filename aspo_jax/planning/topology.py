@@ -6,7 +6,6 @@ A topology is written as the cloud writes it: ``v5e:4x4``, ``v5p:2x2x4``, ``h100
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib.util
 import itertools
 import math
@@ -16,11 +15,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from aspo_jax.errors import UserError
-from aspo_jax.model.sharding import MESH_AXES
+from aspo_jax.errors import UserError, closest
 from aspo_jax.paths import shorten
 
 GIB = 2**30
@@ -117,7 +113,7 @@ def parse_topology(name: str) -> Topology:
             f"--topology {shorten(name)}: the shape is {shorten(shape)!r}, expected {expected} for"
             f" {kind}, such as {example or _example(kind)}"
         )
-    if chip.platform == "tpu" and not _is_slice(kind, sizes):
+    if chip.platform == "tpu" and sizes not in _shapes(kind):
         raise TopologyError(
             f"--topology {name}: there is no such slice of {kind}; expected {_slices(kind)}"
         )
@@ -127,10 +123,10 @@ def parse_topology(name: str) -> Topology:
 def _hint(name: str) -> str:
     """The name that was meant: a chip mistyped, or an accelerator type such as v5e-16."""
     typed, _, rest = re.sub(r"^([a-z0-9]+)-([0-9]+)$", r"\1:\2", name.lower()).partition(":")
-    close = difflib.get_close_matches(_TYPES.get(typed, typed), CHIPS, n=4, cutoff=0.4)
-    meant = [known for kind in close if _is_known(known := _meant(kind, rest))]
-    meant += [_example(kind) for kind in close]
-    return f" (did you mean {meant[0]}?)" if meant else ""
+    known = {kind: name for kind in CHIPS if _is_known(name := _meant(kind, rest))}
+    typed = _TYPES.get(typed, typed)
+    kind = closest(typed, known) or closest(typed, CHIPS)
+    return f" (did you mean {known.get(kind) or _example(kind)}?)" if kind else ""
 
 
 def _meant(kind: str, rest: str) -> str:
@@ -155,59 +151,40 @@ def _of_size(kind: str, size: int) -> str | None:
     """The slice of a number of chips, nearest to a cube; None if there is none."""
     if not CHIPS[kind].dimensions:
         return f"{kind}:{size}"
-    listed = _FLAT if CHIPS[kind].dimensions == 2 else (*_DEEP, *_cubes(_LARGEST[kind]))
-    found = [shape for shape in listed if math.prod(shape) == size]
+    found = [shape for shape in _shapes(kind) if math.prod(shape) == size]
     return f"{kind}:{'x'.join(map(str, min(found, key=max)))}" if found else None
 
 
-def _cubes(largest: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Sorted multiples of 4 up to a shape."""
-    sides = (range(4, side + 1, 4) for side in largest)
-    return [shape for shape in itertools.product(*sides) if shape == tuple(sorted(shape))]
-
-
-def _is_slice(kind: str, shape: tuple[int, ...]) -> bool:
-    if CHIPS[kind].dimensions == 2:
-        return shape in _FLAT
-    return shape in _DEEP or shape in _cubes(_LARGEST[kind])
+def _shapes(kind: str) -> list[tuple[int, ...]]:
+    """The slices of a chip that can be rented."""
+    if kind not in _LARGEST:
+        return list(_FLAT)
+    sides = (range(4, side + 1, 4) for side in _LARGEST[kind])
+    return [*_DEEP, *(x for x in itertools.product(*sides) if x == tuple(sorted(x)))]
 
 
 def _slices(kind: str) -> str:
-    listed = _FLAT if CHIPS[kind].dimensions == 2 else _DEEP
-    names = ", ".join("x".join(map(str, shape)) for shape in listed)
+    listed = _DEEP if kind in _LARGEST else _FLAT
+    names = "one of " + ", ".join("x".join(map(str, shape)) for shape in listed)
     if kind not in _LARGEST:
-        return f"one of {names}"
+        return names
     largest = "x".join(map(str, _LARGEST[kind]))
-    return f"one of {names}, or ascending multiples of 4 from 4x4x4 to {largest}"
+    return f"{names}, or ascending multiples of 4 from 4x4x4 to {largest}"
 
 
-class Target(NamedTuple):
-    """What programs are compiled for.
-
-    platform: of the devices, which is not the topology's where its compiler is missing.
-    notes: what the user must know about the figures.
-    """
-
-    devices: Sequence[Any]
-    platform: str
-    notes: tuple[str, ...] = ()
-
-
-def open_target(topology: Topology) -> Target:
+def open_devices(topology: Topology) -> Sequence[Any]:
     """Devices of the topology, described by its compiler; simulated CPU devices for ``cpu:n``.
 
     Raises:
         TopologyError: the compiler is not installed or refuses, or the backend has already started
             with fewer simulated devices.
     """
-    if topology.chip.platform == "gpu":
-        return _gpu_target(topology)
-    if topology.chip.platform == "tpu":
-        return _tpu_target(topology)
-    return Target(_simulated(topology.size), "cpu")
+    of = {"gpu": _gpu_devices, "tpu": _tpu_devices, "cpu": _simulated}
+    return of[topology.chip.platform](topology)
 
 
-def _simulated(count: int) -> list[Any]:
+def _simulated(topology: Topology) -> Sequence[Any]:
+    count = topology.size
     with contextlib.suppress(RuntimeError):  # the backend has started; it may have enough of them
         jax.config.update("jax_num_cpu_devices", count)
     devices = jax.devices("cpu")
@@ -219,9 +196,21 @@ def _simulated(count: int) -> list[Any]:
     return devices[:count]
 
 
-def _tpu_target(topology: Topology) -> Target:
+def _described(of: Topology, platform: str, remedy: str, **options: Any) -> Sequence[Any]:
+    """The devices, as the compiler of their platform describes them."""
     from jax.experimental import topologies
 
+    try:
+        found = topologies.get_topology_desc(of.name, platform, **options)
+    except Exception as error:  # the compilers' errors have no class of their own
+        text = str(error).partition("\n")[0]
+        raise TopologyError(
+            f"--topology {of.name}: the {platform} compiler refuses it ({text}); {remedy}"
+        ) from error
+    return found.devices
+
+
+def _tpu_devices(topology: Topology) -> Sequence[Any]:
     if not importlib.util.find_spec("libtpu"):
         raise TopologyError(
             f"--topology {topology.name}: libtpu, the TPU's compiler, is not installed; no TPU is "
@@ -242,15 +231,10 @@ def _tpu_target(topology: Topology) -> Target:
     if topology.size < topology.chip.per_host:
         sizes = (*topology.shape, 1, 1)[:3]
         options["chips_per_host_bounds"] = list(sizes)
-    try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options)
-    except Exception as error:  # libtpu's errors have no class of their own
-        text = str(error).partition("\n")[0]
-        raise TopologyError(
-            f"--topology {topology.name}: libtpu refuses it ({text}); one process at a time can "
-            "use libtpu, and every machine of a slice has 4 chips in a square"
-        ) from error
-    return Target(found.devices, "tpu")
+    remedy = (
+        "one process at a time can use libtpu, and every machine of a slice has 4 chips in a square"
+    )
+    return _described(topology, "tpu", remedy, **options)
 
 
 # --- GPUs -------------------------------------------------------------------------------------
@@ -268,9 +252,7 @@ GPU_NOTE = (
 )
 
 
-def _gpu_target(topology: Topology) -> Target:
-    from jax.experimental import topologies
-
+def _gpu_devices(topology: Topology) -> Sequence[Any]:
     if not importlib.util.find_spec("jax_cuda12_plugin"):
         raise TopologyError(
             f"--topology {topology.name}: the CUDA compiler is not installed; no GPU is needed, "
@@ -285,20 +267,13 @@ def _gpu_target(topology: Topology) -> Target:
             f"--topology {topology.name}: {topology.size} GPUs are no whole number of machines "
             f"with {per_host}; give a multiple"
         )
-    try:
-        found = topologies.get_topology_desc(
-            platform="cuda",
-            topology_name=topology.name,
-            topology=f"1x{hosts}x{per_host}",
-            target_config=_target_config(topology),
-        )
-    except Exception as error:
-        text = str(error).partition("\n")[0]
-        raise TopologyError(
-            f"--topology {topology.name}: the CUDA compiler refuses it ({text}); install the "
-            f"plugin of this jax: pip install jax-cuda12-plugin=={jax.__version__}"
-        ) from error
-    return Target(found.devices, "gpu", (GPU_NOTE,))
+    return _described(
+        topology,
+        "cuda",
+        f"install the plugin of this jax: pip install jax-cuda12-plugin=={jax.__version__}",
+        topology=f"1x{hosts}x{per_host}",
+        target_config=_target_config(topology),
+    )
 
 
 def _target_config(topology: Topology) -> str:
@@ -327,34 +302,3 @@ def _target_config(topology: Topology) -> str:
     lines = "\n".join(f"  {name}: {value}" for name, value in fields.items())
     capability = f"  cuda_compute_capability {{ major: {major} minor: {minor} }}"
     return f'gpu_device_info {{\n{lines}\n{capability}\n}}\nplatform_name: "CUDA"\n'
-
-
-# --- meshes -----------------------------------------------------------------------------------
-
-
-def mesh_sizes(size: int, *, data: int, fsdp: int, tensor: int) -> tuple[int, ...]:
-    """The mesh of ``size`` devices, -1 filled in.
-
-    Raises:
-        TopologyError: the sizes do not multiply to the number of devices.
-    """
-    asked = (data, fsdp, tensor)
-    known = math.prod(n for n in asked if n != -1)
-    filled = tuple(size // known if n == -1 else n for n in asked)
-    if math.prod(filled) != size:
-        named = ", ".join(f"Runtime.{a} = {n}" for a, n in zip(MESH_AXES, asked, strict=True))
-        raise TopologyError(
-            f"{named} does not fit {size} chips; make them multiply to that number, one of them -1"
-        )
-    return filled
-
-
-def device_mesh(devices: Sequence[Any], sizes: tuple[int, ...]) -> Mesh:
-    """The devices, in their order, as a mesh."""
-    array = np.array(devices, dtype=object).reshape(sizes)
-    return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
-
-
-def abstract_mesh(sizes: tuple[int, ...]) -> Any:
-    """A mesh without devices: programs can be lowered for it, not compiled."""
-    return AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))

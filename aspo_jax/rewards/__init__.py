@@ -1,6 +1,6 @@
 """Rewards: what an answer is worth, with a reason and never an exception.
 
-    with build_scorer(workers=2, rules=Rules(timeout_s=5.0), kinds=("math", "code")) as scorer:
+    with Scorer(workers=2, rules=Rules(timeout_s=5.0), kinds=("math", "code")) as scorer:
         verdicts = scorer.score(submissions)     # one Verdict per Submission, in their order
 
 Graders run in worker processes that can be killed, so that no text a policy writes can stall or
@@ -8,8 +8,8 @@ end the trainer; programs run in sandboxes below them. Nothing here imports jax 
 docs/rewards.md says what is covered and what is not.
 """
 
-from aspo_jax.rewards.graders import KINDS, Rules, find_problem
-from aspo_jax.rewards.pool.scorer import Grading, Scorer, build_scorer, choose_sandbox
+from aspo_jax.rewards.graders import KINDS, find_problem
+from aspo_jax.rewards.pool.scorer import Grading, Scorer
 from aspo_jax.rewards.shaping import (
     SHAPES,
     Shape,
@@ -22,7 +22,7 @@ from aspo_jax.rewards.shaping import (
     repetition,
     unshaped,
 )
-from aspo_jax.rewards.verdict import REASONS, RewardError, Submission, Verdict
+from aspo_jax.rewards.verdict import REASONS, RewardError, Rules, Submission, Verdict
 
 __all__ = [
     "KINDS",
@@ -35,9 +35,7 @@ __all__ = [
     "Shape",
     "Submission",
     "Verdict",
-    "build_scorer",
     "chain",
-    "choose_sandbox",
     "curriculum_budget",
     "find_problem",
     "format_reward",

@@ -2,7 +2,7 @@ r"""The final answer of a response: what it says after its thoughts, and where i
 
 The official chain (arXiv 2510.06062, released code): the text after the last thinking block, in it
 the last brace-matched ``\boxed{}``. A response without a box is searched further, in the order of
-`SOURCES`; the first source that is there counts, also where it turns out to be wrong.
+`_FINDERS`; the first source that is there counts, also where it turns out to be wrong.
 
 Boxes make one answer in parts where something enumerates them: a comma, a semicolon, ``&``, 'and'
 or 'or', a label such as (b), or TeX spacing (``\quad``, ``\;``, ``\\``). Boxes with nothing but
@@ -16,7 +16,7 @@ policy that falls into repetition writes any delimiter a hundred thousand times.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 _END_OF_THOUGHT = "</think>"
@@ -24,7 +24,7 @@ _START_OF_THOUGHT = "<think>"
 _LONGEST = 400_000  # characters of a response that are searched, its end
 _TAIL = 20_000  # characters that are searched for an answer without a box, a tag or hashes
 
-_BRACES = re.compile(r"\\{1,2}(?:boxed|fbox)(?![a-zA-Z])|\\.|[{}]", re.DOTALL)
+_BRACES = re.compile(r"(\\{1,2}(?:boxed|fbox)(?![a-zA-Z])\s*)|\\.|[{}]", re.DOTALL)
 _UNBRACED = re.compile(r"(?:\\[a-zA-Z]{1,20}|[^\s$\\])[^\s$\\]{0,200}")
 _GAP = 80  # characters between two boxes of one answer
 _BETWEEN_BOXES = re.compile(
@@ -64,13 +64,6 @@ _WRAPPER = re.compile(r"\\(?:text|mbox|textbf|mathrm)\b|[{}]")
 _VARIABLE = re.compile(r"\s*\\?[a-zA-Z]+(?:_(?:\w|\{\w{1,9}\}))?\s*")
 
 
-class Found(NamedTuple):
-    """An answer and the source that it was found in, one of `SOURCES`."""
-
-    text: str
-    source: str
-
-
 class Span(NamedTuple):
     """A formula between dollars or brackets: where it starts and ends with them, what is in it."""
 
@@ -102,8 +95,8 @@ def _boxes(text: str) -> list[_Box]:
     opened: list[int | None] = []  # the box that a brace opened, by its place in `boxes`
     brace = -1  # of the last command
     for found in _BRACES.finditer(text):
-        if found[0].endswith(("boxed", "fbox")):
-            brace = _skip_spaces(text, found.end())
+        if found[1]:
+            brace = found.end()
             inner = None if text.startswith("{", brace) else _UNBRACED.match(text, brace)
             end = inner.end() if inner else brace
             boxes.append(_Box(found.start(), end, slice(brace, end)))
@@ -113,12 +106,6 @@ def _boxes(text: str) -> list[_Box]:
             start, before, _ = boxes[number]
             boxes[number] = _Box(start, found.end(), slice(before + 1, found.start()))
     return boxes
-
-
-def _skip_spaces(text: str, place: int) -> int:
-    while place < len(text) and text[place].isspace():
-        place += 1
-    return place
 
 
 def _are_parts(text: str, start: int, end: int) -> bool:
@@ -261,10 +248,9 @@ def _stated(line: str) -> str | None:
     sentence = _SENTENCE_END.split(_ABBREVIATION.sub("   ", line), maxsplit=1)[0]
     formulas = spans(sentence)
     values = sorted([*_telling(formulas), *_numbers(sentence, formulas)])
-    places = [c.end() for c in _CONNECTOR.finditer(sentence)]
-    places = [p for p in places if values and p <= values[-1].start]
     if not values:
         return None
+    places = [c.end() for c in _CONNECTOR.finditer(sentence) if c.end() <= values[-1].start]
     behind = [v for v in values if v.start >= places[-1]] if places else values[-1:]
     return _joined(sentence, behind)
 
@@ -323,29 +309,19 @@ def _last_number(text: str) -> str | None:
     end = line[places[-1] :].strip(" *`") if places else ""
     if end and not set("$>") & set(end) and not _WORDS.search(_LATEX.sub(" ", end)):
         return end
-    numbers = _numbers(text, ())
-    return numbers[-1].text if numbers else None
+    numbers = _NUMBER.findall(text)
+    return numbers[-1].strip() if numbers else None
 
 
-_EXPLICIT: dict[str, Callable[[str], str | None]] = {
-    "box": _boxed,
-    "tag": _tagged,
-    "phrase": _phrased,
-    "hashes": _hashed,
-}
-_FINDERS = _EXPLICIT | {"math": _last_math, "whole": _whole, "number": _last_number}
-SOURCES = tuple(_FINDERS)
+_EXPLICIT = (_boxed, _tagged, _phrased, _hashed)
+_FINDERS = (*_EXPLICIT, _last_math, _whole, _last_number)
 
 
-def find_answer(text: str, is_explicit: bool = False) -> Found | None:
+def find_answer(text: str, is_explicit: bool = False) -> str | None:
     """The final answer of a response; None if it gives none.
 
-    is_explicit: only what the text itself calls its answer counts (the first four of `SOURCES`),
-        not what merely stands last.
+    is_explicit: only what the text itself calls its answer counts, not what merely stands last.
     """
     said = conclusion(text)
-    for source, find in (_EXPLICIT if is_explicit else _FINDERS).items():
-        answer = find(said)
-        if answer is not None:
-            return Found(answer, source) if answer else None
-    return None
+    found = (find(said) for find in (_EXPLICIT if is_explicit else _FINDERS))
+    return next((answer for answer in found if answer is not None), None) or None

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from aspo_jax.rewards.verdict import Verdict
+from aspo_jax.rewards.verdict import BAD_GOLD, Verdict, compared
 
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
@@ -146,7 +146,7 @@ def grade(text: str, answer: Any, is_finished: bool) -> Verdict:
     """
     gold = read_gold(answer)
     if gold is None:
-        return Verdict(0.0, "bad_gold", is_valid=False)
+        return BAD_GOLD
     if not is_finished:
         return Verdict(0.0, "truncated")
     if not text.strip():
@@ -154,4 +154,4 @@ def grade(text: str, answer: Any, is_finished: bool) -> Verdict:
     value = _last_value(text, gold)
     if value is None:
         return Verdict(0.0, "invalid")
-    return Verdict(1.0, "match") if value == gold.target else Verdict(0.0, "mismatch")
+    return compared(value == gold.target)

@@ -9,12 +9,12 @@ number from 1 on counts as a right answer in the metrics; return a `Verdict` to 
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
+from aspo_jax.imports import NotFound, load_callable
 from aspo_jax.rewards.verdict import REASONS, RewardError, Submission, Verdict
 
 Function = Callable[[str, str, Any], "float | Verdict"]
@@ -26,34 +26,17 @@ def load_function(name: str) -> Function:
     Raises:
         RewardError: there is none, or it does not take (prompt, completion, answer).
     """
-    module_name, _, function_name = name.partition(":")
-    if not module_name or not function_name.isidentifier():
-        raise RewardError(
-            f"Reward.function = {name!r}, expected 'package.module:function', for instance "
-            "'my_rewards:length_penalty' for the function length_penalty in my_rewards.py"
-        )
     try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise RewardError(
-            f"Reward.function = {name!r}: cannot import {module_name} ({type(error).__name__}: "
-            f"{error}); run from the folder it lies in, install it, or put it on PYTHONPATH"
-        ) from error
-    function: Any = getattr(module, function_name, None)
-    if not callable(function):
-        names = sorted(n for n, f in vars(module).items() if inspect.isfunction(f))
-        raise RewardError(
-            f"Reward.function = {name!r}: {module_name} has no function {function_name!r}; it has "
-            f"{', '.join(names) or 'none'}"
-        )
-    try:
+        function = load_callable(name)
         inspect.signature(function).bind("prompt", "completion", "answer")
+    except NotFound as problem:
+        raise RewardError(f"Reward.function = {name!r}: {problem}") from problem
     except TypeError as error:
         raise RewardError(
             f"Reward.function = {name!r} cannot be called with (prompt, completion, answer): "
             f"{error}"
         ) from error
-    return cast(Function, function)
+    return function
 
 
 def grade(submission: Submission, function: Function) -> Verdict:
@@ -63,22 +46,16 @@ def grade(submission: Submission, function: Function) -> Verdict:
         TypeError, ValueError: it returned neither a finite number nor a sound `Verdict`.
     """
     said = function(submission.prompt, submission.text, submission.answer)
-    if isinstance(said, Verdict):
-        if said.reason not in REASONS or not math.isfinite(said.reward):
-            raise ValueError(
-                f"{_name(function)} returned {said}, expected a finite reward and {REASONS}"
-            )
-        return said
-    if isinstance(said, bool) or not hasattr(said, "__float__"):
+    if isinstance(said, bool) or not (isinstance(said, Verdict) or hasattr(said, "__float__")):
         raise TypeError(
-            f"{_name(function)} returned {said!r:.80} of type {type(said).__name__}, expected a "
+            f"Reward.function returned {said!r:.80} of type {type(said).__name__}, expected a "
             "float or a Verdict"
         )
-    reward = float(said)
-    if not math.isfinite(reward):
-        raise ValueError(f"{_name(function)} returned {reward}, expected a finite number")
-    return Verdict(reward, "match" if reward >= 1 else "mismatch")
-
-
-def _name(function: Function) -> str:
-    return f"{function.__module__}:{getattr(function, '__qualname__', function)}"
+    if not isinstance(said, Verdict):
+        reward = float(said)
+        said = Verdict(reward, "match" if reward >= 1 else "mismatch")
+    if said.reason not in REASONS or not math.isfinite(said.reward):
+        raise ValueError(
+            f"Reward.function returned {said}, expected a finite reward and a reason of {REASONS}"
+        )
+    return said

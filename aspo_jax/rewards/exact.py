@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from aspo_jax.rewards.verdict import Verdict
+from aspo_jax.rewards.verdict import BAD_GOLD, Verdict, compared
 
 
 def _normalise(text: str) -> str:
@@ -29,10 +29,10 @@ def grade(text: str, answer: Any, is_finished: bool) -> Verdict:
     A text that was cut off is not the whole response: ``truncated``, whatever it says.
     """
     if find_problem(answer) is not None:
-        return Verdict(0.0, "bad_gold", is_valid=False)
+        return BAD_GOLD
     if not is_finished:
         return Verdict(0.0, "truncated")
     given = _normalise(text)
     if not given:
         return Verdict(0.0, "no_answer")
-    return Verdict(1.0, "match") if given == _normalise(str(answer)) else Verdict(0.0, "mismatch")
+    return compared(given == _normalise(str(answer)))

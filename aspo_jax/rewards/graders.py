@@ -1,146 +1,110 @@
-"""The table of graders: kind -> ``grade(submission) -> Verdict``.
+"""The graders: one record per kind of answer.
 
-Graders run in worker processes (`aspo_jax.rewards.pool.worker`); `open_graders` pays there, before
-the worker says that it is ready, for what they import.
+They run in worker processes (`aspo_jax.rewards.pool.worker`), which open them before they say that
+they are ready. What a grader needs that is slow to import is imported when it is opened.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import json
-from collections.abc import Callable, Collection
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from aspo_jax.rewards import countdown, exact
-from aspo_jax.rewards.verdict import Submission, Verdict
+from aspo_jax.rewards.code import code_tests
+from aspo_jax.rewards.verdict import Rules, Submission, Verdict
 
-Grader = Callable[[Submission], Verdict]
-
-KINDS = {
-    "countdown": "reach a target from given numbers, every step written out",
-    "exact": "the response is the answer, letter for letter but for white space",
-    "math": "the final answer equals a gold answer as mathematics",
-    "code": "the last program passes its tests, each in a sandbox",
-    "custom": "a function of one's own, Reward.function",
-}
+Grade = Callable[[Submission], Verdict]
 
 
-@dataclasses.dataclass(frozen=True)
-class Rules:
-    """How graders judge. Plain values: they travel to the workers.
+class Grader(NamedTuple):
+    """How answers of one kind are judged, and what data and pool have to know about it.
 
-    timeout_s: seconds for an answer of any kind but ``code``.
-    grade_truncated: a ``math`` text that was cut off may be judged by the formula or number that
-        stands last in it, and not only by what it calls its answer.
-    function: ``package.module:function`` of the kind ``custom``.
-    sandbox: tier that programs run in; ``auto`` is the safest that withstands the probe's attacks.
-    test_timeout_s, test_memory_mib: limits of each test of a program.
-    program_timeout_s: seconds for all tests of a program.
-    max_tests: tests drawn per program, by the seed and the submission's identity; 0 = all.
+    description: one line.
+    open: what judges a submission by some rules, ready to do so. Raises RewardError where it cannot
+        work here.
+    find_problem: what is wrong with the answer of a data row; None if it can be used.
+    limit_s: seconds after which a worker that judges an answer is killed; a grader with a limit of
+        its own is given time to keep it.
+    chunk: most answers that are sent to a worker at once: few where one takes long.
     """
 
-    timeout_s: float = 5.0
-    grade_truncated: bool = False
-    function: str | None = None
-    sandbox: Literal["auto", "namespaces", "landlock", "rlimits"] = "auto"
-    test_timeout_s: float = 6.0
-    test_memory_mib: int = 1024
-    program_timeout_s: float = 60.0
-    max_tests: int = 0
-    seed: int = 0
-
-    def limit_s(self, kind: str) -> float:
-        """Seconds after which a worker that judges an answer of this kind is killed.
-
-        A grader with a limit of its own is given time to keep it.
-        """
-        own = {"math": self.timeout_s + 1.0, "code": self.program_timeout_s + 10.0}
-        return own.get(kind, self.timeout_s)
+    description: str
+    open: Callable[[Rules], Grade]
+    find_problem: Callable[[Any], str | None]
+    limit_s: Callable[[Rules], float] = lambda rules: rules.timeout_s
+    chunk: int = 64
 
 
-def chunk(kind: str) -> int:
-    """Most answers of a kind that are sent to a worker at once: few where one takes long."""
-    return {"code": 1, "custom": 1, "math": 8}.get(kind, 64)
+def _on_text(grade: Callable[[str, Any, bool], Verdict]) -> Callable[[Rules], Grade]:
+    """`Grader.open` of a function of text, answer and whether the text is finished."""
+    return lambda _: lambda s: grade(s.text, s.answer, s.is_finished)
 
 
-def open_graders(kinds: Collection[str], rules: Rules) -> dict[str, Grader]:
-    """The graders of some kinds, ready to judge.
-
-    Raises:
-        RewardError: one of them cannot work here.
-    """
-    makers = {"math": _open_math, "code": _open_code, "custom": _open_custom}
-    light = {"countdown": countdown.grade, "exact": exact.grade}
-    graders: dict[str, Grader] = {
-        kind: functools.partial(_on_text, grade) for kind, grade in light.items() if kind in kinds
-    }
-    return graders | {kind: make(rules) for kind, make in makers.items() if kind in kinds}
-
-
-def _on_text(grade: Callable[..., Verdict], submission: Submission) -> Verdict:
-    return grade(submission.text, submission.answer, submission.is_finished)
-
-
-def _open_math(rules: Rules) -> Grader:
+def _open_math(rules: Rules) -> Grade:
     from aspo_jax.rewards.math import mathematics
 
     mathematics.warm_up()
-    grade = functools.partial(
-        mathematics.grade, limit_s=rules.timeout_s, grade_truncated=rules.grade_truncated
-    )
-    return functools.partial(_on_text, grade)
+    how = (rules.timeout_s, rules.grade_truncated)
+    return lambda s: mathematics.grade(s.text, s.answer, s.is_finished, *how)
 
 
-def _open_code(rules: Rules) -> Grader:
+def _find_problem_of_golds(answer: Any) -> str | None:
+    from aspo_jax.rewards.math import mathematics
+
+    return mathematics.find_problem(answer)
+
+
+def _open_code(rules: Rules) -> Grade:
     from aspo_jax.rewards.code import programs, sandbox
 
-    if rules.sandbox == "auto":
-        box, _ = sandbox.open_sandbox("auto")
-    else:  # probed by whoever chose it
-        box = sandbox.Sandbox(rules.sandbox)
-    how = programs.ProgramRules(
-        sandbox.Limits(seconds=rules.test_timeout_s, memory_mib=rules.test_memory_mib),
-        rules.program_timeout_s,
-        rules.max_tests,
-        rules.seed,
-    )
-    return functools.partial(programs.grade, box=box, rules=how)
+    tier = rules.sandbox  # one by name was attacked by `Scorer`, which chose it
+    box = sandbox.open_sandbox(tier)[0] if tier == "auto" else sandbox.Sandbox(tier)
+    return lambda s: programs.grade(s, box, rules)
 
 
-def _open_custom(rules: Rules) -> Grader:
+def _open_custom(rules: Rules) -> Grade:
     from aspo_jax.rewards import custom
 
     function = custom.load_function(rules.function or "")
-    return functools.partial(custom.grade, function=function)
+    return lambda s: custom.grade(s, function)
+
+
+GRADERS = {
+    "countdown": Grader(
+        "reach a target from given numbers, every step written out",
+        _on_text(countdown.grade),
+        countdown.find_problem,
+    ),
+    "exact": Grader(
+        "the response is the answer, letter for letter but for white space",
+        _on_text(exact.grade),
+        exact.find_problem,
+    ),
+    "math": Grader(
+        "the final answer equals a gold answer as mathematics",
+        _open_math,
+        _find_problem_of_golds,
+        limit_s=lambda rules: rules.timeout_s + 1.0,
+        chunk=8,
+    ),
+    "code": Grader(
+        "the last program passes its tests, each in a sandbox",
+        _open_code,
+        code_tests.find_problem,
+        limit_s=lambda rules: rules.program_timeout_s + 10.0,
+        chunk=1,
+    ),
+    "custom": Grader(
+        "a function of one's own, Reward.function", _open_custom, lambda answer: None, chunk=1
+    ),
+}
+KINDS = tuple(GRADERS)
 
 
 def find_problem(kind: str, answer: Any) -> str | None:
     """What is wrong with the answer of a data row for its grader; None if it can be used."""
-    from aspo_jax.rewards.math import mathematics
-
-    finders = {
-        "math": mathematics.find_problem,
-        "code": _find_problem_of_tests,
-        "exact": exact.find_problem,
-        "countdown": countdown.find_problem,
-    }
-    if kind not in finders:
-        return None
-    return finders[kind](answer) or _find_lone_surrogate(answer)
-
-
-def _find_problem_of_tests(answer: Any) -> str | None:
-    from aspo_jax.rewards.code import programs
-
-    try:
-        programs.read_tests(answer)
-    except programs.BadTests as error:
-        return (
-            f"found tests that cannot be used ({error}), expected one of the forms that "
-            "docs/rewards.md lists"
-        )
-    return None
+    return GRADERS[kind].find_problem(answer) or _find_lone_surrogate(answer)
 
 
 def _find_lone_surrogate(answer: Any) -> str | None:

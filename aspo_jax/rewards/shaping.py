@@ -130,7 +130,7 @@ def grpo_lambda(top: float = 0.2, alpha: float = 0.6) -> Shape:
 
 
 def _is_right(verdict: Verdict) -> bool:
-    return verdict.is_valid and verdict.reason == "match"
+    return verdict.is_valid and verdict.is_right
 
 
 def _share_right(group: Sequence[Judged]) -> float:

@@ -1,4 +1,4 @@
-"""What goes to a grader and what comes back."""
+"""What goes to a grader and what comes back; light, for both sides of the pool import it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ class RewardError(UserError):
     """Graders that cannot do their work at all: what was found, expected, and the remedy."""
 
 
+Tier = Literal["namespaces", "landlock", "rlimits"]
 Reason = Literal[
     "match",  # the answer is right
     "mismatch",  # a well-formed answer, but another value than the one asked for
@@ -21,10 +22,35 @@ Reason = Literal[
     "error",  # a program ended with an error or without a result
     "exhausted",  # too much memory, disk or output was asked for
     "timeout",  # running or grading it took longer than an answer may take
-    "crash",  # the grader failed twice
+    "crash",  # the grader failed twice: by an error of its own, or it ended
     "bad_gold",  # the problem's own answer cannot be used, so nothing can match it
 ]
 REASONS: tuple[Reason, ...] = get_args(Reason)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """How graders judge. Plain values: they travel to the workers.
+
+    timeout_s: seconds for an answer of any kind but ``code``.
+    grade_truncated: a ``math`` text that was cut off may be judged by the formula or number that
+        stands last in it, and not only by what it calls its answer.
+    function: ``package.module:function`` of the kind ``custom``.
+    sandbox: tier that programs run in; ``auto`` is the safest that withstands the probe's attacks.
+    test_timeout_s, test_memory_mib: limits of each test of a program.
+    program_timeout_s: seconds for all tests of a program.
+    max_tests: tests drawn per program, by the seed and the submission's identity; 0 = all.
+    """
+
+    timeout_s: float = 5.0
+    grade_truncated: bool = False
+    function: str | None = None
+    sandbox: Literal["auto"] | Tier = "auto"
+    test_timeout_s: float = 6.0
+    test_memory_mib: int = 1024
+    program_timeout_s: float = 60.0
+    max_tests: int = 0
+    seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +81,29 @@ class Submission:
 class Verdict:
     """A reward and why.
 
-    is_valid: False where the reward says nothing about the policy (crash, bad_gold): such a sample
-        is counted and masked, it never enters an advantage. An answer that hangs its grader is
-        wrong and stays: its reward is 0.
+    is_valid: False where the sample may not be learned from: its grader failed, or a shape took it
+        out (`mask_truncated`). It is counted and masked, it never enters an advantage. An answer
+        that hangs its grader is wrong and stays: its reward is 0.
     """
 
     reward: float
     reason: Reason
     is_valid: bool = True
+
+    @property
+    def is_right(self) -> bool:
+        return self.reason == "match"
+
+    @property
+    def is_failed(self) -> bool:
+        """The grader could not do its work, which says nothing about the answer."""
+        return self.reason in ("crash", "bad_gold")
+
+
+CRASH = Verdict(0.0, "crash", is_valid=False)
+BAD_GOLD = Verdict(0.0, "bad_gold", is_valid=False)
+
+
+def compared(is_right: bool) -> Verdict:
+    """The verdict on a well-formed answer that is the one asked for, or is not."""
+    return Verdict(1.0, "match") if is_right else Verdict(0.0, "mismatch")

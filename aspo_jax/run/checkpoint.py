@@ -42,7 +42,6 @@ from aspo_jax.errors import UserError, describe
 from aspo_jax.files import (
     Damaged,
     absolute,
-    are_digests,
     check_digests,
     digests,
     fsync,
@@ -101,19 +100,11 @@ def _read_manifest(step: epath.Path) -> dict[str, Any]:
         raise _Unsealed(f"{MANIFEST} is missing: the step was never completed") from None
     if body.get("format") != _FORMAT:
         raise Damaged(f"{MANIFEST} has format {body.get('format')}, this program reads {_FORMAT}")
-    if not isinstance(body.get("leaves"), dict) or not are_digests(body.get("files")):
-        raise Damaged(f"{MANIFEST} lacks the digests of files or the types of leaves")
+    if not isinstance(body.get("leaves"), dict):
+        raise Damaged(f"{MANIFEST} lacks the types of leaves")
     if body.get("step") != int(step.name):
         raise Damaged(f"{MANIFEST} is that of step {body.get('step')}: the folder was renamed")
     return body
-
-
-def _verify(step: epath.Path) -> None:
-    """Compare every file of a step with its manifest; raises Damaged naming the first bad one.
-
-    Files that the manifest does not list cannot be reached by a restore and are ignored.
-    """
-    check_digests(step, _read_manifest(step)["files"])
 
 
 def _check_leaves(step: epath.Path, found: dict[str, str], expected: dict[str, str]) -> None:
@@ -179,7 +170,7 @@ class Checkpoints:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         self._folder = absolute(folder)
         self._keep = keep
-        self._guard = guard
+        self._guard = guard if jax.process_index() == 0 else lambda: None
         self._complete: set[int] = set()
         self._orbax: ocp.AsyncCheckpointer | None = None
         self._background = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
@@ -214,21 +205,19 @@ class Checkpoints:
         """
         leaves, meta = _describe(state), _check_meta(meta)
         self.wait()
-        path = self._folder / str(step)
-        if _broadcast(int(jax.process_index() == 0 and self._has_good(step))):
+        path = self._path(step)
+        if _broadcast(int(jax.process_index() == 0 and self._problem(step) is None)):
             return
-        self._check_folder()
+        self._guard()
         with self._saving(path):
             if jax.process_index() == 0:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 self._remove_temporary()
                 self._remove(step)
-            items = ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                meta=ocp.args.JsonSave(meta),
-            )
-            self._opened(state).save(path, args=items)
-        self._pending = self._background.submit(self._finish, path, leaves)
+            items = {"state": ocp.args.StandardSave(state), "meta": ocp.args.JsonSave(meta)}
+            orbax = self._opened(state)
+            orbax.save(path, args=ocp.args.Composite(**items))
+        self._pending = self._background.submit(self._finish, orbax, path, leaves)
 
     def restore(self, abstract_state: Any) -> Restored | None:
         """The newest step that verifies, on the shardings of ``abstract_state``.
@@ -250,7 +239,7 @@ class Checkpoints:
         step = self._newest()
         if step is None:
             return None
-        path = self._folder / str(step)
+        path = self._path(step)
         _check_leaves(path, _read_manifest(path)["leaves"], _describe(abstract_state))
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(jax.tree.map(_abstract, abstract_state)),
@@ -280,11 +269,11 @@ class Checkpoints:
         """
         if step is None:
             step = self._newest()
-            if step is None:
-                return None
-        else:
-            self._check(step)
-        path = self._folder / str(step)
+        elif problem := self._problem(step):
+            raise CheckpointError(f"checkpoint {self._path(step)} cannot be used: {problem}")
+        if step is None:
+            return None
+        path = self._path(step)
         saved = _read_manifest(path)["leaves"]
         found = {leaf: text for leaf, text in saved.items() if leaf.startswith(".params")}
         wide = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float32), abstract_params)
@@ -298,21 +287,15 @@ class Checkpoints:
         with _named(path), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             return step, reader.restore(path / "state", args=asked)["params"]
 
-    def _check(self, step: int) -> None:
-        path = self._folder / str(step)
-        try:
-            _verify(path)
-        except Damaged as problem:
-            raise CheckpointError(f"checkpoint {path} cannot be used: {problem}") from None
-
     def _newest(self) -> int | None:
         """The newest step that verifies; see `restore`."""
         self.wait()
         step = _broadcast(self._newest_good() if jax.process_index() == 0 else _NONE_COMPLETE)
         if step == _ALL_DAMAGED:
+            problems = [f"step {step}: {self._problem(step)}" for step in self._steps()]
             raise CheckpointError(
-                f"no checkpoint in {self._folder} can be used:\n  {self._report()}\n"
-                "Put back an intact copy, or start again in a new folder."
+                "\n  ".join([f"no checkpoint in {self._folder} can be used:", *problems])
+                + "\nPut back an intact copy, or start again in a new folder."
             )
         return None if step == _NONE_COMPLETE else step
 
@@ -384,11 +367,10 @@ class Checkpoints:
         if str(unraisable.exc_value) != "Event loop is closed":
             self._old_hook(unraisable)
 
-    def _finish(self, path: epath.Path, leaves: dict[str, str]) -> None:
+    def _finish(self, orbax: Any, path: epath.Path, leaves: dict[str, str]) -> None:
         """The background half of a save."""
         with self._saving(path):
-            if self._orbax is not None:
-                self._orbax.wait_until_finished()
+            orbax.wait_until_finished()
             if jax.process_index() != 0:
                 return
             self._guard()
@@ -403,13 +385,12 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            self._check_folder()  # where it is gone that is the reason, whatever the error says
+            self._guard()  # where it is gone that is the reason, whatever the error says
             what = describe(error, path) or f"{path}: {type(error).__name__}: {error}"
             raise CheckpointError(f"checkpoint {what}; {self.newest()}") from error
 
-    def _check_folder(self) -> None:
-        if jax.process_index() == 0:
-            self._guard()
+    def _path(self, step: int) -> epath.Path:
+        return self._folder / str(step)
 
     def _steps(self) -> list[int]:
         """Numbers of all step folders, complete or not, newest first."""
@@ -420,40 +401,29 @@ class Checkpoints:
         return sorted(numbers, reverse=True)
 
     def _is_sealed(self, step: int) -> bool:
-        return (self._folder / str(step) / MANIFEST).exists()
+        return (self._path(step) / MANIFEST).exists()
 
-    def _has_good(self, step: int) -> bool:
+    def _problem(self, step: int) -> Damaged | None:
+        """What is wrong with a step; nothing if it verifies."""
+        path = self._path(step)
         try:
-            _verify(self._folder / str(step))
-        except Damaged:
-            return False
+            # A file that the manifest does not list cannot be reached by a restore.
+            check_digests(path, _read_manifest(path).get("files"))
+        except Damaged as problem:
+            return problem
         self._complete.add(step)
-        return True
+        return None
 
     def _newest_good(self) -> int:
         """The step to restore; warns of each one that is passed over."""
         was_any_complete = False
         for step in self._steps():
-            path = self._folder / str(step)
-            try:
-                _verify(path)
-            except Damaged as problem:
-                was_any_complete |= not isinstance(problem, _Unsealed)
-                _logger.warning("checkpoint %s skipped: %s", path, problem)
-                continue
-            self._complete.add(step)
-            return step
+            problem = self._problem(step)
+            if problem is None:
+                return step
+            was_any_complete |= not isinstance(problem, _Unsealed)
+            _logger.warning("checkpoint %s skipped: %s", self._path(step), problem)
         return _ALL_DAMAGED if was_any_complete else _NONE_COMPLETE
-
-    def _report(self) -> str:
-        """One line per step: what is wrong with it."""
-        lines = []
-        for step in self._steps():
-            try:
-                _verify(self._folder / str(step))
-            except Damaged as problem:
-                lines.append(f"step {step}: {problem}")
-        return "\n  ".join(lines)
 
     def _prune(self, newest: int) -> None:
         """Remove all but the ``keep`` newest complete steps, of which ``newest`` is one."""
@@ -461,7 +431,7 @@ class Checkpoints:
         for step in self._steps():
             if step in kept:
                 continue
-            if len(kept) < self._keep and (step in self._complete or self._has_good(step)):
+            if len(kept) < self._keep and (step in self._complete or self._problem(step) is None):
                 kept.add(step)
             else:
                 self._remove(step)
@@ -472,7 +442,7 @@ class Checkpoints:
 
     def _remove(self, step: int) -> None:
         """Delete a step, its manifest first: a half-deleted step does not count as complete."""
-        path = self._folder / str(step)
+        path = self._path(step)
         if path.exists():
             self._complete.discard(step)
             (path / MANIFEST).unlink(missing_ok=True)

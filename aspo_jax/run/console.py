@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, NamedTuple
 
 import rich.console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID
-from rich.table import Column
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 from aspo_jax.config import Config
@@ -135,8 +135,11 @@ class Console:
         *,
         is_quiet: bool = False,
     ):
+        if type(file or sys.stdout).__module__.startswith("ipykernel"):
+            is_terminal = False  # a notebook says that it is one, but lines cannot be redrawn there
         self._console = rich.console.Console(
             force_terminal=False if is_quiet else is_terminal,
+            force_jupyter=False,  # else each line is an output of its own
             file=file,
             highlight=False,
             soft_wrap=True,
@@ -144,7 +147,8 @@ class Console:
         )
         self.is_terminal = self._console.is_terminal
         self._warnings = _Warnings(self) if self.is_terminal else logging.StreamHandler()
-        self._progress = Progress(BarColumn(10), _Words(), console=self._console, transient=True)
+        words = TextColumn("{task.fields[bar]}", "dim", markup=False)
+        self._progress = Progress(BarColumn(10), words, console=self._console, transient=True)
         self._bars: dict[Bar, TaskID] = {}
         self._spoke = time.monotonic()
         self._compiling: dict[str, threading.Timer] = {}
@@ -215,20 +219,16 @@ class Console:
         ]
         self._print(Text.assemble((f"{iteration:>4}/{self._total:<4}", "bold"), *shown))
         if metrics["rollout/valid_groups"] == 0:
-            self.note(f"{'':>9}  {self._why_nothing(metrics)}")
+            self.note(f"{'':>9}  {self._why_nothing(metrics)}: nothing to learn from, no update")
         self._lines += 1
 
     def _why_nothing(self, metrics: Mapping[str, float]) -> str:
         right = round(metrics["rollout/solve_all"] * self._prompts)
         wrong = round(metrics["rollout/solve_none"] * self._prompts)
         counts = f"all right: {right} groups, all wrong: {wrong}"
-        if right + wrong < self._prompts:
-            counts += f", masked or equal in reward: {self._prompts - right - wrong}"
-            return f"no group had a signal ({counts}): nothing to learn from, no update"
-        return (
-            f"no group had both right and wrong answers ({counts}): nothing to learn from, no "
-            "update"
-        )
+        if rest := self._prompts - right - wrong:
+            return f"no group had a signal ({counts}, masked or equal in reward: {rest})"
+        return f"no group had both right and wrong answers ({counts})"
 
     def final(
         self,
@@ -241,22 +241,20 @@ class Console:
         self._print(
             Text(f"\n{'Held-out result':<20}{'before':>10}{'after':>10}{'change':>10}", "bold")
         )
-        for name in (c.metric for c in (*_HELD_OUT, _REWARD)):
+        for column in (*_HELD_OUT, _REWARD):
+            name = column.metric
             if name in before and name in after:
                 old, new = before[name], after[name]
                 cells = f"{old:>10.3f}{new:>10.3f}{new - old:>+10.3f}"
-                self._print(Text.assemble((f"  {self._name(name):<18}", "dim"), cells))
+                # avg@16 by its label, evaluate/avg_stderr as avg stderr
+                own = name.rpartition("/")[2].replace("_", " ")
+                label = self._label(column) if "{k}" in column.label else own
+                self._print(Text.assemble((f"  {label:<18}", "dim"), cells))
         self.table("Where things are", list(paths.items()))
         self._print(Text.assemble(("\nNext: ", "bold"), next_command))
 
     def _label(self, column: _Column) -> str:
         return column.label.format(k=self._samples)
-
-    def _name(self, metric: str) -> str:
-        """evaluate/avg -> avg@16, evaluate/avg_stderr -> avg stderr."""
-        named = {"evaluate/avg", "evaluate/pass_any"}
-        labels = {c.metric: self._label(c) for c in _HELD_OUT if c.metric in named}
-        return labels.get(metric, metric.rpartition("/")[2].replace("_", " "))
 
     # --- progress -----------------------------------------------------------------------------
 
@@ -337,13 +335,3 @@ class _Warnings(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._console.note(record.getMessage(), "yellow")
-
-
-class _Words(ProgressColumn):
-    """What the bar says of itself."""
-
-    def __init__(self):
-        super().__init__(Column(no_wrap=True))
-
-    def render(self, task: Task) -> Text:
-        return Text(str(task.fields["bar"]), "dim")

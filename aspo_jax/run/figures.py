@@ -102,13 +102,10 @@ def dynamics(runs: Mapping[str, Rows], path: str | Path) -> None:
     handles = [
         Line2D([], [], color=COLOURS[i % len(COLOURS)], linewidth=3) for i in range(len(runs))
     ]
-    columns = min(len(runs), 5)
-    figure.legend(
-        handles, list(runs), loc="outside upper center", ncols=columns, frameon=False, fontsize=13
-    )
-    figure.supxlabel(
-        "iteration   (faint: every iteration, full: moving average)", fontsize=10, color=INK
-    )
+    place, columns = "outside upper center", min(len(runs), 5)
+    figure.legend(handles, list(runs), loc=place, ncols=columns, frameon=False, fontsize=13)
+    words = "iteration   (faint: every iteration, full: moving average)"
+    figure.supxlabel(words, fontsize=10, color=INK)
     canvas.print_png(str(path))
 
 
@@ -118,8 +115,7 @@ def _draw(ax: Axes, panel: Panel, runs: Mapping[str, Rows]) -> None:
     ax.grid(True, color=GRID, linewidth=0.8)
     ax.set_axisbelow(True)
     ax.tick_params(labelsize=9, colors=INK, length=0)
-    for side in ("top", "right", "left"):
-        ax.spines[side].set_visible(False)
+    ax.spines[["top", "right", "left"]].set_visible(False)
     ax.spines["bottom"].set_color("#bbbbbb")
     drawn = [
         _curve(ax, curve, rows, COLOURS[i % len(COLOURS)])
@@ -130,8 +126,7 @@ def _draw(ax: Axes, panel: Panel, runs: Mapping[str, Rows]) -> None:
         ax.text(
             0.5, 0.5, "not recorded", transform=ax.transAxes, ha="center", va="center", color="#888"
         )
-        ax.set_xticks([])
-        ax.set_yticks([])
+        ax.set(xticks=[], yticks=[])
         return
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(panel.curves) > 1:

@@ -54,18 +54,13 @@ class RunLock:
     """The right to write a run folder, held until `release` or the end of the ``with`` block."""
 
     def __init__(self):
-        self._held: dict[epath.Path, int] = {}  # path -> descriptor that holds its lock
+        self.held: dict[epath.Path, int] = {}  # path -> descriptor that holds its lock
 
     def __enter__(self) -> RunLock:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.release()
-
-    @property
-    def is_held(self) -> bool:
-        """Whether a second writer is kept out."""
-        return bool(self._held)
 
     def hold(self, path: epath.Path, flags: int) -> None:
         """Open a path and lock it, where it can be locked; BlockingIOError if another has it."""
@@ -77,7 +72,7 @@ class RunLock:
             if error.errno not in _NO_FLOCK:
                 raise
         else:
-            self._held[path] = descriptor
+            self.held[path] = descriptor
 
     def check(self) -> None:
         """The folder is still the one that was locked.
@@ -87,22 +82,19 @@ class RunLock:
                 any more, which another process may own by now.
         """
         # The folder's own lock is enough; only where there is none the lock file matters.
-        for path, descriptor in list(self._held.items())[:1]:
-            if not _is_same(path, descriptor):
+        for path, descriptor in list(self.held.items())[:1]:
+            try:
+                is_same = os.path.samestat(os.stat(path), os.fstat(descriptor))
+            except (FileNotFoundError, NotADirectoryError):
+                is_same = False
+            if not is_same:
                 raise RunFolderError(_lost(path, descriptor))
 
     def release(self) -> None:
         """Give the folder free. The lock file stays: removing it would race with its next owner."""
-        for descriptor in self._held.values():
+        for descriptor in self.held.values():
             os.close(descriptor)
-        self._held = {}
-
-
-def _is_same(path: epath.Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except (FileNotFoundError, NotADirectoryError):
-        return False
+        self.held = {}
 
 
 def _lost(path: epath.Path, descriptor: int) -> str:
@@ -129,7 +121,7 @@ def _lost(path: epath.Path, descriptor: int) -> str:
 
 
 def lock_run(folder: epath.PathLike) -> RunLock:
-    """Make sure that no other process writes this run folder; several processes: process 0 calls.
+    """Make sure that no other process writes this run folder.
 
     The locks are the kernel's (flock, on the folder itself and on ``.lock``), so they end with
     their process, even by kill -9, and deleting ``.lock`` does not let a second writer in. Where
@@ -188,24 +180,20 @@ def _lock(folder: epath.Path) -> RunLock:
     try:
         lock.hold(folder, os.O_RDONLY | os.O_DIRECTORY)
         lock.hold(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK)
-        (folder / LOCK).write_text(_note())
-    except BlockingIOError:
+        started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        note = {"host": socket.gethostname(), "pid": os.getpid(), "started": started}
+        (folder / LOCK).write_text(json.dumps(note))
+    except OSError as error:
         lock.release()
+        if not isinstance(error, BlockingIOError):
+            raise
         raise RunLocked(
             f"run folder {folder} is being written by {_holder(folder / LOCK)}: "
             "wait for that run, stop it, or choose another folder"
         ) from None
-    except OSError:
-        lock.release()
-        raise
-    if not lock.is_held:
+    if not lock.held:
         _logger.warning("%s: no flock here, a second writer is not detected", folder)
     return lock
-
-
-def _note() -> str:
-    started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": started})
 
 
 def _holder(path: epath.Path) -> str:

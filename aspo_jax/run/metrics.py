@@ -1,41 +1,33 @@
 """What a run records: the name, unit and definition of every metric, and the log that keeps them.
 
-Each iteration becomes one line of ``metrics.jsonl`` and, if wanted, a TensorBoard event. Values
-stay on the device until their line is whole. A mean over nothing is no value: such a metric is
-left out of the line. A new metric is a new line of `METRICS`.
+Each iteration becomes one row, which goes to every writer (`aspo_jax.run.writers`). Values stay on
+the device until their row is whole. A mean over nothing is no value: such a metric is left out.
+The figures of a rollout are defined in `aspo_jax.outcomes`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
-import logging
 import math
-import os
-import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 
-from aspo_jax.config.gin import nearest
-from aspo_jax.errors import UserError, WriteError, writing
-from aspo_jax.files import write_text_atomic
+from aspo_jax.errors import UserError, WriteError, nearest
 from aspo_jax.losses import WEIGHT_BIN_EDGES, histogram_quantile
-from aspo_jax.run.folder import METRICS as METRICS_FILE
+from aspo_jax.outcomes import EVALUATE, ROLLOUT, Figure
 from aspo_jax.structs import Histogram, Max, Mean, Metric
 
 WEIGHT_QUANTILES = (10, 50, 90)  # percent
 
-_logger = logging.getLogger(__name__)
-
 
 class MetricsError(UserError):
-    """A metrics.jsonl holds what `Log` does not write."""
+    """A metrics.jsonl holds what no run writes."""
 
 
 class Info(NamedTuple):
@@ -48,45 +40,10 @@ class Info(NamedTuple):
 def _by_sign(name: str, unit: str, definition: str) -> dict[str, Info]:
     """One metric for each sign of the advantage; ``{sign}`` and ``{relation}`` are filled in."""
     return {
-        f"{name}_{sign}": Info(unit, definition.format(sign=sign, relation=relation))
+        name.format(sign=sign): Info(unit, definition.format(relation=relation))
         for sign, relation in (("positive", "A > 0"), ("negative", "A < 0"))
     }
 
-
-def _weight_quantiles() -> dict[str, Info]:
-    return {
-        f"update/weight_{sign}_q{q}": Info(
-            "weight",
-            f"{q} % quantile, read from a fixed-bin histogram, of the token weight w over response"
-            f" tokens with {relation}; 0 where the clip removed the gradient",
-        )
-        for sign, relation in (("positive", "A > 0"), ("negative", "A < 0"))
-        for q in WEIGHT_QUANTILES
-    }
-
-
-_ROLLOUT = {
-    "reward_mean": Info("reward", "mean reward of all samples whose grader did not fail"),
-    "solve_none": Info("share of groups", "groups in which no sample is right"),
-    "solve_all": Info("share of groups", "groups in which every sample is right"),
-    "valid_groups": Info(
-        "share of groups", "groups whose advantages are not all zero, so that they train"
-    ),
-    "response_length": Info("tokens", "mean number of response tokens, the end token included"),
-    "truncated": Info("share of samples", "samples cut off before they ended themselves"),
-    "repetition": Info(
-        "share of 20-grams",
-        "mean share of a response's 20-grams of words already seen in that response; 0 if shorter",
-    ),
-    "distinct_answers": Info("texts", "mean number of different response texts in a group"),
-    "grader_failures": Info("samples", "samples masked because their grader failed twice"),
-    "grader_timeouts": Info("samples", "samples whose grading took too long; their reward is 0"),
-    "sampler_failures": Info(
-        "samples", "samples masked because they ended in a distribution that is not finite"
-    ),
-    "train_tokens": Info("tokens", "prompt and response tokens in one pass of the updates"),
-    "packing_waste": Info("share of tokens", "slots of the training rows that hold no token"),
-}
 
 _UPDATE = {
     "surrogate": Info("", "value of the published surrogate of the rule, as aggregated"),
@@ -117,24 +74,29 @@ _UPDATE = {
         "share of updates", "updates not applied because no sample carried a signal"
     ),
     "learning_rate": Info("", "learning rate of the iteration's last update that was applied"),
-}
-
-_EVALUATE = {
-    "avg": Info(
-        "share",
-        "avg@k: held-out samples that are right, k = Evaluate.samples per prompt. Right is the"
-        " verdict `match`; of numbers that a Reward.function returns, those from 1 on",
+    **_by_sign(
+        "clip_share_{sign}",
+        "share of tokens",
+        "response tokens with {relation} whose gradient the clip removed",
     ),
-    "avg_stderr": Info("share", "standard error of avg over the prompts"),
-    "reward_mean": Info(
-        "reward", "mean reward of the held-out samples, not shaped; 0 where a grader failed"
+    **_by_sign(
+        "cap_share_{sign}",
+        "share of tokens",
+        "response tokens with {relation} whose weight the rule's cap bounds (ASPO)",
     ),
-    "pass_any": Info("share", "pass@k: held-out prompts with at least one right sample among k"),
-    "distinct_right": Info("texts", "mean number of different right answers among k samples"),
-    "truncated": Info("share of samples", "samples cut off before they ended themselves"),
-    "response_length": Info("tokens", "mean number of response tokens, the end token included"),
-    "samples": Info("samples", "k, the samples per held-out prompt"),
+    **_by_sign(
+        "response_ratio_{sign}",
+        "ratio",
+        "mean over responses with {relation} of their mean ratio pi / pi_old",
+    ),
 }
+for _q in WEIGHT_QUANTILES:
+    _UPDATE |= _by_sign(
+        f"weight_{{sign}}_q{_q}",
+        "weight",
+        f"{_q} % quantile, read from a fixed-bin histogram, of the token weight w over response"
+        " tokens with {relation}; 0 where the clip removed the gradient",
+    )
 
 _SPEED = {
     "sample": Info("tokens / second", "response tokens drawn per second of sampling"),
@@ -150,42 +112,19 @@ _SECONDS = {
     "save": Info("seconds", "waiting for saves since the line before; the last line has the last"),
     "iteration": Info("seconds", "the whole iteration"),
 }
-
-
-def _group(name: str, metrics: Mapping[str, Info]) -> dict[str, Info]:
-    return {f"{name}/{key}": info for key, info in metrics.items()}
-
-
-METRICS: dict[str, Info] = {
-    **_group("rollout", _ROLLOUT),
-    **_group("update", _UPDATE),
-    **_by_sign(
-        "update/clip_share",
-        "share of tokens",
-        "response tokens with {relation} whose gradient the clip removed",
+_GROUPS: Mapping[str, tuple[str, Mapping[str, Info | Figure]]] = {
+    "rollout": ("The samples of an iteration, all of them, before any is dropped.", ROLLOUT),
+    "update": (
+        "The optimizer updates of an iteration, over all minibatches and epochs.",
+        _UPDATE,
     ),
-    **_by_sign(
-        "update/cap_share",
-        "share of tokens",
-        "response tokens with {relation} whose weight the rule's cap bounds (ASPO)",
-    ),
-    **_by_sign(
-        "update/response_ratio",
-        "ratio",
-        "mean over responses with {relation} of their mean ratio pi / pi_old",
-    ),
-    **_weight_quantiles(),
-    **_group("evaluate", _EVALUATE),
-    **_group("speed", _SPEED),
-    **_group("seconds", _SECONDS),
+    "evaluate": ("Held-out prompts; iteration 0 is before the first update.", EVALUATE),
+    "speed": ("Throughput, over all devices.", _SPEED),
+    "seconds": ("Wall-clock time per phase.", _SECONDS),
 }
 
-_GROUPS = {
-    "rollout": "The samples of an iteration, all of them, before any is dropped.",
-    "update": "The optimizer updates of an iteration, over all minibatches and epochs.",
-    "evaluate": "Held-out prompts; iteration 0 is before the first update.",
-    "speed": "Throughput, over all devices.",
-    "seconds": "Wall-clock time per phase.",
+METRICS: Mapping[str, Info | Figure] = {
+    f"{group}/{name}": info for group, (_, infos) in _GROUPS.items() for name, info in infos.items()
 }
 
 
@@ -199,46 +138,47 @@ def metrics_page() -> str:
         "A is the advantage, w the token weight, pi the policy, pi_old the policy that sampled."
         " A metric that has nothing to count in an iteration is absent; `null` is not finite.",
     ]
-    for group, meaning in _GROUPS.items():
+    for group, (meaning, infos) in _GROUPS.items():
         lines += ["", f"## {group}", "", meaning, ""]
         lines += ["| name | unit | definition |", "|---|---|---|"]
-        for name, info in METRICS.items():
-            if name.startswith(f"{group}/"):
-                definition = info.definition.replace("|", "\\|")
-                lines.append(f"| `{name}` | {info.unit or '-'} | {definition} |")
+        for name, info in infos.items():
+            definition = info.definition.replace("|", "\\|")
+            lines.append(f"| `{group}/{name}` | {info.unit or '-'} | {definition} |")
+    lines += [
+        *("", "## rule", ""),
+        "What a loss rule of one's own reports, under the names that it gives: a `Mean` or `Max`"
+        " over the updates of an iteration, or the quantiles of a `Histogram` of weights.",
+    ]
     return "\n".join(lines) + "\n"
 
 
+class Writer(Protocol):
+    """Takes the rows of the log; see `aspo_jax.run.writers`."""
+
+    def write(self, iteration: int, row: Mapping[str, float]) -> None:
+        """One row: name -> number, NaN and infinities included."""
+
+    def flush(self) -> None:
+        """Make what was written safe against a crash of the machine."""
+
+    def close(self) -> None:
+        """The end; may be called twice."""
+
+
 class Log:
-    """The metrics of a run in ``folder``: metrics.jsonl and, if wanted, tensorboard/.
+    """The metrics of a run, one row an iteration, handed to each of its writers.
 
-    start_iteration: the first iteration that will be written; what an earlier process wrote from
-        there on is dropped, also in TensorBoard. What is damaged before it is reported, with the
-        iterations that are missing, and kept beside as ``metrics.jsonl.damaged-N``: a checkpoint
-        does not rest on the log, so the run goes on.
-    on_row: called with (iteration, its metrics) once they are recorded.
+    start_iteration: the first iteration that will be written.
+    writers: see `aspo_jax.run.writers`; without any, nothing is fetched from the devices.
 
-    Raises ValueError for a metric that `METRICS` does not define, or an iteration that goes back;
-    WriteError where there is no room.
+    Raises ValueError for a metric of one of our groups that `METRICS` does not define, or an
+    iteration that goes back; WriteError where there is no room.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        start_iteration: int = 0,
-        tensorboard: bool = True,
-        on_row: Callable[[int, Mapping[str, float]], None] | None = None,
-    ):
-        folder = Path(folder)
-        self._path = folder / METRICS_FILE
-        with writing(self._path):
-            folder.mkdir(parents=True, exist_ok=True)
-            _truncate(self._path, start_iteration)
-            self._file = self._path.open("a", encoding="utf-8")
-        self._events = _Events(folder / "tensorboard", start_iteration) if tensorboard else None
+    def __init__(self, start_iteration: int = 0, writers: Sequence[Writer] = ()):
+        self._writers = tuple(writers)
         self._iteration = start_iteration
         self._pending: dict[str, Any] = {}
-        self._on_row = on_row
         self.latest: dict[str, float] = {}
 
     def write(self, iteration: int, values: Mapping[str, float | jax.Array | Metric]) -> None:
@@ -249,130 +189,70 @@ class Log:
         """
         for name, value in values.items():
             probe = f"{name}_q50" if isinstance(value, Histogram) else name
-            if probe not in METRICS:
+            if probe not in METRICS and name.partition("/")[0] in _GROUPS:
                 raise ValueError(f"unknown metric {probe!r}{nearest(probe, METRICS)}; see METRICS")
         if iteration < self._iteration:
             raise ValueError(f"iteration {iteration} after iteration {self._iteration}")
         if iteration > self._iteration:
-            self._record()
+            self.end_row()
         self._iteration = iteration
         self._pending |= values
 
     def end_row(self) -> None:
         """The iteration's line is whole; a later `write` must be of a later iteration."""
-        self._record()
+        if not self._pending or not self._writers:
+            return
+        fetched, self._pending, self.latest = jax.device_get(self._pending), {}, {}
+        for name, value in fetched.items():
+            self.latest |= _scalars(name, value)
+        self._all(lambda writer: writer.write(self._iteration, self.latest))
+        self._iteration += 1
 
     def flush(self) -> None:
         """Write what is pending and make it safe against a crash of the machine.
 
         A later `write` must be of a later iteration.
         """
-        self._record()
-        with self._writing():
-            os.fsync(self._file.fileno())
-            if self._events is not None:
-                self._events.flush()
+        self.end_row()
+        self._all(lambda writer: writer.flush())
 
     def close(self) -> None:
         """Flush and close; may be called twice."""
-        if self._file.closed:
-            return
-        self.flush()
-        self._file.close()
-        if self._events is not None:
-            self._events.close()
+        if self._writers:
+            self.flush()
+            self._all(lambda writer: writer.close())
+        self._writers = ()
 
-    def _record(self) -> None:
-        if not self._pending:
-            return
-        fetched = jax.device_get(self._pending)
-        self._pending = {}
-        self.latest = _scalars(fetched)
-        finite = {name: v if math.isfinite(v) else None for name, v in self.latest.items()}
-        line = {"iteration": self._iteration, **finite}
-        with self._writing():
-            self._file.write(json.dumps(line, allow_nan=False) + "\n")
-            self._file.flush()
-            if self._events is not None:
-                self._events.write(self._iteration, finite)
-        if self._on_row:
-            self._on_row(self._iteration, self.latest)
-        self._iteration += 1
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _all(self, act: Callable[[Writer], None]) -> None:
         try:
-            with writing(self._path):
-                yield
+            for writer in self._writers:
+                act(writer)
         except WriteError:
             # Else what is still buffered would be tried again, at the end of the interpreter too.
-            for file in (self._file, self._events):
+            for writer in self._writers:
                 with contextlib.suppress(OSError, WriteError):
-                    if file is not None:
-                        file.close()
+                    writer.close()
+            self._writers = ()
             raise
 
 
-class _Events:
-    """TensorBoard events in a folder, written at once: tensorboardX's own thread ends at its first
-    failed write without a word, and then whoever writes waits for ever."""
-
-    def __init__(self, folder: Path, start_iteration: int):
-        # Half a second that a run without TensorBoard need not pay.
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto import event_pb2
-        from tensorboardX.summary import scalar
-
-        self._folder, self._types, self._scalar = folder, cast(Any, event_pb2), scalar
-        with writing(folder):
-            folder.mkdir(exist_ok=True)
-            self._writer = EventsWriter(str(folder / "events"))
-        session = self._types.SessionLog(status=self._types.SessionLog.START)
-        self._add(step=start_iteration, session_log=session)
-
-    def write(self, iteration: int, values: Mapping[str, float | None]) -> None:
-        for name, value in values.items():
-            if value is not None:
-                self._add(step=iteration, summary=self._scalar(name, value))
-
-    def flush(self) -> None:
-        with writing(self._folder):
-            self._writer.flush()
-
-    def close(self) -> None:
-        with writing(self._folder), contextlib.closing(self._writer._py_recordio_writer):
-            self._writer.flush()
-
-    def _add(self, **fields: Any) -> None:
-        with writing(self._folder):
-            self._writer.write_event(self._types.Event(wall_time=time.time(), **fields))
+def update_name(metric: str) -> str:
+    """Where a metric of an update is logged: under ``rule/`` if only the rule itself defines it."""
+    is_ours = f"update/{metric}" in METRICS or f"update/{metric}_q50" in METRICS
+    return f"update/{metric}" if is_ours else f"rule/{metric}"
 
 
-def _scalars(values: Mapping[str, Any]) -> dict[str, float]:
-    """Means divided, histograms turned into quantiles; without those that counted nothing."""
-    scalars: dict[str, float] = {}
-    for name, value in values.items():
-        if _is_over_nothing(value):
-            continue
-        if isinstance(value, Mean):
-            scalars[name] = float(value.total / value.count)
-        elif isinstance(value, Max):
-            scalars[name] = float(value.value)
-        elif isinstance(value, Histogram):
-            for q in WEIGHT_QUANTILES:
-                quantile = histogram_quantile(np.asarray(value.counts), WEIGHT_BIN_EDGES, q / 100)
-                scalars[f"{name}_q{q}"] = quantile
-        else:
-            scalars[name] = float(value)
-    return scalars
-
-
-def _is_over_nothing(value: Any) -> bool:
+def _scalars(name: str, value: Any) -> dict[str, float]:
+    """A mean divided, a histogram turned into quantiles; none of what counted nothing."""
     if isinstance(value, Mean):
-        return not value.count
+        return {name: float(value.total / value.count)} if value.count else {}
     if isinstance(value, Max):
-        return float(value.value) == -math.inf
-    return isinstance(value, Histogram) and not value.counts.any()
+        return {name: float(value.value)} if value.value != -math.inf else {}
+    if isinstance(value, Histogram):
+        counts, edges = np.asarray(value.counts), WEIGHT_BIN_EDGES
+        quantiles = WEIGHT_QUANTILES if counts.any() else ()
+        return {f"{name}_q{q}": histogram_quantile(counts, edges, q / 100) for q in quantiles}
+    return {name: float(value)}
 
 
 class Clock:
@@ -401,15 +281,15 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a last line without its line end was torn and is left out.
 
     Raises:
-        MetricsError: file and line of anything that `Log` does not write.
+        MetricsError: file and line of anything that no run writes.
     """
-    rows, problems = _read_rows(Path(path))
+    rows, problems = read_rows(Path(path))
     if problems:
         raise MetricsError(problems[0])
     return rows
 
 
-def _read_rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows that are whole, and what is wrong with each other line."""
     rows, problems = [], []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
@@ -425,49 +305,12 @@ def _read_rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     return rows, problems
 
 
-def _truncate(path: Path, start_iteration: int) -> None:
-    """Drop the lines from an iteration on; the file is replaced whole or not at all.
-
-    Lines that cannot be read, and iterations before it that are missing, are reported.
-    """
-    rows, problems = _read_rows(path) if path.exists() else ([], [])
-    kept = [row for row in rows if row["iteration"] < start_iteration]
-    if problems:
-        copy = _free_name(path)
-        shutil.copy2(path, copy)
-        _logger.warning("%s (%d lines); kept as it is in %s", problems[0], len(problems), copy.name)
-    known = {row["iteration"] for row in kept}
-    if missing := [i for i in range(start_iteration) if i not in known]:
-        _logger.warning(
-            "%s lacks iterations %s: the run goes on from its checkpoint, but its curves have a "
-            "gap; put back a copy of the file to close it",
-            path,
-            _ranges(missing),
-        )
-    write_text_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
-
-
-def _free_name(path: Path) -> Path:
-    numbered = (path.with_name(f"{path.name}.damaged-{i}") for i in itertools.count(1))
-    return next(candidate for candidate in numbered if not candidate.exists())
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """[3, 4, 5, 9] -> 3-5, 9"""
-    known = set(numbers)
-    firsts = [n for n in numbers if n - 1 not in known]
-    lasts = [n for n in numbers if n + 1 not in known]
-    return ", ".join(f"{a}-{b}" if a < b else f"{a}" for a, b in zip(firsts, lasts, strict=True))
-
-
-@contextlib.contextmanager
-def profile(iteration: int, iterations: Collection[int], folder: str | Path) -> Iterator[None]:
+def profile(
+    iteration: int, iterations: Collection[int], folder: str | Path
+) -> contextlib.AbstractContextManager[None]:
     """Trace the body with the JAX profiler if ``iteration`` is one of ``iterations``."""
-    if iteration in iterations:
-        with jax.profiler.trace(str(folder)):
-            yield
-    else:
-        yield
+    is_traced = iteration in iterations
+    return jax.profiler.trace(str(folder)) if is_traced else contextlib.nullcontext()
 
 
 if __name__ == "__main__":

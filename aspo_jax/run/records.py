@@ -4,48 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from aspo_jax import runtime
-from aspo_jax.config import Config, ConfigError, command
+from aspo_jax.config import Config, ConfigError, command, parse_config
+from aspo_jax.config.factories import Factories, section_of
 from aspo_jax.config.gin import LAUNCH
-from aspo_jax.errors import UserError, WriteError, refusal, writing
-from aspo_jax.files import (
-    Damaged,
-    digests,
-    read_sealed,
-    sealed_text,
-    write_text_atomic,
-)
+from aspo_jax.errors import UserError, WriteError, refusal
+from aspo_jax.files import Damaged, digests, read_sealed, sealed_text, write_text_atomic
 from aspo_jax.run.checkpoint import MANIFEST, CheckpointError, Checkpoints
 from aspo_jax.run.folder import CHECKPOINTS, CONFIG, METRICS, MODEL_FILES, RunLock, lock_run
-from aspo_jax.run.metrics import read_metrics
 
 _READ_AT_START = (".safetensors", ".json", ".jinja", ".txt")  # weights, settings, tokenizer
 
 
+Scores = dict[str, float]
+
+
+class NoRun(UserError):
+    """A path that is no run's."""
+
+
 class ModelChanged(UserError):
     """The model that a run started from is not what it was."""
-
-
-class Silent:
-    """The log of a process that does not write: `aspo_jax.run.metrics.Log` without its effects."""
-
-    def write(self, iteration: int, values: Mapping[str, Any]) -> None:
-        """Nothing."""
-
-    def end_row(self) -> None:
-        """Nothing."""
-
-    def flush(self) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
 
 
 def lock_folder(config: Config) -> RunLock:
@@ -73,7 +57,7 @@ def _check_config(config: Config) -> None:
     if config.run.accept_changes or not path.exists() or not has_results(folder):
         return
     try:
-        changes = config.diff(read_run_config(folder))
+        changes = config.diff(_config_text(folder))
     except ConfigError as error:
         raise ConfigError(
             f"{path} is not the config that the run wrote ({error}); put back a copy, or continue "
@@ -87,12 +71,16 @@ def _check_config(config: Config) -> None:
         )
 
 
-def read_run_config(folder: Path) -> str:
-    """The text of a run's config; a ConfigError if it is not text."""
+def _config_text(folder: Path) -> str:
     try:
         return (folder / CONFIG).read_bytes().decode()
     except UnicodeDecodeError as error:
         raise ConfigError(f"{folder / CONFIG}: not UTF-8 ({error}); put back a copy") from error
+
+
+def run_config(folder: Path, factories: Factories) -> Config:
+    """The config of a run; a ConfigError if it cannot be read."""
+    return parse_config(_config_text(folder), factories, str(folder / CONFIG))
 
 
 def has_results(folder: Path) -> bool:
@@ -108,20 +96,16 @@ def claim_folder(config: Config, model_folder: str | Path) -> None:
     Raises:
         ModelChanged: the folder holds results that began from other files.
     """
-    runtime.on_main(lambda: _claim_folder(config, Path(model_folder).expanduser()))
+    source, folder = Path(model_folder).expanduser(), Path(config.run_folder)
 
+    def claim() -> None:
+        found = digests(source, lambda name: "/" not in name and name.endswith(_READ_AT_START))
+        if has_results(folder) and not config.run.accept_changes:
+            _check_model_files(folder / MODEL_FILES, source, found)
+        write_text_atomic(folder / MODEL_FILES, sealed_text({"files": found}))
+        write_text_atomic(folder / CONFIG, config.text())
 
-def _claim_folder(config: Config, model_folder: Path) -> None:
-    folder = Path(config.run_folder)
-    found = digests(model_folder, _is_read_at_start)
-    if has_results(folder) and not config.run.accept_changes:
-        _check_model_files(folder / MODEL_FILES, model_folder, found)
-    write_text_atomic(folder / MODEL_FILES, sealed_text({"files": found}))
-    write_text_atomic(folder / CONFIG, config.text())
-
-
-def _is_read_at_start(name: str) -> bool:
-    return "/" not in name and name.endswith(_READ_AT_START)
+    runtime.on_main(claim)
 
 
 def _check_model_files(path: Path, model_folder: Path, found: Mapping[str, Any]) -> None:
@@ -134,10 +118,7 @@ def _check_model_files(path: Path, model_folder: Path, found: Mapping[str, Any])
             f"{path} is not what the run wrote ({error}); if {model_folder} is unchanged since the "
             "run began, delete the file"
         ) from None
-    changed = [
-        name for name in sorted({*expected, *found}) if expected.get(name) != found.get(name)
-    ]
-    if changed:
+    if changed := [x for x in sorted({*expected, *found}) if expected.get(x) != found.get(x)]:
         raise ModelChanged(
             f"{model_folder} is not what this run started from: {', '.join(changed)} changed, came "
             "or went since. The reference policy and the tokenizer are read from there; put back "
@@ -145,17 +126,43 @@ def _check_model_files(path: Path, model_folder: Path, found: Mapping[str, Any])
         )
 
 
-def trained_weights(
-    folder: Path, config: Config, wanted: Any, step: int | None = None
-) -> tuple[int, Any]:
-    """The step and its weights of a run; None: the newest step. See `Checkpoints.restore_params`.
+class Saved(NamedTuple):
+    """A run folder, and one of its steps; None: the newest."""
+
+    run: Path
+    step: int | None
+
+
+def find_run(path: Path) -> Saved:
+    """The run, and the step, that a person names by its folder.
+
+    Raises:
+        NoRun: neither a run folder, nor its checkpoints, nor one of them.
+    """
+    whole = path.expanduser().resolve()
+    may_be = [Saved(whole, None)]
+    if whole.name == CHECKPOINTS:
+        may_be.append(Saved(whole.parent, None))
+    if whole.name.isdecimal() and whole.parent.name == CHECKPOINTS:
+        may_be.append(Saved(whole.parent.parent, int(whole.name)))
+    for saved in may_be:
+        if (saved.run / CONFIG).is_file():
+            return saved
+    raise NoRun(
+        f"{path}: not a run; expected a run folder (with {CONFIG}), its {CHECKPOINTS} folder, "
+        "or the folder of one step in there"
+    )
+
+
+def trained_weights(saved: Saved, config: Config, wanted: Any) -> tuple[int, Any]:
+    """The step and its weights of a run; see `Checkpoints.restore_params`.
 
     Raises:
         CheckpointError: there is none, or it cannot be used.
     """
-    place = folder / CHECKPOINTS
+    place = saved.run / CHECKPOINTS
     with Checkpoints(place, config.checkpoint.keep) as checkpoints:
-        restored = checkpoints.restore_params(wanted, step)
+        restored = checkpoints.restore_params(wanted, saved.step)
     if restored is None:
         raise CheckpointError(
             f"{place}: no complete checkpoint; the run saves every {config.checkpoint.every} "
@@ -176,27 +183,14 @@ def keeping(checkpoints: Checkpoints) -> Iterator[None]:
         raise WriteError(f"{message}; {checkpoints.newest()}") from error
 
 
-def write_transcripts(path: Path, samples: Sequence[Mapping[str, Any]]) -> None:
-    """Some answers as JSON lines."""
-    with writing(path):
-        path.parent.mkdir(exist_ok=True)
-    write_text_atomic(path, "".join(json.dumps(sample) + "\n" for sample in samples))
-
-
-def before_and_after(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
+def before_and_after(rows: Sequence[Mapping[str, Any]]) -> tuple[Scores, Scores]:
     """The held-out figures of the first and of the last evaluation; nothing where one is lost."""
-    rows = read_metrics(folder / METRICS)
     scores = {
         row["iteration"]: {k: v for k, v in row.items() if k.startswith("evaluate/")}
         for row in rows
         if "evaluate/avg" in row
     }
     return scores.get(0, {}), scores.get(max(scores, default=0), {})
-
-
-def without_signal(folder: Path) -> int:
-    """How many iterations had no group to learn from."""
-    return sum(row.get("rollout/valid_groups") == 0 for row in read_metrics(folder / METRICS))
 
 
 def next_command(config: Config) -> str:
@@ -209,9 +203,10 @@ def next_command(config: Config) -> str:
     settings = [f"Objective.name={rival}"]
     if config.run.folder is not None:
         # A plain word is text for --set, unless it could be another literal.
-        is_plain = re.fullmatch(r"[\w.~-]*/[\w.~/-]*", folders[0])
+        is_plain = re.fullmatch(r"[A-Za-z_~./][\w.~/-]*", folders[0])
         settings.append(f"Run.folder={folders[0] if is_plain else repr(folders[0])}")
-    return config.command("train", *settings)
+    own = f"{section_of(config.objective.name)}." if ":" in config.objective.name else ""
+    return config.command("train", *settings, without=own)
 
 
 def _rival_folders(config: Config, rival: str) -> list[str]:

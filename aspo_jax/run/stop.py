@@ -83,7 +83,11 @@ class StopRequest:
         self._watcher = threading.Thread(target=self._watch, name="signals", daemon=True)
         self._watcher.start()
         self._old_hook, sys.unraisablehook = sys.unraisablehook, self._on_unraisable
-        self._old_handlers = {s: signal.signal(s, self._on_signal) for s in self._heard()}
+        self._old_handlers = {
+            number: signal.signal(number, self._on_signal)
+            for number in self.SIGNALS
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+        }
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -105,11 +109,6 @@ class StopRequest:
             yield
         finally:
             self._is_interruptible = False
-
-    def _heard(self) -> Iterator[signal.Signals]:
-        for number in self.SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                yield number
 
     def _on_signal(self, number: int, frame: object) -> None:
         if self.requested and not self._is_lost:

@@ -3,7 +3,7 @@
     p_v = softmax(z)_v, tail dropped and renormalised;   y = first v with p_1 + ... + p_v > u
 
 One uniform number u per position, not one per id: random bits for a whole vocabulary cost more than
-the softmax. u is `fold_in` of seed, identity and position, so that a draw follows nothing else.
+the softmax. u is made of seed, identity and position by `fold_in`: a draw depends on nothing else.
 """
 
 from __future__ import annotations
@@ -30,20 +30,18 @@ class Choice(NamedTuple):
     top_p: float = 1.0
     min_p: float = 0.0
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether ids are drawn from the whole softmax."""
-        return self == EVERYTHING
 
-
-EVERYTHING = Choice()
+EVERYTHING = Choice()  # ids are drawn from the whole softmax
 
 
 class Chosen(NamedTuple):
-    """Ids and their log-probabilities: where drawn from, and under the whole softmax.
+    """The next id of each row.
 
-    logp_N: as if drawn, also where the likeliest id was taken.
-    is_finite_N: False where the distribution was not; what else is said of that row means nothing.
+    logp_N: its log-probability under the distribution that is drawn from, truncation included;
+        also where the likeliest id was taken without a draw.
+    full_logp_N: its log-probability under the whole softmax.
+    is_finite_N: False where the distribution is not finite; the row's other entries are then
+        meaningless.
     """
 
     token_N: Array
@@ -76,7 +74,7 @@ def choose(z_NV: Array, key_N: Array, choice: Choice, is_greedy: Array | bool = 
     e_NV = jnp.exp(z_NV - top_N[:, None])
     lse_N = top_N + jnp.log(jnp.sum(e_NV, axis=-1))
     kept_lse_N = lse_N
-    if not choice.is_whole:
+    if choice != EVERYTHING:
         is_kept_NV = truncate(z_NV - lse_N[:, None], choice) > FORBIDDEN / 2
         e_NV = jnp.where(is_kept_NV, e_NV, 0.0)
         kept_lse_N = top_N + jnp.log(jnp.sum(e_NV, axis=-1))
@@ -90,7 +88,7 @@ def choose(z_NV: Array, key_N: Array, choice: Choice, is_greedy: Array | bool = 
 
 
 def _draw(weight_V: Array, u: Array) -> Array:
-    """The first id up to which the share u of the mass lies; never one without mass."""
+    """The first id at which the summed mass exceeds the share u of all; never one without mass."""
     V = weight_V.shape[0]
     weight_cv = jnp.pad(weight_V, (0, -V % _CHUNK)).reshape(-1, _CHUNK)
     mass_c = jnp.sum(weight_cv, axis=-1)
@@ -103,7 +101,10 @@ def _draw(weight_V: Array, u: Array) -> Array:
 
 
 def _first_beyond(sum_n: Array, mass_n: Array, at: Array) -> Array:
-    """The first place with mass whose sum is beyond ``at``; if rounding hid it the last one."""
+    """The first place with mass whose sum is beyond ``at``; the last with mass if none is.
+
+    The sum of all may be rounded to ``at`` itself.
+    """
     number_n = jnp.arange(mass_n.shape[0])
     last = jnp.max(jnp.where(mass_n > 0, number_n, 0))
     return jnp.min(jnp.where((sum_n > at) & (mass_n > 0), number_n, last))
@@ -113,8 +114,8 @@ def identity_keys(seed: int, identity_N4: Array) -> Array:
     """One key per request from the run's seed and the request's identity."""
 
     def fold(key, identity_4):
-        for part in identity_4:
-            key = jax.random.fold_in(key, part)
+        for number in identity_4:
+            key = jax.random.fold_in(key, number)
         return key
 
     return jax.vmap(fold, in_axes=(None, 0))(jax.random.key(seed), identity_N4)

@@ -1,8 +1,9 @@
 """The engine: finished rows are filled again from the queue, prompts are read once per group.
 
-The host keeps the books (who sits where, which pages are whose, what was drawn) and sends the
-devices a few small arrays per call; the cache is theirs. A call draws up to ``block`` tokens for
-every row and comes back sooner when enough rows have ended while others wait.
+The host keeps the books (which sequence runs in which row, which pages it reads, what was drawn)
+and sends the devices a few small arrays per call; the cache stays on the devices. A call draws up
+to ``block`` tokens for every row, and returns sooner when enough rows have ended while requests
+wait.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -19,10 +20,11 @@ from jax.sharding import Mesh
 
 from aspo_jax.head import Head
 from aspo_jax.model import Cache, Model, batch_sharding, cache_specs, shardings
+from aspo_jax.model.sharding import placed
 from aspo_jax.sampler.choice import EVERYTHING, Choice
-from aspo_jax.sampler.device import BROKEN, CUT, STOPPED, Device, Drawn, Rows
+from aspo_jax.sampler.device import BROKEN, CUT, STOPPED, Drawn, Programs, Rows
+from aspo_jax.sampler.scheduler import Group, Queue, Sequence, Shard
 from aspo_jax.sampler.seam import LENGTH, NONFINITE, STOP, Completion, Request
-from aspo_jax.sampler.seats import Group, Part, Queue, Seat
 
 ENDINGS = {STOPPED: STOP, CUT: LENGTH, BROKEN: NONFINITE}
 CLASSES = 4  # of rows by length: each reads as many pages as its longest row
@@ -35,11 +37,11 @@ class Limits(NamedTuple):
     slots: rows decoded at once. prompts: prompts read at once, both on all devices together.
     stop_ids: ids that end a response.
     page: positions in a page of the cache. cache_tokens: positions in all pages; None: room for
-        every row at full length. With fewer, rows that find no page are drawn again later.
+        every row at full length. With fewer, sequences that find no page are drawn again later.
     cache_type: of the cached numbers, such as "int8"; None: that of the activations.
-    read: cached positions of a row that are read at once, in whole pages. Few spare a CPU work,
-        many spare an accelerator launches.
-    block: positions drawn per device call at most.
+    read: cached positions of a row that are read at once, in whole pages. Reading few saves a CPU
+        work beyond a row's end, reading many saves an accelerator launches.
+    block: most tokens of a row that one decode call draws.
     """
 
     max_prompt_tokens: int
@@ -72,21 +74,31 @@ class Limits(NamedTuple):
         """Pages that the longest sequence needs."""
         return self.pages(self.max_prompt_tokens - 1) + self.pages(self.max_response_tokens)
 
-    def pool_pages(self, parts: int) -> int:
-        """Pages of each part of the devices.
+    def no_rows(self) -> Rows:
+        """Arrays for `slots` rows without a sequence, which read and write page 0."""
+        N = self.slots
+        return Rows(
+            *(np.zeros(N, np.int32) for _ in range(4)),
+            is_running_N=np.zeros(N, bool),
+            identity_N4=np.zeros((N, 4), np.uint32),
+            table_JN=np.zeros((self.row_pages, N), np.int32),
+        )
+
+    def pool_pages(self, shards: int) -> int:
+        """Pages of each shard of the devices.
 
         Raises:
-            ValueError: the cache cannot hold one sequence on each part.
+            ValueError: the cache cannot hold one sequence on each shard.
         """
         if self.cache_tokens is None:
-            return self.slots // parts * self.row_pages
-        pages = self.cache_tokens // self.page // parts
-        # One page more than the longest needs, so that a prompt finds room beside no one.
+            return self.slots // shards * self.row_pages
+        pages = self.cache_tokens // self.page // shards
+        # One page more than the longest sequence needs: `Shard.admit` leaves its sample one.
         if pages < self.row_pages + 1:
-            least = (self.row_pages + 1) * self.page * parts
+            least = (self.row_pages + 1) * self.page * shards
             raise ValueError(
                 f"Sampler.cache_tokens = {self.cache_tokens} cannot hold a sequence of full length "
-                f"on each of {parts} part(s) of the devices; set it to at least {least}"
+                f"on each of {shards} shard(s) of the devices; set it to at least {least}"
             )
         return pages
 
@@ -95,38 +107,38 @@ class Limits(NamedTuple):
 class Stats:
     """What one `sample` did.
 
-    calls, steps: decode calls and the positions that they decoded. live: rows with a sequence,
-    summed over the steps; busy_steps, busy_live: the same while requests were waiting.
+    calls, steps: decode calls and the positions that they decoded. tokens: drawn in all rows, those
+    drawn again included. busy_steps, busy_tokens: the same while requests were waiting.
     prefills, prefilled: calls of the prefill program and the prompt tokens that they read.
-    evicted: rows put back for want of pages.
+    preempted: sequences that lost their row for want of pages.
     """
 
     calls: int = 0
     steps: int = 0
-    live: int = 0
+    tokens: int = 0
     busy_steps: int = 0
-    busy_live: int = 0
+    busy_tokens: int = 0
     prefills: int = 0
     prefilled: int = 0
-    evicted: int = 0
+    preempted: int = 0
 
-    def add(self, steps: int, live: int, is_busy: bool) -> None:
+    def add(self, steps: int, tokens: int, is_busy: bool) -> None:
         """Count a decode call."""
         self.calls += 1
         self.steps += steps
-        self.live += live
+        self.tokens += tokens
         self.busy_steps += steps * is_busy
-        self.busy_live += live * is_busy
+        self.busy_tokens += tokens * is_busy
 
 
 class PagedSampler:
     """Continuous batching over a paged cache; see `Sampler` for the seam.
 
-    ``publish`` makes of the params given to `start` those that the model here computes with.
+    ``publish`` turns the params given to `start` into those that this model computes with.
     ``stops(tokens) -> length or None``: how many of the tokens complete a stop string, if any do.
-    ``head.temperature`` may be 0: the likeliest id. See `drawing` for one that draws otherwise.
-    ``prefill`` and ``decode`` are the jitted programs, ``rows`` the shardings of what each row
-    gives them; ``stats`` is of the latest `sample`.
+    ``head.temperature`` may be 0: the likeliest id. `drawing` makes a sampler that draws otherwise.
+    ``prefill`` and ``decode`` are the jitted programs, ``row_shardings`` those of the rows they are
+    given; ``stats`` is of the latest `sample`.
     """
 
     def __init__(
@@ -138,77 +150,71 @@ class PagedSampler:
         *,
         seed: int,
         choice: Choice = EVERYTHING,
-        stops: Callable[[Sequence[int]], int | None] | None = None,
+        stops: Callable[[list[int]], int | None] | None = None,
         publish: Callable[[Any], Any] = lambda params: params,
     ):
         self.limits, self.stats, self.stops, self._publish = limits, Stats(), stops, publish
         self.params: Any = None
         self.temperature, self.choice = head.temperature, choice
-        self.parts = mesh.shape["data"] * mesh.shape["fsdp"]
-        self._device = device = Device(
+        self.shard_count = mesh.shape["data"] * mesh.shape["fsdp"]
+        self._programs = programs = Programs(
             *(model, head, choice, limits.stop_ids, seed, limits.block),
-            classes=math.gcd(limits.slots // self.parts, CLASSES),
-            lot=max(limits.read // limits.page, 1),
+            classes=math.gcd(limits.slots // self.shard_count, CLASSES),
+            pages_per_read=max(limits.read // limits.page, 1),
         )
         kind = {} if limits.cache_type is None else {"kind": limits.cache_type}
 
         def empty() -> Cache:
-            return model.empty_cache(self.parts, limits.pool_pages(self.parts), limits.page, **kind)
+            pages = limits.pool_pages(self.shard_count)
+            return model.empty_cache(self.shard_count, pages, limits.page, **kind)
 
         self._cache = cache = shardings(mesh, cache_specs(jax.eval_shape(empty)))
         self._weights = weights = shardings(mesh, model.partition_specs())
-        rows, pages = batch_sharding(mesh), batch_sharding(mesh, leading=1)
-        self.rows = Rows(rows, rows, rows, rows, rows, rows, table_JN=pages)
+        rows = batch_sharding(mesh)
+        of_pages = batch_sharding(mesh, leading=1)
+        self.row_shardings = dataclasses.replace(Rows(*[rows] * 7), table_JN=of_pages)
         self.empty = jax.jit(empty, out_shardings=cache)
         self.prefill: Any = jax.jit(
-            device.prefill,
+            programs.prefill,
             donate_argnums=1,
             in_shardings=(weights, cache, rows, rows, rows),
             out_shardings=cache,
         )
-        self.decode: Any = self._jit_decode(device)
+        self.decode: Any = self._jit_decode(programs)
 
-    def _jit_decode(self, device: Device) -> Any:
+    def _jit_decode(self, programs: Programs) -> Any:
         return jax.jit(
-            device.decode,
+            programs.decode,
             donate_argnums=1,
-            in_shardings=(self._weights, self._cache, self.rows, None, None, None),
+            in_shardings=(self._weights, self._cache, self.row_shardings, None, None, None),
             out_shardings=(self._cache, None),
         )
 
     def drawing(self, temperature: float, choice: Choice) -> PagedSampler:
-        """A sampler that draws otherwise by the same programs, as far as they are the same.
+        """A sampler that shares the programs of this one but draws otherwise.
 
-        temperature: 0: the likeliest id. choice: where it truncates otherwise, `decode` is another.
+        temperature: 0: the likeliest id. choice: if it is another, `decode` is compiled again.
         """
         other = copy.copy(self)
         other.temperature, other.choice = temperature, choice
         other.params, other.stats = None, Stats()
         if choice != self.choice:
-            other.decode = self._jit_decode(self._device._replace(choice=choice))
+            other.decode = self._jit_decode(self._programs._replace(choice=choice))
         return other
 
     def shapes(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """Shapes and shardings of what `prefill` and `decode` are given behind the weights."""
+        """Shapes and shardings of what `prefill` and `decode` are given after the weights."""
         limits, shape = self.limits, jax.ShapeDtypeStruct
-        A, T, N = limits.prompts, limits.buckets[-1], limits.slots
-        sizes = {"identity_N4": (N, 4), "table_JN": (limits.row_pages, N)}
-        kinds = {"is_live_N": "bool", "identity_N4": "uint32"}
-        of_rows = {
-            name: shape(sizes.get(name, (N,)), kinds.get(name, "int32"), sharding=sharding)
-            for name, sharding in vars(self.rows).items()
-        }
-        cache = jax.tree.map(
-            lambda x, sharding: shape(x.shape, x.dtype, sharding=sharding),
-            *(jax.eval_shape(self.empty), self._cache),
-        )
+        A, T = limits.prompts, limits.buckets[-1]
+        rows = placed(limits.no_rows(), self.row_shardings)
+        cache = placed(jax.eval_shape(self.empty), self._cache)
         prompts = [
-            shape(size, "int32", sharding=self.rows.token_N)
+            shape(size, "int32", sharding=self.row_shardings.token_N)
             for size in ((A, T), (A,), (A, limits.pages(T)))
         ]
         number = shape((), "int32")
         scalars = (number, number, shape((), "float32"))
-        return (cache, *prompts), (cache, Rows(**of_rows), *scalars)
+        return (cache, *prompts), (cache, rows, *scalars)
 
     def start(self, params: Any) -> None:
         """Use these parameters from now on."""
@@ -229,14 +235,15 @@ class PagedSampler:
 
 
 class _Session:
-    """One `sample`: its queue, its seats and its cache."""
+    """One `sample`: its queue, its shards and its cache."""
 
     def __init__(self, sampler: PagedSampler, requests: Iterable[Request]):
         self.sampler, self.limits, self.stats = sampler, sampler.limits, sampler.stats
         self.queue = Queue(requests, self.limits.max_prompt_tokens, self.limits.buckets)
-        self.share = self.limits.slots // sampler.parts  # rows of a part
-        pages = self.limits.pool_pages(sampler.parts)
-        self.parts = [Part(self.share, self.limits.page, pages) for _ in range(sampler.parts)]
+        self.shard_rows = self.limits.slots // sampler.shard_count
+        pages = self.limits.pool_pages(sampler.shard_count)
+        counts = (self.shard_rows, self.limits.page, pages)
+        self.shards = [Shard(*counts) for _ in range(sampler.shard_count)]
         self.cache: Any = None
 
     def run(self) -> Iterator[Completion]:
@@ -244,43 +251,40 @@ class _Session:
         self.cache = self.sampler.empty()
         while True:
             yield from self._fill()
-            if not any(part.seats for part in self.parts):
+            if not any(shard.running for shard in self.shards):
                 return
             yield from self._advance()
 
     @property
-    def is_anyone_waiting(self) -> bool:
-        return bool(self.queue) or any(part.is_anyone_waiting for part in self.parts)
+    def has_waiting(self) -> bool:
+        return bool(self.queue) or any(shard.has_waiting for shard in self.shards)
 
     # --- prompts ------------------------------------------------------------------------------
 
     def _fill(self) -> Iterator[Completion]:
-        """Seat as many samples as there is room for; yields those that want no token."""
+        """Fill the free rows; yields the completions of requests for no token at all."""
         while True:
             admitted = self._admit()
             if admitted:
                 self._prefill(admitted)
-            for part in self.parts:
-                for number, _ in part.seat(self.limits.max_response_tokens):
+            for shard in self.shards:
+                for number in shard.run_waiting(self.limits.max_response_tokens):
                     nothing = np.zeros(0, np.float32)
                     yield Completion(number, nothing.astype(np.int32), nothing, LENGTH)
             if not admitted:
                 return
 
     def _admit(self) -> list[tuple[int, Group]]:
-        """Prompts of one bucket that rows want and pages have room for, with their parts."""
+        """Take prompts of one bucket for which there are free rows and pages; with their shards."""
         admitted: list[tuple[int, Group]] = []
-        for _ in range(self.limits.prompts // len(self.parts)):
-            for e, part in enumerate(self.parts):
-                group = None
-                if part.wanting > 0:
-                    group = self.queue.take(admitted[0][1].bucket if admitted else None)
-                if group is None:
-                    continue
-                if not part.admit(group):
+        for _ in range(self.limits.prompts // len(self.shards)):
+            for e, shard in enumerate(self.shards):
+                bucket = admitted[0][1].bucket if admitted else None
+                group = self.queue.take(bucket) if shard.unclaimed_rows > 0 else None
+                if group is not None and shard.admit(group):
+                    admitted.append((e, group))
+                elif group is not None:
                     self.queue.put_back(group)
-                    continue
-                admitted.append((e, group))
         return admitted
 
     def _prefill(self, admitted: list[tuple[int, Group]]) -> None:
@@ -288,14 +292,14 @@ class _Session:
         token_AT = np.zeros((A, T), np.int32)
         length_A = np.zeros(A, np.int32)
         page_AJ = np.zeros((A, T // self.limits.page), np.int32)
-        places = [iter(range(e * A // len(self.parts), A)) for e in range(len(self.parts))]
+        places = [iter(range(e * A // len(self.shards), A)) for e in range(len(self.shards))]
         for e, group in admitted:
             row, read = next(places[e]), group.tokens[:-1]
             token_AT[row, : len(read)] = read
             length_A[row] = len(read)
             page_AJ[row, : len(group.pages)] = group.pages
         # One of several processes has to say where its arrays go.
-        prompts = jax.device_put((token_AT, length_A, page_AJ), self.sampler.rows.token_N)
+        prompts = jax.device_put((token_AT, length_A, page_AJ), self.sampler.row_shardings.token_N)
         self.cache = self.sampler.prefill(self.sampler.params, self.cache, *prompts)
         self.stats.prefills += 1
         self.stats.prefilled += int(length_A.sum())
@@ -305,70 +309,67 @@ class _Session:
     def _advance(self) -> Iterator[Completion]:
         """One decode call and the completions that came out of it."""
         limits, stats = self.limits, self.stats
-        for part in self.parts:
-            homeless, evicted = part.reserve(limits.block)
-            for group in homeless:
+        for shard in self.shards:
+            evicted, preempted = shard.reserve(limits.block)
+            for group in evicted:
                 self.queue.put_back(group)
-            stats.evicted += evicted
-        seats = {
-            row: seat
-            for e, part in enumerate(self.parts)
-            for row, seat in enumerate(part.longest_first(), e * self.share)
+            stats.preempted += preempted
+        running = {
+            row: sequence
+            for e, shard in enumerate(self.shards)
+            for row, sequence in enumerate(shard.longest_first(), e * self.shard_rows)
         }
-        is_busy = self.is_anyone_waiting
-        # One row alone is not worth the way to the host and back, all of them would be a waste.
-        enough = max(len(seats) - max(limits.slots // 16, 1), 0) if is_busy else 0
-        before = {row: seat.drawn for row, seat in seats.items()}
-        rows = jax.device_put(self._rows(seats), self.sampler.rows)
+        is_busy = self.has_waiting
+        # Return to refill rows once a few have ended: each return costs time, each idle row too.
+        enough = max(len(running) - max(limits.slots // 16, 1), 0) if is_busy else 0
+        before = {row: sequence.drawn for row, sequence in running.items()}
+        rows = jax.device_put(self._rows(running), self.sampler.row_shardings)
         self.cache, drawn = self.sampler.decode(
             *(self.sampler.params, self.cache, rows),
             *(np.int32(limits.block), np.int32(enough), np.float32(self.sampler.temperature)),
         )
-        yield from self._hand_out(seats, jax.device_get(drawn))
-        live = sum(seat.drawn - before[row] for row, seat in seats.items())
-        stats.add(int(drawn.steps), live, is_busy)
+        yield from self._hand_out(running, jax.device_get(drawn))
+        tokens = sum(sequence.drawn - before[row] for row, sequence in running.items())
+        stats.add(int(drawn.steps), tokens, is_busy)
 
-    def _rows(self, seats: dict[int, Seat]) -> Rows:
-        """The books as arrays; rows without a seat read and write page 0."""
-        N = self.limits.slots
-        token_N, drawn_N, prompt_N, limit_N = np.zeros((4, N), np.int32)
-        identity_N4 = np.zeros((N, 4), np.uint32)
-        table_JN = np.zeros((self.limits.row_pages, N), np.int32)
-        is_live_N = np.zeros(N, bool)
-        for row, seat in seats.items():
-            token_N[row] = seat.token_T[-1] if seat.token_T else seat.group.tokens[-1]
-            drawn_N[row], limit_N[row] = seat.drawn, seat.limit
-            prompt_N[row] = len(seat.group.tokens) - 1
-            identity_N4[row] = seat.request.identity
-            pages = [*seat.group.pages, *seat.pages]
-            table_JN[: len(pages), row] = pages
-            is_live_N[row] = True
-        return Rows(token_N, drawn_N, prompt_N, limit_N, is_live_N, identity_N4, table_JN)
+    def _rows(self, running: dict[int, Sequence]) -> Rows:
+        """The running sequences as arrays."""
+        rows = self.limits.no_rows()
+        for row, sequence in running.items():
+            prompt = sequence.group.tokens
+            rows.token_N[row] = sequence.token_T[-1] if sequence.token_T else prompt[-1]
+            rows.drawn_N[row], rows.limit_N[row] = sequence.drawn, sequence.limit
+            rows.prompt_N[row] = len(prompt) - 1
+            rows.is_running_N[row] = True
+            rows.identity_N4[row] = sequence.request.identity
+            pages = [*sequence.group.pages, *sequence.pages]
+            rows.table_JN[: len(pages), row] = pages
+        return rows
 
-    def _hand_out(self, seats: dict[int, Seat], drawn: Drawn) -> Iterator[Completion]:
+    def _hand_out(self, running: dict[int, Sequence], drawn: Drawn) -> Iterator[Completion]:
         """Note what was drawn; rows that have ended leave as completions."""
         full_NT = drawn.full_logp_NT
-        for row, seat in seats.items():
-            new = int(drawn.drawn_N[row]) - seat.drawn
-            seat.token_T += drawn.token_NT[row, :new].tolist()
-            seat.logp_T += drawn.logp_NT[row, :new].tolist()
-            seat.full_logp_T += [] if full_NT is None else full_NT[row, :new].tolist()
+        for row, sequence in running.items():
+            new = int(drawn.drawn_N[row]) - sequence.drawn
+            sequence.token_T += drawn.token_NT[row, :new].tolist()
+            sequence.logp_T += drawn.logp_NT[row, :new].tolist()
+            sequence.full_logp_T += [] if full_NT is None else full_NT[row, :new].tolist()
             ending = ENDINGS.get(int(drawn.ending_N[row]))
-            length = self.sampler.stops(seat.token_T) if self.sampler.stops else None
+            length = self.sampler.stops(sequence.token_T) if self.sampler.stops else None
             if length is not None:
                 ending = STOP
             if ending is not None:
-                self.parts[row // self.share].leave(seat)
-                yield _completion(seat, ending, length, self.sampler.temperature == 0)
+                self.shards[row // self.shard_rows].finish(sequence)
+                yield _completion(sequence, ending, length, self.sampler.temperature == 0)
 
 
-def _completion(seat: Seat, ending: str, length: int | None, is_greedy: bool) -> Completion:
+def _completion(sequence: Sequence, ending: str, length: int | None, is_greedy: bool) -> Completion:
     def array(x_T: list, dtype: Any) -> np.ndarray:
         return np.array(x_T[:length], dtype)
 
-    token_T, logp_T = array(seat.token_T, np.int32), array(seat.logp_T, np.float32)
-    full_logp_T = array(seat.full_logp_T, np.float32) if seat.full_logp_T else None
-    if is_greedy:  # what was certain had probability 1
+    token_T, logp_T = array(sequence.token_T, np.int32), array(sequence.logp_T, np.float32)
+    full_logp_T = array(sequence.full_logp_T, np.float32) if sequence.full_logp_T else None
+    if is_greedy:  # the token was certain: probability 1
         full_logp_T = logp_T if full_logp_T is None else full_logp_T
         logp_T = np.zeros_like(logp_T)
-    return Completion(seat.number, token_T, logp_T, ending, full_logp_T)
+    return Completion(sequence.number, token_T, logp_T, ending, full_logp_T)

@@ -8,31 +8,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from aspo_jax.model import RULES, Model, shardings, unstack
+from aspo_jax.model import Model, map_axes, partition_spec, shardings, unstack
 
 
 def make_publish(model: Model, mesh: Mesh, local: Mesh, dtype: Any) -> Callable[[Any], Any]:
-    """The learner's params on ``mesh`` -> those of ``model``, the sampler's, on ``local``.
+    """A function that turns the learner's params, on ``mesh``, into the sampler's, on ``local``.
 
-    ``local`` has this process's own devices. Matrices are cast to ``dtype`` (as the forward pass
-    would; norms stay float32) and gathered over the fsdp axis, so that no collective is left in
-    decoding but those of tensor parallelism; layers are unstacked if the model wants them so.
-    Where type and layout agree already, the arrays are the learner's own.
+    ``model`` is the sampler's; ``local`` has this process's own devices only. Matrices are cast to
+    ``dtype`` (as the forward pass would; norms stay float32) and gathered over the fsdp axis, so
+    that decoding has no collectives but those of tensor parallelism; layers are unstacked if the
+    model wants them so. Where type and layout agree already, the arrays are the learner's own.
     """
-    specs = model.partition_specs()
-    whole = shardings(mesh, jax.tree.map(_unsharded, specs, is_leaf=_is_spec))
-    at_home = shardings(local, specs)
-    is_own = (
-        model.is_stacked
-        and jnp.dtype(dtype) == jnp.float32
-        and jax.process_count() == 1
-        and mesh == local
-    )
+    axes = model.axes()
+    whole = map_axes(lambda names: NamedSharding(mesh, _unsharded(names)), axes)
+    at_home = shardings(local, model.partition_specs())
+    is_alone = jax.process_count() == 1 and mesh == local
+    is_own = is_alone and model.is_stacked and jnp.dtype(dtype) == jnp.float32
 
     def arrange(params: Any) -> Any:
-        return cast_matrices(params if model.is_stacked else unstack(params), dtype)
+        return cast_matrices(params if model.is_stacked else unstack(params), axes, dtype)
 
     gather = jax.jit(arrange, out_shardings=whole)
 
@@ -44,25 +40,20 @@ def make_publish(model: Model, mesh: Mesh, local: Mesh, dtype: Any) -> Callable[
     return publish
 
 
-def cast_matrices(params: Any, dtype: Any) -> Any:
-    """The params with their matrices and biases in ``dtype``, scales of norms as they are."""
+def cast_matrices(params: Any, axes: Any, dtype: Any) -> Any:
+    """The params with their matrices and biases in ``dtype``, scales of norms as they are.
 
-    def cast(path, x):
-        return x if "norm" in jax.tree_util.keystr(path) else x.astype(dtype)
-
-    return jax.tree_util.tree_map_with_path(cast, params)
-
-
-def _is_spec(x: Any) -> bool:
-    return isinstance(x, PartitionSpec)
+    axes: of the params, see `Model.axes`.
+    """
+    return map_axes(lambda names, x: x if "norm" in names else x.astype(dtype), axes, params)
 
 
-def _unsharded(spec: PartitionSpec) -> PartitionSpec:
-    return PartitionSpec(*(None if axis == RULES["embed"] else axis for axis in spec))
+def _unsharded(axes: tuple[str, ...]) -> PartitionSpec:
+    return partition_spec(tuple(None if axis == "embed" else axis for axis in axes))
 
 
 def _on_own_devices(x: Array, sharding: Any) -> Array:
-    """This process's shards of an array that it holds whole, as an array of its own."""
+    """The array as one of this process's devices alone; together they hold all of it."""
     own = {shard.device: shard.data for shard in x.addressable_shards}
-    parts = [own[device] for device in sharding.mesh.devices.flat]
-    return jax.make_array_from_single_device_arrays(x.shape, sharding, parts)
+    shards = [own[device] for device in sharding.mesh.devices.flat]
+    return jax.make_array_from_single_device_arrays(x.shape, sharding, shards)

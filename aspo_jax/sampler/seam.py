@@ -7,7 +7,9 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-TRAIN, EVALUATE, WARM_START = range(3)  # domains of random draws
+from aspo_jax.sampler.choice import Choice
+
+TRAIN, EVALUATE = range(2)  # domains of random draws
 STOP, LENGTH, NONFINITE = "stop", "length", "nonfinite"  # why a completion ended
 
 
@@ -62,6 +64,10 @@ class Sampler(Protocol):
 
     def release(self) -> None:
         """Forget them: until the next `start` their memory is the update's."""
+        ...
+
+    def drawing(self, temperature: float, choice: Choice) -> Sampler:
+        """A sampler that draws otherwise: at another temperature (0: the likeliest), truncated."""
         ...
 
     def sample(self, requests: Iterable[Request]) -> Iterator[Completion]:

@@ -11,6 +11,7 @@ from aspo_jax.data import (
     DataError,
     build_character_tokenizer,
     check_prompts,
+    encode,
     max_prompt_tokens,
     prompts,
 )
@@ -46,11 +47,14 @@ def ids(batches):
     return [prompt.id for batch in batches for prompt in batch]
 
 
-def test_a_step_of_prompts(stream):
+def test_a_step_of_prompts(stream, tokenizer):
     first, second = take(stream(shuffle=False, prompts_per_step=2), 2)
+    texts = ["<bos>0:>", "<bos>1:>"]
+    zero, one = (tuple(encode(tokenizer, text)) for text in texts)
+    assert len(zero) == len(one) == 4 and zero[0] == tokenizer.bos_token_id
     assert first == [
-        Prompt(id="0", draw=0, text="<bos>0:>", answer="0", kind="exact"),
-        Prompt(id="1", draw=1, text="<bos>1:>", answer="1", kind="exact"),
+        Prompt(id="0", draw=0, text=texts[0], tokens=zero, answer="0", kind="exact"),
+        Prompt(id="1", draw=1, text=texts[1], tokens=one, answer="1", kind="exact"),
     ]
     assert [prompt.draw for prompt in second] == [2, 3]
 

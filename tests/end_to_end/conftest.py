@@ -1,4 +1,4 @@
-"""One tiny task, one warm start and one finished run for all tests of this folder."""
+"""One tiny task, warm start and finished run for all tests of this folder, in any worker."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import pytest
 from toy import TINY_CONFIG, toy_mesh
 from trainer_runs import ITERATIONS, Runs
 
-from aspo_jax.build import FACTORIES, Machines, build_machines
+from aspo_jax.build import Machines, build_machines
 from aspo_jax.config import Config, read_config
 from aspo_jax.config.reading import find_config
+from aspo_jax.parts import FACTORIES, parts
 
 TINY = f"""
 include '{{base}}'
@@ -46,23 +47,28 @@ class Finished(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory) -> Runs:
-    cache = tmp_path_factory.mktemp("end_to_end")
-    settings: Any = jax.config  # processes share the programs of the test session
-    text = TINY.format(
-        base=find_config("countdown_quick"),
-        cache=cache,
-        programs=settings.jax_compilation_cache_dir,
-        iterations=ITERATIONS,
-    )
-    (cache / "tiny.gin").write_text(text)
-    return Runs(cache / "tiny.gin")
+def runs(once) -> Runs:
+    def write(folder: Path) -> None:
+        settings: Any = jax.config  # processes share the programs of the test session
+        text = TINY.format(
+            base=find_config("countdown_quick"),
+            cache=folder,
+            programs=settings.jax_compilation_cache_dir,
+            iterations=ITERATIONS,
+        )
+        (folder / "tiny.gin").write_text(text)
+
+    return Runs(once("end_to_end", write) / "tiny.gin")
 
 
 @pytest.fixture(scope="session")
-def finished(runs: Runs, tmp_path_factory) -> Finished:
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    return Finished(folder, *runs.run(folder))
+def finished(runs: Runs, once) -> Finished:
+    def train(folder: Path) -> None:
+        for name, text in zip(("out", "err"), runs.run(folder / "run"), strict=True):
+            (folder / name).write_text(text)
+
+    folder = once("finished", train)
+    return Finished(folder / "run", (folder / "out").read_text(), (folder / "err").read_text())
 
 
 @pytest.fixture(scope="session")
@@ -73,8 +79,9 @@ def config(runs: Runs) -> Config:
 @pytest.fixture(scope="session")
 def machines(config: Config, finished: Finished):
     """The machines of a run that starts from the exported model."""
-    made: Machines = build_machines(config, finished.folder / "model", toy_mesh())
-    with made.scorer:
+    mesh = toy_mesh()
+    made: Machines = build_machines(config, parts(config, mesh), finished.folder / "model", mesh)
+    with made.collector.scorer:
         yield made
 
 

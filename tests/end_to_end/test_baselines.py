@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import numpy as np
 import optax
 import pytest
-from toy import examples, figures, minibatch, on, random_params, toy_learner, toy_mesh, toy_model
+from toy import (
+    examples,
+    figures,
+    minibatch,
+    on,
+    quickly,
+    random_params,
+    toy_learner,
+    toy_mesh,
+    toy_model,
+)
 from toy import with_old as scored
 
-from aspo_jax.build import FACTORIES, build_goal
 from aspo_jax.config import read_config
+from aspo_jax.parts import FACTORIES, build_goal
 from aspo_jax.run.metrics import METRICS
 
 BASELINES = (
@@ -21,21 +29,15 @@ BASELINES = (
 )
 
 
-def _quickly(function, *arguments):
-    """Compiled without optimisation: it runs once, and compiling is all that costs."""
-    options: Any = {"xla_backend_optimization_level": 0}
-    return jax.jit(function).lower(*arguments).compile(options)(*arguments)
-
-
 @pytest.mark.parametrize("name", BASELINES)
 def test_one_update(name):
     config = read_config(["--set", f"Objective.name={name}"], FACTORIES)
-    goal, model = build_goal(config), toy_model()
+    goal, model = build_goal(config), toy_model(layers=1)
     learner = toy_learner(model, goal, optax.sgd(1e-2))
     params = on(toy_mesh(), model, random_params(model))
-    part = scored(learner, params, minibatch(examples(), 2, 8, 32), params)
+    part = scored(learner, params, minibatch(examples(), 1, 8, 32), params)
     before = jax.device_get(params)
-    state, report = _quickly(learner.step, learner.init(params), part)
+    state, report = quickly(learner.step, learner.init(params), part)
     assert int(state.step) == 1
     after = jax.device_get(state.params)
     moved = [

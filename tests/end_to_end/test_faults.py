@@ -116,5 +116,5 @@ def test_a_reference_model_that_has_changed_is_named(runs, half):
     assert f"error: {path.parent}: model.safetensors is damaged" in err
     assert "Delete that folder: the same command makes the same model again" in err
     shutil.rmtree(path.parent)
-    trap = (*TRAP, "aspo_jax.steps:draw:1:SIGTERM")
+    trap = (*TRAP, "aspo_jax.steps:collect:1:SIGTERM")
     runs.run(half, program=trap, expect=EXIT_SAVED)  # past the comparison with what it was

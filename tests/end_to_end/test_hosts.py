@@ -14,14 +14,14 @@ import pytest
 from toy import bits, toy_learner, toy_mesh
 from trainer_runs import TRAP, last_checkpoint, metrics
 
-from aspo_jax.build import build_optimizer
 from aspo_jax.export import export
-from aspo_jax.learner import Goal, Learner
-from aspo_jax.losses import aspo, sequence_mean
+from aspo_jax.learner import Learner
 from aspo_jax.run.stop import EXIT_SAVED
 
 LOCAL = Path(__file__).parents[2] / "launch" / "local.sh"
 ITERATIONS, STOPPED = 4, 3
+# Compiling is most of these runs: LLVM takes it easy, in all that are compared.
+QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 CURVES = ("update/surrogate", "update/grad_norm", "rollout/reward_mean", "update/entropy")
 
 
@@ -69,24 +69,24 @@ def flags(runs, finished):
     return of
 
 
-def two_processes(*arguments: object, program: str = "", count: int = 2) -> subprocess.Popen[str]:
-    environment = {"PYTHON": sys.executable} | ({"PROGRAM": program} if program else {})
-    return start("bash", LOCAL, 2, *arguments, count=count, **environment)
+def two_processes(*arguments: object, **environment: str) -> subprocess.Popen[str]:
+    """Of two devices each; environment: more of it, such as the PROGRAM of the launcher."""
+    return start("bash", LOCAL, 2, *arguments, count=2, PYTHON=sys.executable, **environment)
 
 
 @pytest.fixture(scope="module")
 def alone(flags, tmp_path_factory) -> Path:
     """One process with four devices."""
     folder = tmp_path_factory.mktemp("alone") / "run"
-    finish(start(sys.executable, "-m", "aspo_jax.train", *flags(folder), count=4))
+    finish(start(sys.executable, "-m", "aspo_jax.train", *flags(folder), count=4, **QUICK))
     return folder
 
 
 @pytest.fixture
 def four_devices(config, machines) -> Learner:
     """The update with its parameters and moments spread over four devices."""
-    model, optimizer = machines.policy.model, build_optimizer(config)[0]
-    return toy_learner(model, Goal(aspo(), sequence_mean), optimizer, toy_mesh(fsdp=4))
+    own = machines.parts
+    return toy_learner(own.policy.model, own.goal, own.optimizer, toy_mesh(fsdp=4))
 
 
 def assert_same_trajectory(folder: Path, expected: Path) -> None:
@@ -103,6 +103,7 @@ def assert_same_trajectory(folder: Path, expected: Path) -> None:
         assert {k: one[k] for k in equal} == {k: other[k] for k in equal}
 
 
+@pytest.mark.slow
 def test_two_processes_say_what_a_smaller_export_costs(runs, finished, tmp_path):
     """A run that is over exports again: each process answers its share, one speaks."""
     folder = tmp_path / "run"
@@ -124,8 +125,10 @@ def test_two_processes_train_as_one_stop_together_and_one_goes_on(
 ):
     """2 x 2 devices = 1 x 4; SIGTERM to one process stops both; 1 x 1 continues what they saved."""
     folder = tmp_path / "run"
-    trap = f"{TRAP[0]} aspo_jax.steps:draw:{STOPPED}:SIGTERM"
-    out, err = finish(two_processes(*flags(folder), program=trap), expect=EXIT_SAVED)
+    draws = STOPPED + 2  # two evaluations draw before the iteration that is dropped
+    trap = f"{TRAP[0]} aspo_jax.rollout:draw:{draws}:SIGTERM"
+    two = two_processes(*flags(folder), PROGRAM=trap, **QUICK)
+    out, err = finish(two, expect=EXIT_SAVED)
     assert out.count(f"stopped after {STOPPED} iterations, saved") == 1  # one process speaks
     assert err.count("SIGTERM: saving, then stopping") == 1
     assert len(metrics(folder)) == STOPPED
@@ -136,7 +139,7 @@ def test_two_processes_train_as_one_stop_together_and_one_goes_on(
     assert len(spread.state.params["embed"].sharding.device_set) == 4
     assert bits(spread.state) == bits(one.state)
 
-    finish(start(sys.executable, "-m", "aspo_jax.train", *flags(folder), count=1))
+    finish(start(sys.executable, "-m", "aspo_jax.train", *flags(folder), count=1, **QUICK))
     assert_same_trajectory(folder, alone)
 
 
@@ -145,7 +148,7 @@ def test_one_process_of_two_is_killed_and_both_go_on_bit_for_bit(flags, abstract
     undisturbed, folder = tmp_path / "undisturbed", tmp_path / "run"
     finish(two_processes(*flags(undisturbed)))
     trap = f"{TRAP[0]} aspo_jax.train:update:{ITERATIONS}:SIGKILL"
-    finish(two_processes(*flags(folder), program=trap), expect=128 + signal.SIGKILL)
+    finish(two_processes(*flags(folder), PROGRAM=trap), expect=128 + signal.SIGKILL)
     assert last_checkpoint(folder, abstract_state).step < ITERATIONS
     finish(two_processes(*flags(folder)))
     found, expected = (last_checkpoint(f, abstract_state) for f in (folder, undisturbed))

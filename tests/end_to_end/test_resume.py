@@ -81,7 +81,7 @@ def test_stopped_by_signals(runs, assert_same_run, tmp_path):
     def stopped(trap: str, status: int) -> tuple[str, str]:
         return runs.run(folder, program=(*TRAP, trap), expect=status)
 
-    out, err = stopped("aspo_jax.steps:draw:2:SIGINT", EXIT_SAVED)  # sampling: dropped
+    out, err = stopped("aspo_jax.rollout:draw:3:SIGINT", EXIT_SAVED)  # sampling: dropped
     assert "stopped after 1 iterations, saved; the same command goes on" in out
     assert "SIGINT: saving, then stopping" in err and "Traceback" not in err
     out, err = stopped("aspo_jax.train:update:2:SIGTERM", EXIT_SAVED)  # an update is finished

@@ -14,6 +14,7 @@ from toy import bits
 from trainer_runs import ITERATIONS, TRAIN, finish, last_checkpoint, launch, metrics
 
 from aspo_jax import check
+from aspo_jax.data import encode
 from aspo_jax.model import load_params
 from aspo_jax.run.folder import lock_run
 from aspo_jax.run.metrics import read_metrics
@@ -78,11 +79,11 @@ def test_finished_run_says_where_everything_is(finished):
 
 def test_export_is_the_live_policy(finished, machines, abstract_state):
     state = last_checkpoint(finished.folder, abstract_state).state
-    exported = load_params(finished.folder / "model", machines.policy.model.config)
+    exported = load_params(finished.folder / "model", machines.parts.policy.model.config)
     assert bits(exported) == bits(state.params)
     scores, _ = machines.evaluate(machines.initial_params())
     last = metrics(finished.folder)[-1]
-    assert scores._asdict() == {
+    assert scores == {
         name.removeprefix("evaluate/"): value
         for name, value in last.items()
         if name.startswith("evaluate/")
@@ -93,8 +94,8 @@ def test_transformers_loads_the_export(finished, machines):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(finished.folder / "model")
-    policy = machines.policy
-    token_BT = np.array([policy.codec.encode("34:7")], np.int32)
+    policy = machines.parts.policy
+    token_BT = np.array([encode(policy.tokenizer, "34:7")], np.int32)
     position_BT = np.arange(token_BT.shape[1], dtype=np.int32)[None]
     hidden_BTD, _ = policy.model.apply(
         machines.initial_params(), token_BT, position_BT, np.ones_like(token_BT)

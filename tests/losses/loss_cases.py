@@ -114,7 +114,7 @@ def at_ratio(log_ratio, advantage, dtype: Any = jnp.float32):
 
 def weight(objective, tokens):
     """The rule's weight, ``[B, T]``."""
-    return np.asarray(objective.coefficient(tokens, (), None).weight_BT)
+    return np.asarray(objective.coefficient(tokens, objective.init(), None).weight_BT)
 
 
 def assert_trees_close(x, y, **tolerance):

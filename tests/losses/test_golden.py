@@ -109,7 +109,7 @@ def test_token_gradient_and_value(case, precision, rule):
 @pytest.mark.parametrize("rule", ["aspo_code", "aspo_paper"])
 def test_aspo_weight_and_shares(case, precision, rule):
     tokens = golden_tokens(case, precision)
-    coefficient = RULES[rule].coefficient(tokens, (), None)
+    coefficient = RULES[rule].coefficient(tokens, RULES[rule].init(), None)
     is_used = (case("response_mask") > 0) & (case("advantages") != 0)
     close(np.where(is_used, coefficient.weight_BT, 0), case(f"{rule}__token_weight"), precision)
     (_, aux), _ = loss_and_grad(RULES[rule], tokens, token_mean)

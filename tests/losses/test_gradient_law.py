@@ -355,9 +355,12 @@ def test_a_missing_field_is_named(objective, field, rule):
     tokens = dataclasses.replace(random_tokens(0), **{field: None})
     with pytest.raises(ValueError, match=rf"{rule} needs Tokens\.{field}"):
         policy_loss(objective, tokens, aggregate=token_mean)
+
+
+def test_a_missing_entropy_is_named_by_the_bonus():
+    tokens = dataclasses.replace(random_tokens(0), entropy_BT=None)
     with pytest.raises(ValueError, match="entropy_bonus needs Tokens.entropy_BT"):
-        own = dataclasses.replace(tokens, entropy_BT=None)
-        entropy_bonus(own, scale=1.0, aggregate=token_mean)
+        entropy_bonus(tokens, scale=1.0, aggregate=token_mean)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def is_uncertain(tokens):
 
 def test_chain_multiplies_weights_and_adds_biases_and_surrogates():
     rule = chain(constant(2.0, 0.5), constant(3.0, -1.5), constant(0.5, 0.25))
-    coefficient = rule.coefficient(random_tokens(0), (), None)
+    coefficient = rule.coefficient(random_tokens(0), rule.init(), None)
     assert (coefficient.weight_BT == 3.0).all()
     assert (coefficient.bias_BT == -0.75).all()
     assert (coefficient.surrogate_BT == 3.0).all()
@@ -52,9 +52,10 @@ def test_chain_is_associative_and_has_reinforce_as_neutral_weight():
     tokens = random_tokens(1)
     a, b, c = grpo(), cispo(), kl_penalty(0.1)
     left, right = chain(chain(a, b), c), chain(a, chain(b, c))
+    x, y = (rule.coefficient(tokens, rule.init(), None) for rule in (left, right))
     for field in ("weight_BT", "bias_BT", "surrogate_BT"):
-        x, y = (getattr(rule.coefficient(tokens, (), None), field) for rule in (left, right))
-        np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6)
+        ours, theirs = getattr(x, field), getattr(y, field)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
     np.testing.assert_array_equal(weight(chain(a, reinforce()), tokens), weight(a, tokens))
 
 
@@ -93,7 +94,7 @@ def test_states_and_sums_are_tuples_with_one_entry_per_rule():
     )
     tokens = random_tokens(0)
     for rule in (chain(aspo(), stateful), select(lambda t: t.logp_BT > 0, aspo(), stateful)):
-        assert rule.init and rule.prepare and rule.update
+        assert rule.prepare
         state = rule.init()
         assert state == ((), 5.0)
         sums = rule.prepare(tokens, state)
@@ -101,7 +102,7 @@ def test_states_and_sums_are_tuples_with_one_entry_per_rule():
         assert rule.update(state, sums) == ((), 11.0)
         policy_loss(rule, tokens, aggregate=token_mean)
     plain = chain(aspo(), kl_penalty())
-    assert plain.prepare is None and plain.init is None and plain.update is None
+    assert plain.prepare is None and plain.update(plain.init(), None) == ((), ())
 
 
 def test_coefficients_read_state_and_sums():

@@ -81,7 +81,7 @@ def test_micro_batches_add_up(rule, aggregate):
     totals = add_up([count_totals(part) for part in parts])
     sums = None
     if objective.prepare:
-        sums = add_up([objective.prepare(part, ()) for part in parts])
+        sums = add_up([objective.prepare(part, objective.init()) for part in parts])
     results = [loss_and_grad(objective, p, AGGREGATES[aggregate], totals, sums) for p in parts]
     merged = empty_metrics(aux)
     for (_, part_aux), _ in results:

@@ -12,8 +12,8 @@ import pytest
 from toy import CONFIG, VOCAB, random_params, toy_model
 
 from aspo_jax.model import Decode, ModelConfig, Prefill, build_model
-from aspo_jax.model.hf import names_table
-from aspo_jax.model.qwen import rotary_BTC, rotate
+from aspo_jax.model.parameters import parameters
+from aspo_jax.model.qwen import REMAT, rotary_BTC, rotate
 
 T = 10
 TOKEN_1T = np.random.RandomState(0).permutation(VOCAB)[None, :T]  # each id once
@@ -93,13 +93,15 @@ def test_padding_on_either_side_and_packing_change_nothing(full, params):
         np.testing.assert_allclose(hidden, hiddens[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("lots", [([5], 1), ([5, 5, 5], 1), ([3], 2)], ids=["", "classes", "lots"])
+@pytest.mark.parametrize(
+    "reads", [([5], 1), ([5, 5, 5], 1), ([3], 2)], ids=["", "classes", "pages"]
+)
 @pytest.mark.parametrize("layers", [2, 5], ids=["unrolled", "scanned"])
-def test_prefill_and_decode_are_the_full_forward(layers, lots):
+def test_prefill_and_decode_are_the_full_forward(layers, reads):
     """Two samples of one prompt and one of another, their pages all over the pool."""
     model = toy_model(layers=layers)
     params = random_params(model)
-    lots_c, lot = jnp.array(lots[0]), lots[1]
+    reads_c, pages_per_read = jnp.array(reads[0]), reads[1]
     token_NT = np.random.RandomState(2).randint(VOCAB, size=(3, T))
     length_N = np.array([5, 5, 2])  # of the prompts; the last token of each is decoded
     token_NT[1, :5] = token_NT[0, :5]
@@ -117,7 +119,8 @@ def test_prefill_and_decode_are_the_full_forward(layers, lots):
     table_JN = jnp.array([[4, 4, 2], [9, 9, 1], [3, 10, 5], [8, 11, 7], [0, 0, 6]])
     for drawn in range(T - 5):
         at_N = length_N - 1 + drawn
-        rows = Decode(cache, table_JN, jnp.asarray(length_N - 1), jnp.full(3, drawn), lots_c, lot)
+        prompt_N, own_N = jnp.asarray(length_N - 1), jnp.full(3, drawn)
+        rows = Decode(cache, table_JN, prompt_N, own_N, reads_c, pages_per_read)
         token_N1 = token_NT[np.arange(3), at_N][:, None]
         hidden, rows = apply(params, token_N1, at_N[:, None], ones_NT[:, :1], rows)
         cache = rows.cache
@@ -184,9 +187,11 @@ def loss_of(model, params):
 
 
 def test_rematerialisation_changes_no_gradient(params):
-    models = [build_model(CONFIG, remat=remat) for remat in ("dots", "full")]
-    grads = [jax.jit(jax.grad(partial(loss_of, model)))(params) for model in models]
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), *grads)
+    models = [build_model(CONFIG, remat=remat) for remat in REMAT]
+    first, *others = [jax.jit(jax.grad(partial(loss_of, model)))(params) for model in models]
+    assert len(others) == 2
+    for other in others:
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), other, first)
 
 
 def test_bfloat16_computes_what_float32_does_roughly_and_keeps_float32_gradients(full, params):
@@ -208,12 +213,10 @@ def test_initial_parameters_have_the_declared_shapes_and_keep_the_scale_of_what_
     fan_in = {"o": c.heads * c.head_dim, "down": c.intermediate_size}
     params = jax.jit(model.init)(jax.random.key(0))
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
-    table = names_table(c)
-    assert len(table) == len(jax.tree.leaves(params))
-    for path, entry in table.items():
-        leaf = params
-        for part in path:
-            leaf = leaf[part]
+    declared = jax.tree.map(lambda entry, leaf: (entry, leaf), parameters(c), params)
+    pairs = jax.tree_util.tree_leaves_with_path(declared, is_leaf=lambda x: isinstance(x, tuple))
+    for keys, (entry, leaf) in pairs:
+        path = [key.key for key in keys]
         assert (leaf.shape[1:] if "{y}" in entry.name else leaf.shape) == entry.ours
         is_norm = any("norm" in part for part in path)
         if is_norm or path[-1] == "bias":

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from toy import on, random_params, toy_mesh, toy_model
+from toy import CONFIG, VOCAB, on, random_params, toy_mesh, toy_model
 
-from aspo_jax.model import RULES, batch_sharding, partition_spec
+from aspo_jax.model import (
+    RULES,
+    batch_sharding,
+    build_model,
+    parameter_axes,
+    partition_spec,
+)
 from aspo_jax.model.sharding import MESH_AXES
 
 
@@ -25,6 +33,31 @@ def test_specs_are_shaped_as_the_params(tie):
     leaves = jax.tree.leaves(specs, is_leaf=is_spec), jax.tree.leaves(params)
     for spec, leaf in zip(*leaves, strict=True):
         assert len(spec) == leaf.ndim
+
+
+@pytest.mark.parametrize("is_stacked", [True, False])
+@pytest.mark.parametrize("change", [{"tie_embeddings": False}, {"qk_norm": True}], ids=str)
+def test_axes_tell_matrices_biases_and_scales_apart(change, is_stacked):
+    config = dataclasses.replace(CONFIG, **change)
+    model = build_model(config, is_stacked=is_stacked)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    axes = parameter_axes(config, is_stacked)
+    assert model.axes() == axes
+    sizes = {"vocab": VOCAB, "embed": 16, "heads": 4, "kv_heads": 2, "head_dim": 4, "mlp": 24}
+
+    def check(path, x, names):
+        kind = path[-1].key
+        is_layered = is_stacked and path[0].key == "layers"
+        assert names.count("layers") == is_layered and (names[0] == "layers") == is_layered
+        assert ("embed" in names) == (kind in ("kernel", "embed", "head")), path
+        assert ("norm" in names) == (kind in ("scale", "norm")), path
+        if "norm" not in names:
+            assert x.shape == tuple((sizes | {"layers": 2})[name] for name in names), path
+
+    jax.tree_util.tree_map_with_path(check, params, axes)
+    layer = axes["layers"] if is_stacked else axes["layers"][1]
+    assert layer["o"]["kernel"][-3:] == ("heads", "head_dim", "embed")
+    assert ("head" in axes) == (not config.tie_embeddings)
 
 
 def test_every_rule_lands_on_the_mesh():

@@ -8,7 +8,7 @@ import time
 import attacks
 import pytest
 
-from aspo_jax.rewards import RewardError, Rules, Scorer, Submission, choose_sandbox
+from aspo_jax.rewards import RewardError, Rules, Scorer, Submission
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="sandboxes are for Linux")
 TEST_S = 2.0
@@ -21,10 +21,10 @@ def scorer(request):
         pytest.skip("bubblewrap is not installed: apt-get install bubblewrap")
     rules = Rules(sandbox=request.param, test_timeout_s=TEST_S, program_timeout_s=2 * TEST_S)
     try:
-        rules, _ = choose_sandbox(rules)
+        scorer = Scorer(1, rules, kinds=("code",))
     except RewardError as error:
         pytest.skip(f"this machine does not offer the tier: {error}")
-    with Scorer(1, rules, kinds=("code",)) as scorer:
+    with scorer:
         yield scorer
 
 

@@ -13,8 +13,6 @@ from aspo_jax.rewards import (
     Scorer,
     Submission,
     Verdict,
-    build_scorer,
-    choose_sandbox,
 )
 from aspo_jax.rewards.custom import load_function
 
@@ -52,7 +50,7 @@ def module(tmp_path, monkeypatch):
 
 
 def test_numbers_from_one_on_are_right(module):
-    with build_scorer(1, Rules(function="my_rewards:constant"), ("custom",)) as scorer:
+    with Scorer(1, Rules(function="my_rewards:constant"), ("custom",)) as scorer:
         answers = [-1.0, 0, 0.05, 0.999, 1, 1.5]
         verdicts = scorer.score([say("", answer=answer) for answer in answers])
     assert [v.reward for v in verdicts] == answers
@@ -64,7 +62,7 @@ def say(text, kind="custom", answer: object = 2):
 
 
 def test_a_function_sees_prompt_completion_and_answer(module):
-    with build_scorer(1, Rules(function="my_rewards:length"), ("custom",)) as scorer:
+    with Scorer(1, Rules(function="my_rewards:length"), ("custom",)) as scorer:
         assert scorer.score([say("four")]) == [Verdict(243.0, "match")]
 
 
@@ -122,14 +120,17 @@ def test_a_module_that_fails_is_named(tmp_path, monkeypatch):
 
 
 def test_a_kind_that_was_not_opened_is_refused_with_the_remedy():
-    with Scorer(1, 30.0) as scorer, pytest.raises(ValueError, match="without the grader 'math'"):
+    with (
+        Scorer(1, Rules(30.0)) as scorer,
+        pytest.raises(ValueError, match="without the grader 'math'"),
+    ):
         scorer.score([say("1", "math")])
 
 
 def test_a_sandbox_that_does_not_hold_is_refused(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(RewardError, match="bwrap is not installed.*Reward.sandbox = 'rlimits'"):
-        choose_sandbox(Rules(sandbox="namespaces"))
+        Scorer(1, Rules(sandbox="namespaces"), ("code",))
 
 
 # --- in the background ---------------------------------------------------------------------------
@@ -140,7 +141,7 @@ def exact(text, answer="right"):
 
 
 def test_results_come_by_number_whatever_the_order():
-    with Scorer(2, 30.0) as scorer:
+    with Scorer(2, Rules(30.0)) as scorer:
         for _ in range(2):
             with scorer.begin() as grading:
                 for number in (3, 0, 2, 1):
@@ -184,7 +185,7 @@ def test_a_worker_that_cannot_start_is_told_to_who_waits():
 
 
 def test_numbers_are_used_once_and_kinds_checked_at_once():
-    with Scorer(1, 30.0) as scorer, scorer.begin() as grading:
+    with Scorer(1, Rules(30.0)) as scorer, scorer.begin() as grading:
         grading.submit(0, exact("a"))
         with pytest.raises(ValueError, match="submission 0 is there already"):
             grading.submit(0, exact("b"))
@@ -194,13 +195,13 @@ def test_numbers_are_used_once_and_kinds_checked_at_once():
 
 
 def test_no_round_is_an_empty_round():
-    with Scorer(1, 30.0) as scorer, scorer.begin() as grading:
+    with Scorer(1, Rules(30.0)) as scorer, scorer.begin() as grading:
         assert grading.results() == []
 
 
 def test_descriptors_are_given_back():
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
-        with Scorer(2, 30.0) as scorer:
+        with Scorer(2, Rules(30.0)) as scorer:
             scorer.score([exact("right")] * 4)
     assert len(os.listdir("/proc/self/fd")) <= before

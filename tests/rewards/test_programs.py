@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from aspo_jax.rewards import RewardError, Rules, Scorer, Submission, Verdict, choose_sandbox
+from aspo_jax.rewards import RewardError, Rules, Scorer, Submission, Verdict
 from aspo_jax.rewards.code.code_tests import BadTests, CallTest, CheckTest, StdioTest, read_tests
 from aspo_jax.rewards.code.equality import plain
 from aspo_jax.rewards.code.programs import assemble, draw_tests, last_program
@@ -165,11 +165,12 @@ def scorer(request):
         pytest.skip("bubblewrap is not installed: apt-get install bubblewrap")
     rules = Rules(sandbox=request.param, test_timeout_s=5.0, program_timeout_s=20.0)
     try:
-        rules, report = choose_sandbox(rules)
+        scorer = Scorer(1, rules, kinds=("code",))
     except RewardError as error:
         pytest.skip(f"this machine does not offer the tier: {error}")
-    assert report.startswith(request.param) and "\n" not in report
-    with Scorer(1, rules, kinds=("code",)) as scorer:
+    with scorer:
+        assert scorer.sandbox is not None
+        assert scorer.sandbox.startswith(request.param) and "\n" not in scorer.sandbox
         yield scorer
 
 

@@ -14,6 +14,7 @@ An assert is split into a call and a literal where that is possible; the rest is
 from __future__ import annotations
 
 import ast
+import builtins
 import contextlib
 import json
 from collections.abc import Sequence
@@ -80,6 +81,18 @@ def _parse(source: Any, field: str) -> ast.Module:
         return ast.parse(_expect(source, str, field))
     except (SyntaxError, ValueError, MemoryError) as error:
         raise BadTests(f"{field} is not Python ({error}): {_short(source)}") from error
+
+
+def find_problem(answer: Any) -> str | None:
+    """What is wrong with the tests of a problem; None if they can be used."""
+    try:
+        read_tests(answer)
+    except BadTests as error:
+        return (
+            f"found tests that cannot be used ({error}), expected one of the forms that "
+            "docs/rewards.md lists"
+        )
+    return None
 
 
 def read_tests(answer: Any) -> list[Test]:
@@ -228,9 +241,11 @@ def _check(answer: dict[str, Any]) -> list[Test]:
     checks = [node for node in functions if node.name == "check" and node.args.args]
     if not checks:
         raise BadTests("test has no function 'check(candidate)'")
-    parameter = checks[0].args.args[0].arg
+    for node in ast.walk(checks[0]):
+        if isinstance(node, ast.Name) and node.id == checks[0].args.args[0].arg:
+            node.id = entry_point
     steps = [node for node in checks[0].body if not _is_remark(node)]
-    split = [_split([node], {parameter: entry_point}) for node in steps]
+    split = [_split([node]) for node in steps]
     if steps and None not in split:
         return [test for test in split if test is not None]
     head = whole_prompt(read_prompt(answer))
@@ -259,15 +274,14 @@ def whole_prompt(prompt: str) -> str:
 
 def _is_remark(node: ast.stmt) -> bool:
     """A docstring, ``pass``, or an assert of a constant: nothing is tested."""
-    return (
-        (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
-        or isinstance(node, ast.Pass)
-        or (isinstance(node, ast.Assert) and isinstance(node.test, ast.Constant))
-    )
+    match node:
+        case ast.Pass() | ast.Expr(ast.Constant()) | ast.Assert(ast.Constant()):
+            return True
+    return False
 
 
 def _assertion(body: list[ast.stmt], setup: str) -> Test:
-    test = None if setup.strip() else _split(body, {})
+    test = None if setup.strip() else _split(body)
     if test is not None:
         return test
     source = f"{setup}\n" + "\n".join(ast.unparse(node) for node in body)
@@ -276,47 +290,27 @@ def _assertion(body: list[ast.stmt], setup: str) -> Test:
 
 def _free_functions(source: str) -> list[str]:
     """Names that the code calls and does not define: those it expects of the program."""
-    tree = ast.parse(source)
-    called = {
-        node.func.id
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-    }
-    stored = {
-        node.id
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
-    }
-    defined = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
-    builtin = set(dir(__builtins__)) if not isinstance(__builtins__, dict) else set(__builtins__)
-    return sorted(called - stored - defined - builtin)
+    nodes = list(ast.walk(ast.parse(source)))
+    called = {n.func.id for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+    stored = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    defined = {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    return sorted(called - stored - defined - set(dir(builtins)))
 
 
-def _split(body: Sequence[ast.stmt], rename: dict[str, str]) -> CallTest | None:
+def _split(body: Sequence[ast.stmt]) -> CallTest | None:
     """``assert call == literal`` and its like as a call and a value; None for other code."""
-    if len(body) != 1 or not isinstance(body[0], ast.Assert):
-        return None
-    test = body[0].test
-    if isinstance(test, ast.Constant):  # assert True
-        return None
-    if isinstance(test, ast.Compare) and len(test.ops) == 1:
-        if not isinstance(test.ops[0], ast.Eq | ast.Is):
-            return None
-        sides = (test.left, test.comparators[0])
-        for call, literal in (sides, sides[::-1]):
-            with_value = _literal(literal)
-            if with_value is not None and _has_call(call):
-                return CallTest({"expression": _source(call, rename)}, with_value)
-        return None
-    is_negated = isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not)
-    call = test.operand if isinstance(test, ast.UnaryOp) and is_negated else test
-    if isinstance(call, ast.Call):  # only the truth of its value is asked for
-        return CallTest({"expression": f"not not {_source(call, rename)}"}, plain(not is_negated))
+    match body:
+        case [ast.Assert(ast.Compare(left, [ast.Eq() | ast.Is()], [right]))]:
+            for call, literal in ((left, right), (right, left)):
+                value = _literal(literal)
+                if value is not None and any(isinstance(n, ast.Call) for n in ast.walk(call)):
+                    return CallTest({"expression": ast.unparse(call)}, value)
+        # Else only the truth of its value is asked for.
+        case [ast.Assert(ast.Call() as call)]:
+            return CallTest({"expression": f"not not {ast.unparse(call)}"}, plain(True))
+        case [ast.Assert(ast.UnaryOp(ast.Not(), ast.Call() as call))]:
+            return CallTest({"expression": f"not not {ast.unparse(call)}"}, plain(False))
     return None
-
-
-def _has_call(node: ast.expr) -> bool:
-    return any(isinstance(inner, ast.Call) for inner in ast.walk(node))
 
 
 _MAKERS = {"set": set, "frozenset": frozenset, "tuple": tuple, "list": list, "dict": dict}
@@ -331,22 +325,9 @@ def _literal(node: ast.expr) -> Plain | None:
 
 
 def _value(node: ast.expr) -> Any:
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
-        maker, parts = node.func.id, [_value(argument) for argument in node.args]
-        if maker in _MAKERS and len(parts) <= 1:
-            return _MAKERS[maker](*parts)
-        if maker == "float" and len(parts) == 1:
-            return float(parts[0])
+    match node:
+        case ast.Call(ast.Name("float"), [argument], []):
+            return float(_value(argument))
+        case ast.Call(ast.Name(maker), parts, []) if maker in _MAKERS and len(parts) <= 1:
+            return _MAKERS[maker](*map(_value, parts))
     return ast.literal_eval(node)
-
-
-class _Renamed(ast.NodeTransformer):
-    def __init__(self, names: dict[str, str]):
-        self._names = names
-
-    def visit_Name(self, node: ast.Name) -> ast.Name:
-        return ast.Name(self._names.get(node.id, node.id), node.ctx)
-
-
-def _source(node: ast.expr, rename: dict[str, str]) -> str:
-    return ast.unparse(_Renamed(rename).visit(node))

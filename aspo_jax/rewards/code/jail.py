@@ -121,10 +121,7 @@ def restrict_files(readable: list[str], writable: str | None) -> None:
         raise OSError(errno.ENOSYS, "this kernel has no Landlock")
     handled = _handled(version)
     attributes = struct.pack(
-        "=QQQ",
-        handled,
-        _NET_ALL if version >= 4 else 0,
-        _SCOPE_ALL if version >= 6 else 0,
+        "=QQQ", handled, _NET_ALL if version >= 4 else 0, _SCOPE_ALL if version >= 6 else 0
     )
     size = 24 if version >= 6 else 16 if version >= 4 else 8
     ruleset = _libc.syscall(_CREATE_RULESET, attributes, ctypes.c_size_t(size), 0)

@@ -13,7 +13,7 @@ import random
 import re
 import time
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from aspo_jax.rewards.answers import conclusion
 from aspo_jax.rewards.code.code_tests import (
@@ -26,8 +26,8 @@ from aspo_jax.rewards.code.code_tests import (
     whole_prompt,
 )
 from aspo_jax.rewards.code.equality import read_value, same_output, same_value
-from aspo_jax.rewards.code.sandbox import Limits, Outcome, Sandbox
-from aspo_jax.rewards.verdict import Reason, Submission, Verdict
+from aspo_jax.rewards.code.sandbox import Limits, Sandbox
+from aspo_jax.rewards.verdict import BAD_GOLD, Reason, Rules, Submission, Verdict
 
 _OPENING = re.compile(r"([ \t]*)```[ \t]*([\w+#-]*)[^`]*")
 _PYTHON = frozenset({"", "python", "python3", "py", "py3"})
@@ -86,27 +86,11 @@ def assemble(answer: Any, program: str) -> Program:
 
 def _is_body(program: str) -> bool:
     """Whether it begins within a function, to which the prompt has the head."""
-    for line in program.splitlines():
-        if line.strip() and not line.lstrip().startswith("#"):
-            return line[0] in " \t"
-    return False
+    lines = (line for line in program.splitlines() if line.partition("#")[0].strip())
+    return next(lines, "").startswith((" ", "\t"))
 
 
 # --- grading --------------------------------------------------------------------------------------
-
-
-class ProgramRules(NamedTuple):
-    """How programs are tested.
-
-    limits: of each test.
-    total_s: seconds for all tests of a program.
-    max_tests: tests drawn per program, by the seed and the submission's identity; 0 = all.
-    """
-
-    limits: Limits = Limits()
-    total_s: float = 60.0
-    max_tests: int = 0
-    seed: int = 0
 
 
 def draw_tests(tests: Sequence[Test], count: int, identity: str) -> list[Test]:
@@ -117,7 +101,7 @@ def draw_tests(tests: Sequence[Test], count: int, identity: str) -> list[Test]:
     return [tests[i] for i in sorted(drawn)]
 
 
-def grade(submission: Submission, box: Sandbox, rules: ProgramRules) -> Verdict:
+def grade(submission: Submission, box: Sandbox, rules: Rules) -> Verdict:
     """1 if the program passes its tests, else 0 with the reason of the first that it fails.
 
     Raises:
@@ -126,17 +110,17 @@ def grade(submission: Submission, box: Sandbox, rules: ProgramRules) -> Verdict:
     try:
         tests = read_tests(submission.answer)
     except BadTests:
-        return Verdict(0.0, "bad_gold", is_valid=False)
+        return BAD_GOLD
     program = last_program(submission.text)
     if program is None:
         return Verdict(0.0, "no_answer" if submission.is_finished else "truncated")
     assembled = assemble(submission.answer, program)
-    deadline = time.monotonic() + rules.total_s
+    deadline = time.monotonic() + rules.program_timeout_s
     for test in draw_tests(tests, rules.max_tests, f"{rules.seed} {submission.identity}"):
-        left = min(rules.limits.seconds, deadline - time.monotonic())
+        left = min(rules.test_timeout_s, deadline - time.monotonic())
         if left <= 0:
             return Verdict(0.0, "timeout")
-        reason = _run(test, assembled, box, rules.limits._replace(seconds=left))
+        reason = _run(test, assembled, box, Limits(left, rules.test_memory_mib))
         if reason != "match":
             return Verdict(0.0, reason)
     return Verdict(1.0, "match")
@@ -149,20 +133,19 @@ def _run(test: Test, program: Program, box: Sandbox, limits: Limits) -> Reason:
         return _run_call(test, program, box, limits)
     check = {"mode": "check", "source": test.source, "names": test.names}
     ending = box.check({"mode": "calls"} | program._asdict(), check, limits)
-    reasons: dict[str, Reason] = {"passed": "match", "failed": "mismatch"}
-    return reasons.get(ending) or _named(ending)
-
-
-def _named(ending: str) -> Literal["timeout", "exhausted", "error"]:
-    return "timeout" if ending == "timeout" else "exhausted" if ending == "exhausted" else "error"
+    if ending == "passed":
+        return "match"
+    return "mismatch" if ending == "failed" else ending
 
 
 def _run_stdio(test: StdioTest, program: Program, box: Sandbox, limits: Limits) -> Reason:
     room = limits.output_kib + 2 * len(test.output) // 1024
     orders = {"mode": "script", "source": program.source}
     outcome = box.run(orders, test.input.encode(), limits._replace(output_kib=room))
-    if (fault := _fault(outcome)) is not None:
-        return fault
+    if outcome.ending != "exit":
+        return outcome.ending
+    if outcome.status != 0:
+        return "error"
     printed = outcome.output.decode("utf-8", "replace")
     return "match" if same_output(test.output, printed) else "mismatch"
 
@@ -172,15 +155,9 @@ def _run_call(test: CallTest, program: Program, box: Sandbox, limits: Limits) ->
     orders = {"mode": "calls", "head": head, "source": program.source}
     outcome = box.run(orders, json.dumps(test.order).encode() + b"\n", limits)
     if outcome.ending != "exit":
-        return _named(outcome.ending)
+        return outcome.ending
     try:  # the status says nothing: only a value counts
         value = read_value(outcome.output)
     except ValueError:
         return "error"
     return "match" if same_value(test.expected, value, test.is_json) else "mismatch"
-
-
-def _fault(outcome: Outcome) -> Reason | None:
-    if outcome.ending != "exit":
-        return _named(outcome.ending)
-    return None if outcome.status == 0 else "error"

@@ -30,11 +30,6 @@ import values  # noqa: E402  # pyright: ignore[reportMissingImports]
 sys.path.pop(0)
 
 
-def _read_orders(descriptor: int) -> dict[str, Any]:
-    with open(descriptor, "rb", closefd=False) as file:
-        return json.load(file)
-
-
 def _lock(orders: dict[str, Any]) -> None:
     """From here on this process can do no harm. A lock that does not hold ends it."""
     if not orders["is_namespaced"]:
@@ -73,12 +68,6 @@ def _compile(source: str) -> Any:
         rest = iter([line.encode() + b"\n" for line in lines] + [b""])
         tokenize.detect_encoding(rest.__next__)
     return compile(source, "program.py", "exec")
-
-
-def _run_script(source: str) -> None:
-    namespace = _module("__main__")
-    sys.argv = ["program.py"]
-    exec(_compile(source), namespace)
 
 
 def _claim_pipes() -> tuple[Any, Callable[[str], None]]:
@@ -148,15 +137,15 @@ def _run_check(source: str, names: list[str]) -> None:
 
 def main() -> None:
     descriptor = int(sys.argv[1])
-    orders = _read_orders(descriptor)
+    with open(descriptor, "rb", closefd=False) as file:
+        orders = json.load(file)
     _lock(orders)
-    os.ftruncate(
-        descriptor, 0
-    )  # the sign that all locks hold: from here on faults are the program's
+    os.ftruncate(descriptor, 0)  # all locks hold: from here on faults are the program's
     os.close(descriptor)
     _give_exit()
     if orders["mode"] == "script":
-        _run_script(orders["source"])
+        sys.argv = ["program.py"]
+        exec(_compile(orders["source"]), _module("__main__"))
     elif orders["mode"] == "calls":
         _run_calls(orders["head"], orders["source"])
     else:

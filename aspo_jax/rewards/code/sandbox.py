@@ -21,12 +21,10 @@ import errno
 import json
 import os
 import platform
-import secrets
 import select
 import shutil
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import tempfile
@@ -36,9 +34,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from aspo_jax.rewards.code import jail
-from aspo_jax.rewards.verdict import RewardError
+from aspo_jax.rewards.verdict import RewardError, Tier
 
-Tier = Literal["namespaces", "landlock", "rlimits"]
 TIERS: tuple[Tier, ...] = get_args(Tier)
 
 _HERE = Path(__file__).resolve().parent
@@ -48,9 +45,13 @@ _FIRST_UID = 61184  # a range that no account uses (systemd's for services witho
 _UIDS = 4096
 _TICK_S = 0.05  # how often memory and disk of a running program are looked at
 _SWEEP_S = 2.0
-_REMOVE_S = 0.2  # then a process of its own goes on: no program's time pays for its files
-_REMOVERS = 4  # at once, and how long each tries
-_REMOVER_S = 60.0
+_REMOVERS = 4  # at once, and how many seconds each tries
+_REMOVER_S = "60"
+# However deep; a folder without rights is given some first, a link is not followed.
+_REMOVE = """
+rm -rf -- "$0" 2>/dev/null || { [ -L "$0" ] || chmod -R u+rwx -- "$0"; rm -rf -- "$0"; } ||
+    echo "cannot delete $0, the files of a graded program" >&2
+"""
 _MIB = 2**20
 _HUGE = 2**40
 
@@ -203,101 +204,42 @@ def _unlinked(pids: Iterable[int], device: int) -> int:
     return sum(sizes.values())
 
 
-def remove(folder: str, seconds: float) -> bool:
-    """Delete a folder, however deep: folders inside are emptied into it first.
-
-    Returns False where that took longer, or failed; trying again goes on from there.
-    """
-    until = time.monotonic() + seconds
-    try:
-        if not stat.S_ISDIR(os.lstat(folder).st_mode):  # a program put a link in its place
-            os.unlink(folder)
-            return True
-        os.chmod(folder, 0o700)
-        while subfolders := _unlink_files(folder, until):
-            for subfolder in subfolders:
-                _move_up(subfolder, folder, until)
-                os.rmdir(subfolder)
-        os.rmdir(folder)
-    except FileNotFoundError:
-        return not os.path.lexists(folder)
-    except OSError:
-        return False
-    return True
-
-
-def _entries(folder: str, until: float) -> Iterator[tuple[str, bool]]:
-    """(path, whether it is a folder) of what is in it; such folders may be read and moved then."""
-    with os.scandir(folder) as entries:
-        listed = [(entry.path, entry.is_dir(follow_symlinks=False)) for entry in entries]
-    for path, is_folder in listed:
-        if time.monotonic() > until:
-            raise TimeoutError
-        if is_folder:
-            os.chmod(path, 0o700)
-        yield path, is_folder
-
-
-def _unlink_files(folder: str, until: float) -> list[str]:
-    """Delete what is no folder; returns the folders."""
-    subfolders = []
-    for path, is_folder in _entries(folder, until):
-        if is_folder:
-            subfolders.append(path)
-        else:
-            os.unlink(path)
-    return subfolders
-
-
-def _move_up(subfolder: str, folder: str, until: float) -> None:
-    """Under names that nobody can have foreseen, for a name may be taken."""
-    for path, _ in _entries(subfolder, until):
-        os.rename(path, f"{folder}/{secrets.token_hex(16)}")
-
-
 _removers: list[subprocess.Popen] = []
 
 
-def _remove_later(folder: str) -> None:
-    """Leave it to a process that also outlives this one."""
+def remove(folder: str) -> None:
+    """Have a folder deleted by a process that also outlives this one: no program's time pays."""
     _removers[:] = [remover for remover in _removers if remover.poll() is None]
     if len(_removers) == _REMOVERS:
         _removers.pop(0).wait()
-    command = [sys.executable, "-P", "-m", "aspo_jax.rewards.code.sandbox", "--remove", folder]
-    _removers.append(
-        subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-    )
+    command = ["timeout", _REMOVER_S, "sh", "-c", _REMOVE, folder]
+    null = subprocess.DEVNULL
+    _removers.append(subprocess.Popen(command, stdin=null, stdout=null, start_new_session=True))
 
 
 @contextlib.contextmanager
 def _scratch(uid: int | None) -> Iterator[str]:
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK | os.X_OK) else None
     folder = tempfile.mkdtemp(prefix="aspo_jax_", dir=memory)
-    is_gone = False
     try:
         if uid is not None:
             os.chown(folder, uid, uid)
             os.chmod(folder, 0o711)  # bubblewrap enters it as a root without capabilities
         yield folder
-        is_gone = remove(folder, _REMOVE_S)
     finally:
-        if not is_gone:
-            _remove_later(folder)
+        try:
+            os.rmdir(folder)
+        except OSError:  # there are files in it, or a link in its place
+            remove(folder)
 
 
-def _memory_file(content: bytes = b"") -> int:
+@contextlib.contextmanager
+def _memory_file(content: bytes = b"") -> Iterator[int]:
     """A descriptor: what is in it never blocks a writer and ends with its last user."""
-    descriptor = os.memfd_create("aspo_jax")
-    view = memoryview(content)
-    while view:
-        view = view[os.write(descriptor, view) :]
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    return descriptor
+    with os.fdopen(os.memfd_create("aspo_jax"), "w+b") as file:
+        file.write(content)
+        file.seek(0)
+        yield file.fileno()
 
 
 # --- the interpreter ------------------------------------------------------------------------------
@@ -355,19 +297,22 @@ class Sandbox:
         Raises:
             SandboxError: the sandbox itself failed, which says nothing about the program.
         """
-        output = _memory_file()
         tree = _Tree()
-        with contextlib.ExitStack() as stack:
-            stack.callback(os.close, output)
-            source = stack.enter_context(_descriptor(stdin))
-            folder = stack.enter_context(_scratch(self._uid))
-            letter = stack.enter_context(self._letter(orders, limits))
+        with (
+            _memory_file() as output,
+            _memory_file(stdin) as source,
+            _scratch(self._uid) as folder,
+            _memory_file(self._letter(orders, limits)) as letter,
+        ):
             process = self._start(letter, folder, source, output, subprocess.DEVNULL)
             ending = self._watch(tree, [process], [folder], limits)
             _check_read(letter, process.returncode)
             if ending == "exit" and os.fstat(output).st_size > limits.output_kib * 1024:
                 ending = "exhausted"
-            return Outcome(ending, self._status(process), _content(output, limits.output_kib))
+            status = process.returncode
+            if self.tier == "namespaces" and status > 128:
+                status = 128 - status
+            return Outcome(ending, status, _content(output, limits.output_kib))
 
     def check(
         self, program: dict[str, Any], test: dict[str, Any], limits: Limits
@@ -377,16 +322,15 @@ class Sandbox:
         Raises:
             SandboxError: as `run`.
         """
-        verdict = _memory_file()
         tree = _Tree()
         with contextlib.ExitStack() as stack:
-            stack.callback(os.close, verdict)
-            calls, values = os.pipe(), os.pipe()
+            contents = (b"", self._letter(test, limits), self._letter(program, limits))
+            verdict, *letters = (stack.enter_context(_memory_file(c)) for c in contents)
+            folders = [stack.enter_context(_scratch(self._uid)) for _ in range(2)]
             with contextlib.ExitStack() as ours:
+                calls, values = os.pipe(), os.pipe()
                 for end in (*calls, *values):
                     ours.callback(os.close, end)
-                folders = [stack.enter_context(_scratch(self._uid)) for _ in range(2)]
-                letters = [stack.enter_context(self._letter(o, limits)) for o in (test, program)]
                 tester = self._start(letters[0], folders[0], values[0], calls[1], verdict)
                 tested = self._start(
                     letters[1], folders[1], calls[0], values[1], subprocess.DEVNULL
@@ -401,21 +345,12 @@ class Sandbox:
 
     # --- inside ---------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def _letter(self, orders: dict[str, Any], limits: Limits) -> Iterator[int]:
-        """A file with a process's orders, which empties it once it has locked itself in."""
-        text = json.dumps(orders | self._locks(limits)).encode("ascii")
-        with _descriptor(text) as letter:
-            yield letter
-
     def _start(
         self, letter: int, folder: str, stdin: int, stdout: int, stderr: int
     ) -> subprocess.Popen:
-        command = [self.interpreter, *_FLAGS]
+        command = [self.interpreter, *_FLAGS, f"{_HERE}/runner.py"]
         if self.tier == "namespaces":
-            command = [*self._bubble(folder), *command, "/jail/runner.py"]
-        else:
-            command = [*command, str(_HERE / "runner.py")]
+            command = [*self._bubble(folder), *command[:-1], "/jail/runner.py"]
         try:
             return subprocess.Popen(
                 [*command, str(letter)],
@@ -430,13 +365,14 @@ class Sandbox:
         except OSError as error:
             raise SandboxError(f"cannot start {command[0]}: {error}") from error
 
-    def _locks(self, limits: Limits) -> dict[str, Any]:
+    def _letter(self, orders: dict[str, Any], limits: Limits) -> bytes:
+        """A process's orders and locks, in a file that it empties once it has locked itself in."""
         processes = limits.processes
         if self._uid is None:  # the limit counts all processes of this user
             processes += _tasks_of_user()
         prefix = _prefix(self.interpreter)
         readable = sorted({"/usr", "/lib", "/lib64", "/etc/ld.so.cache", prefix})
-        return {
+        locks = {
             "is_namespaced": self.tier == "namespaces",
             "is_filtered": self._is_filtered,
             "parent": os.getpid(),
@@ -449,6 +385,7 @@ class Sandbox:
                 "processes": processes,
             },
         }
+        return json.dumps(orders | locks).encode("ascii")
 
     def _bubble(self, folder: str) -> list[str]:
         """bubblewrap's command. Root keeps its user for `jail.drop_privileges` to change."""
@@ -488,9 +425,9 @@ class Sandbox:
         """Wait for the first process, or until a limit is reached; then kill all of them."""
         deadline = time.monotonic() + limits.seconds
         try:
-            with _pidfd(started[0].pid) as descriptor:
+            with open(os.pidfd_open(started[0].pid), "rb", buffering=0) as first:
                 poll = select.poll()
-                poll.register(descriptor, select.POLLIN)
+                poll.register(first, select.POLLIN)
                 while (left := deadline - time.monotonic()) > 0:
                     if poll.poll(1000 * min(left, _TICK_S)):
                         return "exit"
@@ -499,10 +436,6 @@ class Sandbox:
             return "timeout"
         finally:
             tree.kill(started)
-
-    def _status(self, process: subprocess.Popen) -> int:
-        status = process.returncode
-        return 128 - status if self.tier == "namespaces" and status > 128 else status
 
 
 def _exceeds(tree: _Tree, folders: Sequence[str], limits: Limits, deadline: float) -> bool:
@@ -515,24 +448,6 @@ def _exceeds(tree: _Tree, folders: Sequence[str], limits: Limits, deadline: floa
         or any(_usage(folder, most, deadline) > most for folder in folders)
         or _unlinked(members, device) > most
     )
-
-
-@contextlib.contextmanager
-def _pidfd(pid: int) -> Iterator[int]:
-    descriptor = os.pidfd_open(pid)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _descriptor(content: bytes) -> Iterator[int]:
-    descriptor = _memory_file(content)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def _check_read(letter: int, status: int) -> None:
@@ -561,8 +476,6 @@ import json, os, socket, subprocess, sys
 secret, outside, port, parent = json.loads(sys.stdin.read())
 def read():
     return open(secret).read()
-def look():
-    return [open(f"/proc/{p}/environ", "rb").read() for p in (1, parent)] if parent else None
 def write():
     return open(outside, "w")
 def connect():
@@ -647,28 +560,15 @@ def open_sandbox(wanted: Literal["auto"] | Tier) -> tuple[Sandbox, str]:
     )
 
 
-def _remove_for_good(folder: str) -> int:
-    end = time.monotonic() + _REMOVER_S
-    while not remove(folder, end - time.monotonic()):
-        if time.monotonic() > end:
-            print(f"cannot delete {folder}, the files of a graded program", file=sys.stderr)
-            return 1
-        time.sleep(0.1)
-    return 0
-
-
 def main(arguments: Sequence[str]) -> int:
     """``python -m aspo_jax.rewards.code.sandbox [TIER]``: what the tiers withstand on this machine.
 
     With a tier (or ``auto``) the answer is one line of JSON, ``[tier, report]`` or ``[null, why]``.
-    ``--remove FOLDER`` deletes the working folder of a program.
     """
     if not arguments:
         for tier in TIERS:
             print(try_tier(tier)[1])
         return 0
-    if arguments[0] == "--remove":
-        return _remove_for_good(arguments[1])
     try:
         box, line = open_sandbox(arguments[0])  # pyright: ignore[reportArgumentType]
         print(json.dumps([box.tier, line]))

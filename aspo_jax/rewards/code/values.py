@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from typing import Any
 
 _PLAIN = (type(None), bool, float, str)
-_COLLECTIONS: dict[str, Callable[[list], Any]] = {
-    "list": list,
-    "tuple": tuple,
-    "set": set,
-    "frozenset": frozenset,
+_COLLECTIONS = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
+_MAKERS: dict[str, Callable[[Any], Any]] = _COLLECTIONS | {
+    "dict": dict,
+    "int": lambda content: int(content, 16),
+    "range": lambda content: range(*content),
+    "complex": lambda content: complex(*content),
+    "bytes": bytes.fromhex,
 }
 
 
@@ -36,7 +38,7 @@ def tag(value: Any) -> Any:
         return value
     if kind is int:  # a long one as hexadecimal: Python refuses to write more than 4300 digits
         return value if value.bit_length() <= 64 else {"int": hex(value)}
-    if kind.__name__ in _COLLECTIONS and _COLLECTIONS[kind.__name__] is kind:
+    if _COLLECTIONS.get(kind.__name__) is kind:
         return {kind.__name__: [tag(item) for item in value]}
     if dict in kind.__mro__:
         return {"dict": [[tag(k), tag(v)] for k, v in dict.items(value)]}
@@ -50,22 +52,14 @@ def tag(value: Any) -> Any:
 
 
 def _untag(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_untag(item) for item in value]
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
-    if kind in _COLLECTIONS:
-        return _COLLECTIONS[kind]([_untag(item) for item in content])
-    if kind == "dict":
-        return {_untag(k): _untag(v) for k, v in content}
-    if kind == "int":
-        return int(content, 16)
-    if kind == "range":
-        return range(*map(_untag, content))
-    if kind == "complex":
-        return complex(*content)
-    if kind == "bytes":
-        return bytes.fromhex(content)
-    raise ValueError(f"unknown kind of value {kind!r}")
+    if kind not in _MAKERS:
+        raise ValueError(f"unknown kind of value {kind!r}")
+    return _MAKERS[kind](_untag(content))
 
 
 def encode(value: Any) -> str:

@@ -12,7 +12,6 @@ import os
 import select
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from typing import Literal
@@ -36,7 +35,8 @@ def in_child(
         _serve(function, outgoing, parent, limit_s)
     os.close(outgoing)
     try:
-        reply = _wait(incoming, limit_s)
+        is_answered = select.select([incoming], [], [], limit_s)[0]
+        reply = os.read(incoming, 64) if is_answered else None  # nothing if it ended without one
     finally:
         os.kill(child, signal.SIGKILL)  # a zombie at worst: nobody has waited for it yet
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -63,17 +63,3 @@ def _serve(function: Callable[[], bool], outgoing: int, parent: int, limit_s: fl
     finally:
         sys.stderr.flush()
         os._exit(status)
-
-
-def _wait(incoming: int, limit_s: float) -> bytes | None:
-    """What the child wrote before it closed its end; None at the time limit."""
-    deadline, reply = time.monotonic() + limit_s, b""
-    poll = select.poll()
-    poll.register(incoming, select.POLLIN | select.POLLHUP)
-    while (left := deadline - time.monotonic()) > 0:
-        if poll.poll(1000 * left):
-            data = os.read(incoming, 64)
-            if not data:
-                return reply
-            reply += data
-    return None

@@ -7,11 +7,17 @@ linear in the text and know no sympy: most answers of a training batch are decid
 
 from __future__ import annotations
 
+import ast
+import itertools
+import math
+import operator
 import re
 import unicodedata
+from collections.abc import Callable
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+_STOPS = " .,;:\\"  # at the end of an answer, whose other white space has become blanks
 _INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]")
 _CHARACTERS = {
     "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "×": r"\times ", "⋅": r"\cdot ",
@@ -46,8 +52,11 @@ _ROWS = re.compile(
     r"(?:\{[lcr|]*\})?(.*)\\end\{\1\*?\}\.?",
     re.DOTALL,
 )
+_MARKS = re.compile(r"\\[$()\[\]]|[$£€]")
 _CLOSER = re.compile(r"\s?(?<!\\)\\!\s?")
 _ROW_GAP = re.compile(r"\\\\\[[^\[\]]{0,12}\]")
+_GREEK = r"\\(?:pi|alpha|beta|gamma|theta|phi|omega|lambda|mu)(?![a-zA-Z])"
+_TOKEN_ARGUMENT = rf"([0-9a-zA-Z]|{_GREEK})"
 _SYNONYMS = (  # pattern, replacement: one command for several
     (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
     (re.compile(r"\\[dt]binom(?![a-zA-Z])"), r"\\binom"),
@@ -68,11 +77,9 @@ _SYNONYMS = (  # pattern, replacement: one command for several
     (re.compile(r"\\(max|min|gcd)\s?\\\{([^{}]*)\\\}"), r"\\\1(\2)"),
     (re.compile(r"(?<![0-9a-zA-Z])([0-9]+|[a-zA-Z])!\^"), r"(\1!)^"),
     (re.compile(r"\\pmod\s?(\w)"), r"\\pmod{\1}"),
+    (re.compile(rf"\\(frac|binom)\s?{_TOKEN_ARGUMENT}\s?(?=[0-9a-zA-Z{{\\])"), r"\\\1{\2}"),
+    (re.compile(rf"(\\(?:frac|binom)\{{[^{{}}]*\}})\s?{_TOKEN_ARGUMENT}"), r"\1{\2}"),
 )
-_GREEK = r"\\(?:pi|alpha|beta|gamma|theta|phi|omega|lambda|mu)(?![a-zA-Z])"
-_TOKEN_ARGUMENT = rf"([0-9a-zA-Z]|{_GREEK})"
-_SHORT_FRACTION = re.compile(rf"\\(frac|binom)\s?{_TOKEN_ARGUMENT}\s?(?=[0-9a-zA-Z{{\\])")
-_SHORT_DENOMINATOR = re.compile(rf"(\\(?:frac|binom)\{{[^{{}}]*\}})\s?{_TOKEN_ARGUMENT}")
 _SHORT_ROOT = re.compile(r"\\sqrt\s?(\[[^\[\]{}]{0,20}\])?\s?([0-9a-zA-Z])")
 _UNIT_NAMES = (
     r"cm|mm|km|kg|mg|ml|mi|ft|in|inch(?:es)?|feet|foot|yards?|miles?|meters?|metres?|centimeters?|"
@@ -116,22 +123,14 @@ def clean(text: str) -> str:
     text = unicodedata.normalize("NFKC", _INVISIBLE.sub("", text.translate(_TRANSLATED)))
     text = re.sub(r"\s+", " ", text.translate(_TRANSLATED))
     text = _CLOSER.sub("", _ROW_GAP.sub(r"\\\\", text))
-    text = text.replace(r"\$", "").replace("$", "").replace(r"\%", "%").replace("£", "")
-    text = text.replace("€", "").replace("{:}", ":").replace(r"\(", "").replace(r"\)", "")
-    text = text.replace(r"\[", "").replace(r"\]", "")
+    text = _MARKS.sub("", text).replace(r"\%", "%").replace("{:}", ":")
     text = re.sub(r"(?<!\\)\\ ", " ", _LAYOUT.sub(" ", text)).replace("~", " ")
     text = re.sub(r"\s+", " ", text)
     for pattern, replacement in _SYNONYMS:
         text = pattern.sub(replacement, text)
-    text = _SHORT_FRACTION.sub(r"\\\1{\2}", text)
-    text = _SHORT_DENOMINATOR.sub(r"\1{\2}", text)
-    text = _without_rows(text[_end(_LEAD.match(text)) :].strip())
+    text = _without_rows(_LEAD.sub("", text, count=1).strip())
     text = _SHORT_ROOT.sub(lambda m: rf"\sqrt{m[1] or ''}{{{m[2]}}}", text)
-    return _without_stops(text).strip()
-
-
-def _end(found: re.Match[str] | None) -> int:
-    return found.end() if found else 0
+    return text.rstrip(_STOPS).strip()
 
 
 def _without_rows(text: str) -> str:
@@ -149,14 +148,6 @@ def _without_rows(text: str) -> str:
     return ", ".join(parts)
 
 
-def _without_stops(text: str) -> str:
-    """Without white space, stops and backslashes at its end."""
-    end = len(text)
-    while end and (text[end - 1] in ".,;:\\" or text[end - 1].isspace()):
-        end -= 1
-    return text[:end]
-
-
 def without_units(text: str) -> str:
     r"""``5 cm``, ``5\text{ cm}^2`` as 5; ``5m`` stays, for m may be a variable."""
     text = _UNITS.sub("", _PERCENT_WORD.sub("%", _ORDINAL.sub("", text)))
@@ -171,7 +162,7 @@ def unwrap(text: str) -> str:
             break
     text = _NAMED_BY_LETTERS.sub(r"\1", _DEGREES.sub("", text))
     text = re.sub(r"\s+", " ", text).strip()
-    return _without_stops(without_units(text)).strip()
+    return without_units(text).rstrip(_STOPS).strip()
 
 
 def plain_thousands(text: str) -> str:
@@ -200,32 +191,32 @@ def normalise(text: str) -> str:
     return text.lower() if re.fullmatch(r"[A-Za-z,]{2,}", text) else text
 
 
+def depths(text: str) -> list[int]:
+    """How many brackets are open behind each character."""
+    return list(itertools.accumulate((c in "([{") - (c in ")]}") for c in text))
+
+
 def _without_outer_braces(text: str) -> str:
-    if not text.startswith("{"):
+    depth, length = depths(text), len(text)
+    before, after = length - len(text.lstrip("{")), length - len(text.rstrip("}"))
+    if not before or depth[-1] != 0:
         return text
-    opened: list[int] = []
-    closing: dict[int, int] = {}
-    for i, character in enumerate(text):
-        if character in "({[":
-            opened.append(i)
-        elif character in ")}]" and opened:
-            closing[opened.pop()] = i
-    start, end = 0, len(text)
-    while end > start and text[start] == "{" and closing.get(start) == end - 1:
-        start, end = start + 1, end - 1
-    return text[start:end]
+    outer = max(0, min(before, after, *depth[before : length - after]))
+    return text[outer : length - outer]
 
 
 # --- plain numbers --------------------------------------------------------------------------------
 
-_DIGITS = 400  # longer numbers are left to others
+_LONGEST = 800  # characters; longer ones are left to others
+_DIGITS = 400  # of a number
 _BITS = 4096  # largest power that is worked out
-_DEPTH = 40
+_PRODUCT = re.compile(r"(?<=[\d.)}!])\s*(?=\(|\\frac)")  # 2(3)
 _TOKEN = re.compile(
-    r"\s*(?:(?P<number>(?:\d+\.\d*|\.\d+|\d+)(?:[eE][-+]?\d{1,2}(?!\d))?)|(?P<frac>\\frac)"
-    r"|(?P<op>\\times(?![a-zA-Z])|\\cdot(?![a-zA-Z])|\\div(?![a-zA-Z])|\*\*|[-+*/^(){}!%]))"
+    r"((?:\d+\.\d*|\.\d+|\d+)(?:[eE][-+]?\d{1,2}(?!\d))?)"
+    r"|\\(?:times|cdot|div|frac)(?![a-zA-Z])|\*\*|\S"
 )
-_SAME = {"\\times": "*", "\\cdot": "*", "\\div": "/", "**": "^"}
+_PYTHON = {r"\times": "*", r"\cdot": "*", r"\div": "/", r"\frac": "F", "^": "**", "!": ".f"}
+_PYTHON |= {"{": "[", "}": "]", "**": "**"} | {sign: sign for sign in "+-*/()"}
 
 
 class Number(NamedTuple):
@@ -236,15 +227,10 @@ class Number(NamedTuple):
     is_percent: bool = False
 
 
-class _NotANumber(Exception):
-    pass
-
-
 def number(text: str) -> Number | None:
     """The exact value of a text that is arithmetic on rational numbers; None for any other text."""
-    text = _ASSIGNMENT.sub("", unwrap(clean(text)))
-    text = plain_thousands(text)
-    if len(text) > 2 * _DIGITS:
+    text = plain_thousands(_ASSIGNMENT.sub("", unwrap(clean(text))))
+    if len(text) > _LONGEST:
         return None
     if _DECIMAL_COMMA.fullmatch(text):
         text = text.replace("{,}", ".").replace(",", ".")
@@ -253,9 +239,11 @@ def number(text: str) -> Number | None:
     text = _REPEATING.sub(_repeating, text)
     text = _MIXED.sub(lambda m: f"({m[1]}+{m[2] or m[4]}/{m[3] or m[5]})", text)
     try:
-        return _Reader(text).read()
-    except (_NotANumber, ZeroDivisionError):
+        said = _TOKEN.sub(_in_python, _PRODUCT.sub("*", text.removesuffix("%")))
+        value = _value(ast.parse(said.strip(), mode="eval").body)
+    except (ValueError, KeyError, SyntaxError, ZeroDivisionError, MemoryError, RecursionError):
         return None
+    return Number(value, "." in text, text.endswith("%"))
 
 
 def _repeating(found: re.Match[str]) -> str:
@@ -265,135 +253,60 @@ def _repeating(found: re.Match[str]) -> str:
     return f"({top}/{(10 ** len(period) - 1) * 10 ** len(fixed)})"
 
 
-class _Reader:
-    """Recursive descent over a short text: sum > product > power > atom."""
+def _in_python(token: re.Match[str]) -> str:
+    """A piece of an expression to be parsed, not evaluated, by Python: its precedence is ours.
 
-    def __init__(self, text: str):
-        self._tokens: list[str] = []
-        self._is_decimal = False
-        place = 0
-        while place < len(text):
-            found = _TOKEN.match(text, place)
-            if found is None:
-                raise _NotANumber
-            token = found["number"] or found["frac"] or found["op"]
-            self._tokens.append(_SAME.get(token, token))
-            self._is_decimal |= found["number"] is not None and "." in token
-            place = found.end()
-        self._place = 0
-        self._depth = 0
+    The number 4 is ``('4')``, 4! is ``('4').f``, braces are ``[a]``, a fraction ``F[a][b]``.
+    """
+    return f" ({token[1]!r}) " if token[1] else f" {_PYTHON[token[0]]} "
 
-    def read(self) -> Number:
-        is_percent = self._tokens[-1:] == ["%"]
-        if is_percent:
-            self._tokens.pop()
-        value = self._sum()
-        if self._peek() is not None:
-            raise _NotANumber
-        return Number(value, self._is_decimal, is_percent)
 
-    def _peek(self) -> str | None:
-        return self._tokens[self._place] if self._place < len(self._tokens) else None
-
-    def _take(self, expected: str | None = None) -> str:
-        token = self._peek()
-        if token is None or (expected and token != expected):
-            raise _NotANumber
-        self._place += 1
-        return token
-
-    def _sum(self) -> Fraction:
-        self._depth += 1
-        if self._depth > _DEPTH:
-            raise _NotANumber
-        value = self._product()
-        while self._peek() in ("+", "-"):
-            value += self._product() if self._take() == "+" else -self._product()
-        self._depth -= 1
-        return value
-
-    def _product(self) -> Fraction:
-        value = self._signed()
-        while (token := self._peek()) is not None:
-            if token in "*/":
-                self._take()
-                factor = self._signed()
-                value = value * factor if token == "*" else value / factor
-            elif token in ("(", "\\frac"):  # 2(3), 2\frac{a}{b} with a sum in it
-                value *= self._power()
-            else:
-                break
-        return value
-
-    def _signed(self) -> Fraction:
-        sign = 1
-        while self._peek() in ("+", "-"):
-            sign = -sign if self._take() == "-" else sign
-        return sign * self._power()
-
-    def _power(self) -> Fraction:
-        base = self._atom()
-        while self._peek() == "!":
-            self._take()
-            base = _factorial(base)
-        if self._peek() != "^":
-            return base
-        self._take()
-        is_negative = self._peek() == "-"
-        if is_negative:
-            self._take()
-        exponent = -self._power() if is_negative else self._power()
-        return _raise_to(base, exponent)
-
-    def _atom(self) -> Fraction:
-        token = self._take()
-        if token == "\\frac":
-            return self._group() / self._group()
-        if token in "({":
-            value = self._sum()
-            self._take(")" if token == "(" else "}")
-            return value
-        if not token[-1].isdigit() and not token[0].isdigit():
-            raise _NotANumber
-        if len(token) > _DIGITS:
-            raise _NotANumber
-        return Fraction(token.replace(".e", "e").rstrip("."))
-
-    def _group(self) -> Fraction:
-        self._take("{")
-        value = self._sum()
-        self._take("}")
-        return value
+def _value(node: ast.expr) -> Fraction:
+    match node:
+        case ast.Constant(str(digits)) if len(digits) <= _DIGITS:
+            return Fraction(digits)
+        case ast.List([inner]):
+            return _value(inner)
+        case ast.BinOp(left, sign, right):
+            return _OPERATIONS[type(sign)](_value(left), _value(right))
+        case ast.UnaryOp(sign, operand):
+            return _OPERATIONS[type(sign)](_value(operand))
+        case ast.Attribute(operand):
+            return _factorial(_value(operand))
+        case ast.Subscript(ast.Subscript(ast.Name(), above), below):
+            return _value(above) / _value(below)
+    raise ValueError("no arithmetic")
 
 
 def _raise_to(base: Fraction, exponent: Fraction) -> Fraction:
     bits = max(base.numerator.bit_length(), base.denominator.bit_length())
     if exponent.denominator != 1 or bits * abs(exponent.numerator) > _BITS:
-        raise _NotANumber
+        raise ValueError("too large, or no whole number")
     return base**exponent.numerator
 
 
 def _factorial(n: Fraction) -> Fraction:
     if n.denominator != 1 or not 0 <= n <= 100:
-        raise _NotANumber
-    value = 1
-    for factor in range(2, n.numerator + 1):
-        value *= factor
-    return Fraction(value)
+        raise ValueError("too large, or no whole number")
+    return Fraction(math.factorial(n.numerator))
 
+
+_OPERATIONS: dict[type[ast.AST], Callable[..., Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.Pow: _raise_to,
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
+}
 
 _ABSOLUTE = Fraction(1, 10**6)
 _RELATIVE = Fraction(1, 10**5)
 
 
-def are_close(a: Fraction, b: Fraction) -> bool:
-    """Whether a decimal stands for a value: six places, and five digits where it is small."""
-    gap = abs(a - b)
-    return gap <= _ABSOLUTE and gap <= _RELATIVE * max(abs(a), abs(b))
-
-
 def are_equal_numbers(gold: Number, given: Number) -> bool:
-    """Exact, but for decimals (`are_close`) and percent signs (28 % is 28 and 0.28)."""
+    """Exact, but for decimals (`_equal`) and percent signs (28 % is 28 and 0.28)."""
     if gold.is_percent and not given.is_percent:
         return _equal(gold, given) or (given.is_decimal and _equal(_share(gold), given))
     if given.is_percent and not gold.is_percent:
@@ -406,6 +319,8 @@ def _share(percentage: Number) -> Number:
 
 
 def _equal(a: Number, b: Number) -> bool:
+    """A decimal stands for values that are equal to six places, and to five digits."""
+    gap = abs(a.value - b.value)
     if a.is_decimal or b.is_decimal:
-        return are_close(a.value, b.value)
-    return a.value == b.value
+        return gap <= _ABSOLUTE and gap <= _RELATIVE * max(abs(a.value), abs(b.value))
+    return gap == 0

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import logging
 import re
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from aspo_jax.rewards.math.fork import in_child
 from aspo_jax.rewards.math.latex import (
     are_equal_numbers,
     clean,
+    depths,
     normalise,
     number,
     plain_thousands,
@@ -29,11 +31,9 @@ from aspo_jax.rewards.math.latex import (
     variable,
     without_units,
 )
-from aspo_jax.rewards.verdict import Verdict
+from aspo_jax.rewards.verdict import BAD_GOLD, CRASH, Verdict, compared
 
 _LONGEST = 1500  # characters of an answer, beyond four times the gold's
-
-
 _MOST_DIGITS = 4000  # of a whole number; Python turns no longer ones into text
 
 
@@ -68,7 +68,7 @@ def _problem(answer: Any) -> str | None:
 @functools.lru_cache(1024)
 def _matches_itself(gold: str) -> bool:
     found = find_answer(rf"\boxed{{{gold}}}")
-    return found is not None and normalise(found.text) == normalise(gold) != ""
+    return found is not None and normalise(found) == normalise(gold) != ""
 
 
 def read_golds(answer: Any) -> list[str]:
@@ -84,11 +84,7 @@ def _gold(answer: str | int | float) -> str:
 
 
 def grade(
-    text: str,
-    answer: Any,
-    is_finished: bool,
-    limit_s: float = 5.0,
-    grade_truncated: bool = False,
+    text: str, answer: Any, is_finished: bool, limit_s: float = 5.0, grade_truncated: bool = False
 ) -> Verdict:
     """1 for an answer equal to a gold, else 0 and why.
 
@@ -100,23 +96,20 @@ def grade(
     """
     golds = read_golds(answer)
     if not golds:
-        return Verdict(0.0, "bad_gold", is_valid=False)
-    found = find_answer(text, is_explicit=not is_finished and not grade_truncated)
-    if found is None:
+        return BAD_GOLD
+    given = find_answer(text, is_explicit=not is_finished and not grade_truncated)
+    if given is None:
         return Verdict(0.0, "no_answer" if is_finished else "truncated")
-    given = found.text
     if len(given) > _LONGEST + 4 * max(map(len, golds)):  # before anything whose cost grows with it
-        return Verdict(0.0, "mismatch")
+        return compared(False)
     verdicts = [compare_cheaply(gold, given) for gold in golds]
-    if True in verdicts:
-        return Verdict(1.0, "match")
     open_golds = [gold for gold, said in zip(golds, verdicts, strict=True) if said is None]
-    if not open_golds:
-        return Verdict(0.0, "mismatch")
+    if True in verdicts or not open_golds:
+        return compared(True in verdicts)
     result = in_child(lambda: any(_means(gold, given) for gold in open_golds), limit_s)
     if isinstance(result, bool):
-        return Verdict(1.0, "match") if result else Verdict(0.0, "mismatch")
-    return Verdict(0.0, result, is_valid=result != "crash")
+        return compared(result)
+    return CRASH if result == "crash" else Verdict(0.0, result)
 
 
 def compare_cheaply(gold: str, given: str) -> bool | None:
@@ -171,8 +164,6 @@ def _without_label(gold: str, given: str) -> str:
 
 # --- semantic, in the child -----------------------------------------------------------------------
 
-_OPEN, _CLOSE = "([{", ")]}"
-_SET = re.compile(r"^\\\{(.*)\\\}$", re.DOTALL)
 _MATRIX = re.compile(
     r"^\\begin\{[pb]?(?:matrix|array)\}(?:\{[lcr|]*\})?((?:(?!\\begin).)*)\\end\{[pb]?(?:matrix|array)\}$",
     re.DOTALL,
@@ -187,37 +178,23 @@ def split(text: str) -> tuple[str, list[str]] | None:
         rows = [row.split("&") for row in matrix[1].split(r"\\") if row.strip()]
         shape = f"{len(rows)} x {[len(row) for row in rows]}"
         return shape, [entry.strip() for row in rows for entry in row]
-    found = _SET.match(text)
-    kind, inner = ("{", found[1]) if found else ("", text)
-    if not found and text[:1] in ("(", "[") and text[-1:] in (")", "]"):
-        if not _is_one_group(text):
-            return None
+    kind, inner = "", text
+    if text.startswith(r"\{") and text.endswith(r"\}"):
+        kind, inner = "{", text[2:-2]
+    elif text.startswith(("(", "[")) and text.endswith((")", "]")):
         kind, inner = text[0] + text[-1], text[1:-1]
     parts = _parts(inner)
-    return (kind, parts) if parts is not None and (len(parts) > 1 or kind == "{") else None
+    return (kind, parts) if parts and (len(parts) > 1 or kind == "{") else None
 
 
-def _is_one_group(text: str) -> bool:
-    depth = 0
-    for i, character in enumerate(text):
-        depth += (character in _OPEN) - (character in _CLOSE)
-        if depth == 0:
-            return i == len(text) - 1
-    return False
-
-
-def _parts(text: str) -> list[str] | None:
-    """The text cut at its outer commas."""
-    parts, depth, start = [], 0, 0
-    for i, character in enumerate(text):
-        depth += (character in _OPEN) - (character in _CLOSE)
-        if depth < 0:
-            return None
-        if character in ",;" and depth == 0:
-            parts.append(text[start:i].strip())
-            start = i + 1
-    parts.append(text[start:].strip())
-    return parts if depth == 0 and all(parts) else None
+def _parts(text: str) -> list[str]:
+    """The text cut at its outer commas; nothing where its brackets do not match."""
+    depth = depths(text)
+    if min(depth, default=0) < 0 or depth[-1:] != [0]:
+        return []
+    cuts = [i for i, c in enumerate(text) if c in ",;" and depth[i] == 0]
+    parts = [text[a + 1 : b].strip() for a, b in itertools.pairwise([-1, *cuts, len(text)])]
+    return parts if all(parts) else []
 
 
 def _means(gold: str, given: str) -> bool:
@@ -242,9 +219,9 @@ def are_equal(gold: str, given: str) -> bool:
     if a is not None and b is not None and len(a[1]) == len(b[1]):
         if a[0] in ("{", "") and b[0] in ("{", ""):
             return _equal_in_any_order(a[1], b[1])
-        if _fits(a[0], b[0]):
-            return all(map(are_equal, a[1], b[1]))
-        return False
+        # A tuple may be written without brackets.
+        fits = a[0] == b[0] or {a[0], b[0]} == {"()", ""}
+        return fits and all(map(are_equal, a[1], b[1]))
     return (
         _equal_to_math_verify(gold, given)
         or _equal_as_solutions(gold, given)
@@ -303,11 +280,6 @@ def _equal_as_solutions(gold: str, given: str) -> bool:
     return _equal_to_math_verify(a[1] if a else gold, b[1] if b else given)
 
 
-def _fits(gold: str, given: str) -> bool:
-    """Whether brackets may stand for each other: a tuple may be written without any."""
-    return gold == given or {gold, given} == {"()", ""}
-
-
 def _equal_in_any_order(golds: Sequence[str], given: Sequence[str]) -> bool:
     left = list(given)
     for gold in golds:
@@ -336,11 +308,9 @@ def _equal_to_math_verify(gold: str, given: str) -> bool:
     for a in golds:
         for b in givens:
             said = _compare_constants(a, b, "." in gold or "." in given)
-            if said is not None:
-                if said:
-                    return True
-                continue
-            if verify(a, b, strict=True, timeout_seconds=0, allow_set_relation_comp=True):
+            if said is None:
+                said = verify(a, b, strict=True, timeout_seconds=0, allow_set_relation_comp=True)
+            if said:
                 return True
     return False
 

@@ -5,15 +5,14 @@ so cheap answers cost no round trip each, and yet a late or broken answer has on
 line that its worker still owes. That one alone is judged ``timeout`` or, at its second try,
 ``crash``; the worker is replaced and the rest of its chunk goes back into the queue.
 
-`Scorer.score` judges a list. `Scorer.begin` judges in a thread what is submitted while more is
-still being sampled; verdicts are kept by the caller's numbers, whatever order they come in.
+`Scorer.begin` judges in a thread what is submitted while more is still being sampled; verdicts are
+kept by the caller's numbers, whatever order they come in. `Scorer.score` does so with a list.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import json
 import os
 import selectors
@@ -26,17 +25,16 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from aspo_jax.rewards.graders import KINDS, Rules, chunk
+from aspo_jax.errors import nearest
+from aspo_jax.rewards.graders import GRADERS
 from aspo_jax.rewards.pool.process import WorkerProcess
-from aspo_jax.rewards.verdict import REASONS, RewardError, Submission, Verdict
+from aspo_jax.rewards.verdict import CRASH, REASONS, RewardError, Rules, Submission, Verdict
 
 # -P: a file of the user's folder named like a module of the standard library is not that module
 WORKER_COMMAND = (sys.executable, "-P", "-m", "aspo_jax.rewards.pool.worker")
 
 _STARTUP_S = 60.0  # imports on a busy machine; counted apart from the time for an answer
 _MAX_STARTS = 3  # one may be killed from outside while it starts; three in a row are a fault
-_TIMEOUT = Verdict(0.0, "timeout")
-_CRASH = Verdict(0.0, "crash", is_valid=False)
 
 
 def _environment() -> dict[str, str]:
@@ -52,10 +50,6 @@ def _environment() -> dict[str, str]:
     return {name: os.environ[name] for name in kept if name in os.environ} | {
         "PYTHONPATH": os.pathsep.join(folders)
     }
-
-
-def _encode(submission: Submission) -> bytes:
-    return json.dumps(vars(submission)).encode("ascii") + b"\n"
 
 
 def _decode(line: bytes) -> Verdict | None:
@@ -77,6 +71,13 @@ def _trouble(line: bytes) -> str | None:
     return None
 
 
+def _unknown(kind: str, kinds: Iterable[str]) -> ValueError:
+    known = ", ".join(map(repr, kinds))
+    return ValueError(
+        f"unknown kind of answer {kind!r}{nearest(kind, kinds)}, expected one of {known}"
+    )
+
+
 class _Round:
     """The submissions of one call: which are waiting, judged, tried before.
 
@@ -84,31 +85,30 @@ class _Round:
     """
 
     def __init__(self) -> None:
-        self._lines: dict[int, bytes] = {}
         self._submissions: dict[int, Submission] = {}
         self._waiting: deque[int] = deque()
         self._crashed: set[int] = set()
         self.verdicts: dict[int, Verdict] = {}
-        self.is_closed = False
+        self.is_closed = self.is_cancelled = False
 
     def add(self, number: int, submission: Submission) -> None:
         if number in self._submissions:
             raise ValueError(f"submission {number} is there already")
         self._submissions[number] = submission
-        self._lines[number] = _encode(submission)
         self._waiting.append(number)
 
     @property
     def is_complete(self) -> bool:
-        return self.is_closed and len(self.verdicts) == len(self._lines)
+        return self.is_closed and len(self.verdicts) == len(self._submissions)
 
     def take(self, workers: int) -> tuple[list[int], bytes]:
         """The next chunk: of one kind, and small enough to leave some for the other workers."""
         items: list[int] = []
         fair = max(1, len(self._waiting) // (4 * workers))
-        while self._waiting and len(items) < min(fair, chunk(self.kind(self._waiting[0]))):
+        while self._waiting and len(items) < min(fair, GRADERS[self.kind(self._waiting[0])].chunk):
             items.append(self._waiting.popleft())
-        return items, b"".join(self._lines[i] for i in items)
+        lines = (f"{json.dumps(vars(self._submissions[i]))}\n" for i in items)
+        return items, "".join(lines).encode("ascii")
 
     def kind(self, number: int) -> str:
         return self._submissions[number].kind
@@ -118,24 +118,16 @@ class _Round:
 
     def judged(self, number: int, verdict: Verdict) -> None:
         """A reply; a grader that failed gets a second try."""
-        if verdict == _CRASH and number not in self._crashed:
+        if verdict == CRASH and number not in self._crashed:
             self._crashed.add(number)
-            self._put_back([number])
+            self._waiting.appendleft(number)
         else:
             self.verdicts[number] = verdict
 
-    def timed_out(self, owed: Sequence[int]) -> None:
-        """The first owed answer took too long; the others never had their turn."""
-        self.verdicts[owed[0]] = _TIMEOUT
-        self._put_back(owed[1:])
-
-    def crashed(self, owed: Sequence[int]) -> None:
-        """The worker ended at the first owed answer: its fault if it happens twice."""
-        self._put_back(owed[1:])
-        self.judged(owed[0], _CRASH)
-
-    def _put_back(self, items: Sequence[int]) -> None:
-        self._waiting.extendleft(reversed(items))
+    def lost(self, owed: Sequence[int], verdict: Verdict) -> None:
+        """The worker was lost at the first owed answer; the others never had their turn."""
+        self._waiting.extendleft(reversed(owed[1:]))
+        self.judged(owed[0], verdict)
 
 
 class Grading:
@@ -146,15 +138,18 @@ class Grading:
         self._round = _Round()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="grading", daemon=True)
+        self._has_ended = threading.Event()  # a join that Ctrl-C interrupts takes it for ended
 
     def __enter__(self) -> Grading:
         self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        if self._thread.is_alive():
-            self._scorer.cancel()
-            self._thread.join()
+        if not self._has_ended.is_set():
+            self._round.is_cancelled = True
+            self._scorer.wake()
+            self._has_ended.wait()
+        self._thread.join()
 
     def submit(self, number: int, submission: Submission) -> None:
         """Have it judged; results come in the order of the numbers.
@@ -162,7 +157,7 @@ class Grading:
         Raises:
             ValueError: an unknown kind, or a number used before.
         """
-        self._scorer.check_kinds([submission])
+        self._scorer.check_kind(submission.kind)
         self._round.add(number, submission)
         self._scorer.wake()
 
@@ -174,7 +169,7 @@ class Grading:
         """
         self._round.is_closed = True
         self._scorer.wake()
-        self._thread.join()
+        self._has_ended.wait()
         if self._error is not None:
             raise self._error
         return self._round.results()
@@ -184,6 +179,8 @@ class Grading:
             self._scorer.work(self._round)
         except BaseException as error:
             self._error = error
+        finally:
+            self._has_ended.set()
 
 
 class Scorer:
@@ -191,39 +188,50 @@ class Scorer:
 
     Args:
         workers: number of processes.
-        rules: how the graders judge; a number is short for `Rules` with that ``timeout_s``.
+        rules: how the graders judge. For the kind ``code`` the sandbox is attacked first.
         kinds: the graders that the workers get ready.
         command: what starts a worker; the kinds, the rules and the limit in seconds after which it
             must end by itself are appended. Another command must speak the protocol of
             `aspo_jax.rewards.pool.worker`.
+
+    sandbox: one line about the sandbox for the kind ``code``; None without that kind.
+
+    Raises:
+        ValueError: no worker, no time, or a kind that there is no grader for.
+        RewardError: no sandbox that is safe enough.
     """
 
     def __init__(
         self,
         workers: int,
-        rules: Rules | float,
+        rules: Rules,
         kinds: Collection[str] = ("countdown", "exact"),
         command: Sequence[str] = WORKER_COMMAND,
     ):
-        self._rules = rules if isinstance(rules, Rules) else Rules(timeout_s=rules)
         if workers < 1:
             raise ValueError(f"Reward.workers is {workers}, expected at least 1")
-        if not self._rules.timeout_s > 0:
-            raise ValueError(f"Reward.timeout_s is {self._rules.timeout_s}, expected seconds > 0")
+        if not rules.timeout_s > 0:
+            raise ValueError(f"Reward.timeout_s is {rules.timeout_s}, expected seconds > 0")
+        for kind in set(kinds) - GRADERS.keys():
+            raise _unknown(kind, GRADERS)
+        self.sandbox: str | None = None
+        if "code" in kinds:
+            rules, self.sandbox = _choose_sandbox(rules)
+        self._rules = rules
         self._count = workers
         self._kinds = tuple(sorted(kinds))
-        longest = max((self._rules.limit_s(kind) for kind in kinds), default=1.0)
+        longest = max((GRADERS[kind].limit_s(rules) for kind in kinds), default=1.0)
         self._command = (
             *command,
             json.dumps(self._kinds),
-            json.dumps(dataclasses.asdict(self._rules)),
+            json.dumps(dataclasses.asdict(rules)),
             str(2 * longest + 5),
         )
         self._selector = selectors.DefaultSelector()
         self._woken, self._waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._selector.register(self._woken, selectors.EVENT_READ, None)
         self._workers: list[WorkerProcess] = []
-        self._is_closed = self._is_cancelled = False
+        self._is_closed = False
         self._failed_starts = 0  # in a row
         self._start_missing()  # now, so that they get ready while the trainer compiles
 
@@ -240,14 +248,10 @@ class Scorer:
             ValueError: an unknown kind, or the scorer is closed.
             RewardError: a worker could not start (nothing to do with what it was to judge).
         """
-        self._check_open()
-        self.check_kinds(submissions)
-        round_ = _Round()
-        for number, submission in enumerate(submissions):
-            round_.add(number, submission)
-        round_.is_closed = True
-        self.work(round_)
-        return [verdict for _, verdict in round_.results()]
+        with self.begin() as grading:
+            for number, submission in enumerate(submissions):
+                grading.submit(number, submission)
+            return [verdict for _, verdict in grading.results()]
 
     def begin(self) -> Grading:
         """A context manager that judges in the background; one at a time.
@@ -255,7 +259,8 @@ class Scorer:
         Raises:
             ValueError: the scorer is closed.
         """
-        self._check_open()
+        if self._is_closed:
+            raise ValueError("this scorer is closed")
         return Grading(self)
 
     def wait_until_ready(self) -> None:
@@ -283,42 +288,29 @@ class Scorer:
 
     # --- for Grading ------------------------------------------------------------------------------
 
-    def check_kinds(self, submissions: Iterable[Submission]) -> None:
+    def check_kind(self, kind: str) -> None:
         """Refuse a kind that this scorer has no grader for."""
-        for kind in {submission.kind for submission in submissions} - set(self._kinds):
-            if kind in KINDS:
-                raise ValueError(
-                    f"this scorer was built without the grader {kind!r}; give build_scorer "
-                    f"kinds={(*self._kinds, kind)}"
-                )
-            near = difflib.get_close_matches(kind, self._kinds, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            known = ", ".join(map(repr, self._kinds))
-            raise ValueError(f"unknown kind of answer {kind!r}, expected one of {known}{hint}")
+        if kind not in GRADERS:
+            raise _unknown(kind, self._kinds)
+        if kind not in self._kinds:
+            raise ValueError(
+                f"this scorer was built without the grader {kind!r}; give Scorer "
+                f"kinds={(*self._kinds, kind)}"
+            )
 
     def wake(self) -> None:
         """Let the thread that grades look at its round again."""
         with contextlib.suppress(BlockingIOError):  # it is full of such calls
             os.write(self._waker, b"!")
 
-    def cancel(self) -> None:
-        """Make `work` of another thread give up."""
-        self._is_cancelled = True
-        self.wake()
-
     def work(self, round_: _Round) -> None:
-        """Judge until a round is complete."""
-        self._is_cancelled = False
+        """Judge until a round is complete, or cancelled."""
         try:
-            while not round_.is_complete and not self._is_cancelled:
+            while not (round_.is_complete or round_.is_cancelled):
                 self._advance(round_)
         finally:
             if not round_.is_complete:
                 self._kill_all()  # whoever still owes an answer must not give it to the next call
-
-    def _check_open(self) -> None:
-        if self._is_closed:
-            raise ValueError("this scorer is closed")
 
     # --- one turn of the loop ---------------------------------------------------------------------
 
@@ -359,8 +351,8 @@ class Scorer:
         """By when the first owed answer must be there."""
         worker.deadline = None
         if worker.owed:
-            limit_s = self._rules.limit_s(round_.kind(worker.owed[0]))
-            worker.deadline = time.monotonic() + limit_s
+            grader = GRADERS[round_.kind(worker.owed[0])]
+            worker.deadline = time.monotonic() + grader.limit_s(self._rules)
 
     def _write(self, worker: WorkerProcess) -> None:
         worker.write()
@@ -421,7 +413,7 @@ class Scorer:
                 f"Command: {' '.join(self._command)}"
             )
         if worker.owed:
-            round_.crashed(list(worker.owed))
+            round_.lost(list(worker.owed), CRASH)
 
     def _expire(self, worker: WorkerProcess, round_: _Round) -> None:
         """The worker's deadline has passed."""
@@ -431,29 +423,13 @@ class Scorer:
                 f"a grader process was not ready within {_STARTUP_S:g} s. "
                 f"Command: {' '.join(self._command)}"
             )
-        round_.timed_out(list(worker.owed))
+        round_.lost(list(worker.owed), Verdict(0.0, "timeout"))
 
 
-def build_scorer(
-    workers: int = 1,
-    rules: Rules | float = 5.0,
-    kinds: Collection[str] = ("countdown", "exact"),
-) -> Scorer:
-    """A `Scorer` whose workers run this package's graders.
-
-    For the kind ``code`` the sandbox is chosen here, by attacking it (`choose_sandbox`).
-
-    Raises:
-        RewardError: no sandbox that is safe enough.
-    """
-    rules = rules if isinstance(rules, Rules) else Rules(timeout_s=rules)
-    if "code" in kinds:
-        rules, _ = choose_sandbox(rules)
-    return Scorer(workers, rules, kinds)
-
-
-def choose_sandbox(rules: Rules) -> tuple[Rules, str]:
+def _choose_sandbox(rules: Rules) -> tuple[Rules, str]:
     """The rules with a tier that withstood the probe in place of ``auto``, and a report of a line.
+
+    In a process of its own, for a sandbox makes its process the parent of orphans.
 
     Raises:
         RewardError: the tier asked for, or for ``auto`` any but ``rlimits``, does not hold here.

@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from types import FrameType
 from typing import TextIO
 
-from aspo_jax.rewards.graders import Grader, Rules, open_graders
-from aspo_jax.rewards.verdict import RewardError, Submission, Verdict
+from aspo_jax.rewards.graders import GRADERS, Grade
+from aspo_jax.rewards.verdict import CRASH, RewardError, Rules, Submission, Verdict
 
 
 def _claim_stdout() -> TextIO:
@@ -29,12 +29,12 @@ def _claim_stdout() -> TextIO:
     return replies
 
 
-def _judge(graders: Mapping[str, Grader], submission: Submission) -> Verdict:
+def _judge(graders: Mapping[str, Grade], submission: Submission) -> Verdict:
     try:
         return graders[submission.kind](submission)
     except Exception:  # a grader's own fault: this sample's, not its neighbours'
         traceback.print_exc()
-        return Verdict(0.0, "crash", is_valid=False)
+        return CRASH
 
 
 def _leave(*_: int | FrameType | None) -> None:
@@ -42,7 +42,7 @@ def _leave(*_: int | FrameType | None) -> None:
     raise SystemExit(1)
 
 
-def serve(graders: Mapping[str, Grader], limit_s: float, replies: TextIO | None = None) -> None:
+def serve(graders: Mapping[str, Grade], limit_s: float, replies: TextIO | None = None) -> None:
     """Judge what comes in until the input ends.
 
     limit_s: seconds after which a single answer ends the process. The pool kills it earlier; this
@@ -64,7 +64,8 @@ def serve(graders: Mapping[str, Grader], limit_s: float, replies: TextIO | None 
 def main(kinds: str, rules: str, limit_s: str) -> int:
     replies = _claim_stdout()
     try:
-        graders = open_graders(json.loads(kinds), Rules(**json.loads(rules)))
+        how = Rules(**json.loads(rules))
+        graders = {kind: GRADERS[kind].open(how) for kind in json.loads(kinds)}
     except RewardError as error:
         print(json.dumps({"error": str(error)}), file=replies, flush=True)
         return 1

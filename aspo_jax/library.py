@@ -1,0 +1,214 @@
+"""A model in a notebook: load it, chat, sample, score texts, evaluate on a file.
+
+    model = load("models/Qwen2.5-0.5B-Instruct")
+    answers = sample(model, [chat(model, "Name a prime above 100.")], 4, max_tokens=64)
+
+Settings are the trainer's, written as after ``--set``. A loop of one's own stands on
+`aspo_jax.parts` and `aspo_jax.build`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from aspo_jax import runtime
+from aspo_jax.config import Config, read_config
+from aspo_jax.data import encode, render
+from aspo_jax.evaluation import Scores, evaluator
+from aspo_jax.head import logp_and_entropy
+from aspo_jax.inputs import held_out_prompts
+from aspo_jax.model import load_params, shardings
+from aspo_jax.parts import FACTORIES, build_sampler, open_scorer
+from aspo_jax.policy import Policy, load_policy
+from aspo_jax.rollout import Collector, Rollout, draw
+from aspo_jax.sampler import EVALUATE, EVERYTHING, Completion, PagedSampler
+from aspo_jax.structs import Prompt
+
+_ROOM = 64  # prompts are padded to a multiple, so that similar ones share a compiled program
+
+
+class Loaded(NamedTuple):
+    """A policy with its weights, on the devices of a mesh.
+
+    samplers: those made so far, by their shapes: their programs stay compiled.
+    """
+
+    config: Config
+    mesh: Mesh
+    policy: Policy
+    params: Any
+    samplers: dict[tuple[int, ...], PagedSampler]
+
+
+class TextScore(NamedTuple):
+    """What a policy says of a text of L tokens; the first is given, T = L - 1 are predicted.
+
+    logp_T, entropy_T: in nats, at temperature 1, over the whole vocabulary.
+    """
+
+    tokens_L: np.ndarray
+    logp_T: np.ndarray
+    entropy_T: np.ndarray
+
+
+class Answer(NamedTuple):
+    """A sampled response: its text and what the sampler says of its tokens."""
+
+    text: str
+    completion: Completion
+
+
+def configure(config: str, *settings: str) -> Config:
+    """A packaged config or a .gin file with settings, such as ``"Optim.learning_rate=1e-4"``.
+
+    Raises:
+        ConfigError: every mistake in them.
+    """
+    words = [word for setting in settings for word in ("--set", setting)]
+    return read_config(["--config", config, *words], FACTORIES)
+
+
+def start(config: Config) -> Mesh:
+    """The devices of a config; see `aspo_jax.runtime.start`."""
+    return runtime.start(**dataclasses.asdict(config.runtime))
+
+
+def load(folder: str | Path, *settings: str) -> Loaded:
+    """The model of a Hugging Face folder, with settings such as ``"Model.dtype=bfloat16"``.
+
+    Raises:
+        UserError: a setting, or the folder, cannot be used.
+    """
+    config = configure("countdown_cpu", f"Model.path={str(folder)!r}", *settings)
+    mesh = start(config)
+    policy = load_policy(config, folder, mesh)
+    weights = shardings(mesh, policy.model.partition_specs())
+    params = load_params(folder, policy.model.config, shardings=weights)
+    return Loaded(config, mesh, policy, params, {})
+
+
+def chat(model: Loaded, messages: str | Sequence[Mapping[str, str]]) -> str:
+    """The prompt that the model reads: a question, or the messages of a chat, in its template."""
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    return render(model.policy.tokenizer, list(messages))
+
+
+def score(model: Loaded, texts: Sequence[str]) -> list[TextScore]:
+    """Log-probability and entropy of every token of some texts, as the trainer computes them.
+
+    Raises:
+        ValueError: a text of fewer than two tokens.
+    """
+    tokens = [np.asarray(encode(model.policy.tokenizer, text)) for text in texts]
+    if short := [text for text, t in zip(texts, tokens, strict=True) if len(t) < 2]:
+        raise ValueError(f"found {short[0]!r}, expected texts of at least two tokens")
+    width = _rounded(max(map(len, tokens)), 128)
+    token_BT = np.zeros((len(texts), width + 1), np.int32)
+    is_text_BT = np.zeros(token_BT.shape, bool)
+    for row, own in enumerate(tokens):
+        token_BT[row, : len(own)], is_text_BT[row, : len(own)] = own, True
+    logp_BT, entropy_BT = map(np.asarray, _score(model, token_BT, is_text_BT))
+    return [
+        TextScore(own, logp_BT[row, : len(own) - 1], entropy_BT[row, : len(own) - 1])
+        for row, own in enumerate(tokens)
+    ]
+
+
+def _score(model: Loaded, token_BT: np.ndarray, is_text_BT: np.ndarray) -> Any:
+    network, vocabulary = model.policy.model, model.policy.model.config.vocab_size
+    head = model.policy.head._replace(temperature=1.0, is_allowed_V=np.ones(vocabulary, bool))
+
+    @jax.jit
+    def scores(params, token_BT, is_text_BT):
+        input_BT, segment_BT = token_BT[:, :-1], is_text_BT[:, :-1].astype(jnp.int32)
+        position_BT = jnp.broadcast_to(jnp.arange(input_BT.shape[1]), input_BT.shape)
+        hidden_BTD, _ = network.apply(params, input_BT, position_BT, segment_BT)
+        return logp_and_entropy(head, network.unembedding(params), hidden_BTD, token_BT[:, 1:])
+
+    return scores(model.params, token_BT, is_text_BT)
+
+
+def sample(
+    model: Loaded,
+    prompts: Sequence[str],
+    samples: int = 1,
+    *,
+    max_tokens: int = 256,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> list[list[Answer]]:
+    """Some responses to each prompt; see `chat` for how a prompt is written.
+
+    temperature: 0: always the likeliest token.
+    seed: names the random draws: the same call draws the same responses.
+    """
+    tokenizer, decode = model.policy.tokenizer, model.policy.decode
+    asked = [
+        Prompt(str(i), i, text, tuple(encode(tokenizer, text)), None, "exact")
+        for i, text in enumerate(prompts)
+    ]
+    sampler = _sampler(model, asked, samples, max_tokens).drawing(temperature, EVERYTHING)
+    drawn = draw(sampler, model.params, asked, samples, domain=EVALUATE, retry=seed)
+    answers = [Answer(decode(completion.tokens_T), completion) for completion in drawn]
+    return [answers[p * samples : (p + 1) * samples] for p in range(len(asked))]
+
+
+def evaluate(
+    model: Loaded,
+    path: str | Path,
+    samples: int = 1,
+    *,
+    max_tokens: int = 256,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> tuple[Scores, Rollout]:
+    """Sample and grade every row of a JSON-lines file: avg@k, pass@k and the rest, and the samples.
+
+    Raises:
+        DataError: what is wrong with the file, and where.
+    """
+    config = model.config
+    data = dataclasses.replace(config.data, kind="jsonl", train_path=str(path), eval_path=str(path))
+    wide = dataclasses.replace(config.sampler, max_prompt_tokens=2**20)
+    every = dataclasses.replace(config.evaluate, prompts=2**31 - 1)
+    config = dataclasses.replace(config, data=data, sampler=wide, evaluate=every)
+    prompts = held_out_prompts(config, model.policy.tokenizer)
+    sampler = _sampler(model, prompts, samples, max_tokens).drawing(temperature, EVERYTHING)
+    with open_scorer(config) as scorer:
+        collector = Collector(sampler, scorer, model.policy.decode)
+        return evaluator(collector, prompts, samples, seed=seed)(model.params)
+
+
+def _sampler(
+    model: Loaded, prompts: Sequence[Prompt], samples: int, max_tokens: int
+) -> PagedSampler:
+    """A sampler with room for these prompts."""
+    shards = math.prod(model.mesh.shape[axis] for axis in ("data", "fsdp"))
+    longest = _rounded(max(len(prompt.tokens) for prompt in prompts), _ROOM)
+    slots = _rounded(min(len(prompts) * samples, model.config.sampler.slots), shards)
+    shapes = (longest, max_tokens, slots, samples)
+    if shapes not in model.samplers:
+        sampler = dataclasses.replace(
+            model.config.sampler,
+            max_prompt_tokens=longest,
+            max_response_tokens=max_tokens,
+            slots=slots,
+        )
+        train = dataclasses.replace(model.config.train, samples_per_prompt=samples)
+        config = dataclasses.replace(model.config, sampler=sampler, train=train)
+        model.samplers[shapes] = build_sampler(config, model.policy, model.mesh)
+    return model.samplers[shapes]
+
+
+def _rounded(number: int, step: int) -> int:
+    return math.ceil(number / step) * step

@@ -1,0 +1,308 @@
+"""From a config to what one may swap in a run: `Parts`, each a value that another may replace.
+
+    train(config, parts(config, mesh)._replace(goal=Goal(mine(), token_mean)))
+
+What follows from them is built in `build.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from aspo_jax import losses, runtime
+from aspo_jax.config import Config, ConfigError
+from aspo_jax.config.factories import find_factory, section_of
+from aspo_jax.data import PromptStream
+from aspo_jax.imports import raised_at
+from aspo_jax.inputs import build_prompts, data_kinds, held_out_prompts
+from aspo_jax.learner import Goal
+from aspo_jax.model import Model, ModelConfig
+from aspo_jax.optimizers import OPTIMIZERS, clipped, learning_rate_schedule, warmup_by_iteration
+from aspo_jax.policy import Policy, build_network, open_policy
+from aspo_jax.rewards import SHAPES, Rules, Scorer, Shape, chain, overlong_ramp
+from aspo_jax.rollout import Peers
+from aspo_jax.run.writers import WRITERS, Open, TensorBoard
+from aspo_jax.sampler import Limits, PagedSampler, Sampler, make_publish, stop_length
+from aspo_jax.structs import Prompt
+
+FACTORIES: Mapping[str, Mapping[str, Callable[..., Any]]] = {
+    "objective": losses.OBJECTIVES,
+    "advantage": losses.ADVANTAGES,
+    "aggregate": losses.AGGREGATES,
+    "shape": SHAPES,
+    "optimizer": OPTIMIZERS,
+    "writer": WRITERS,
+}
+
+
+class Parts(NamedTuple):
+    """What one may swap in a run.
+
+    policy: network, tokenizer and head.
+    goal: the objective, how its tokens are aggregated, and the entropy bonus.
+    optimizer, learning_rate: number of updates applied -> rate of the next one, for the log.
+    advantage: (rewards, which of them are valid), [P, G] each -> advantages [P, G].
+    reward_shape: what is done to the verdicts of a step before its advantages.
+    sampler: draws completions, on this process's devices.
+    open_scorer: () -> the grading processes; opened when the run begins, closed when it ends.
+    prompts: this process's share of the training prompts.
+    held_out: all held-out prompts.
+    writers: who gets the rows of the log besides metrics.jsonl and the console.
+    """
+
+    policy: Policy
+    goal: Goal
+    optimizer: optax.GradientTransformation
+    learning_rate: optax.Schedule
+    advantage: losses.Advantage
+    reward_shape: Shape
+    sampler: Sampler
+    open_scorer: Callable[[], Scorer]
+    prompts: PromptStream
+    held_out: Sequence[Prompt]
+    writers: Sequence[Open]
+
+
+def parts(config: Config, mesh: Mesh) -> Parts:
+    """What the config names, for the devices of a mesh (`runtime.start`). Reads no weights.
+
+    Raises:
+        UserError: of the part that cannot be made; see `aspo_jax.build.check_inputs`.
+    """
+    policy, peers = open_policy(config, mesh), build_peers()
+    optimizer, rate = build_optimizer(config, policy.model.axes())
+    return Parts(
+        policy=policy,
+        goal=build_goal(config),
+        optimizer=optimizer,
+        learning_rate=rate,
+        advantage=build_advantage(config),
+        reward_shape=build_reward_shape(config),
+        sampler=build_sampler(config, policy, mesh),
+        open_scorer=functools.partial(open_scorer, config),
+        prompts=build_prompts(config, policy.tokenizer, peers.index, peers.count),
+        held_out=held_out_prompts(config, policy.tokenizer),
+        writers=build_writers(config),
+    )
+
+
+def build_peers() -> Peers:
+    """This process among those of the run."""
+    return Peers(jax.process_index(), jax.process_count(), runtime.everyone)
+
+
+# --- what factories make ------------------------------------------------------------------------
+
+ADAMW = ("b1", "b2", "eps", "weight_decay", "decay")  # arguments that are settings of Optim
+_EXPECTED = {"objective": losses.Objective, "optimizer": optax.GradientTransformation}
+
+
+def make(config: Config, kind: str, text: str, *given: Any, **shared: Any) -> Any:
+    """What a factory makes of its section of the config, and of what else it is given.
+
+    Raises:
+        ConfigError: it refuses its arguments, fails, or makes something else.
+    """
+    factory = find_factory(FACTORIES, kind, text)
+    try:
+        made = factory(*given, **shared, **config.factories.get(section_of(text), {}))
+    except ValueError as error:
+        raise ConfigError(f"{text}: {error}") from error
+    except Exception as error:
+        raise ConfigError(f"the {kind} {text!r} fails: {raised_at(error)}") from error
+    expected = _EXPECTED.get(kind)
+    if not (isinstance(made, expected) if expected else callable(made)):
+        name = expected.__name__ if expected else "function"
+        raise ConfigError(f"the {kind} {text!r} made {made!r:.80}, expected a value of type {name}")
+    return made
+
+
+def build_goal(config: Config) -> Goal:
+    """Objective, penalties and aggregation by their names."""
+    names = (config.objective.name, *config.objective.penalties)
+    rules = [make(config, "objective", name) for name in names]
+    return Goal(
+        objective=losses.chain(*rules) if len(rules) > 1 else rules[0],
+        aggregate=make(config, "aggregate", config.objective.aggregate),
+        entropy_bonus=config.objective.entropy_bonus,
+    )
+
+
+def build_advantage(config: Config) -> losses.Advantage:
+    """How the rewards of a group become advantages."""
+    return make(config, "advantage", config.objective.advantage)
+
+
+def check_rules(config: Config) -> None:
+    """Run goal and advantage on shapes alone, before anything is loaded or sampled.
+
+    Raises:
+        ConfigError: what only the whole of them can have wrong: a field of `Tokens` that nothing
+            fills, two metrics of one name, a weight of another shape than the tokens'.
+    """
+    goal, advantage = build_goal(config), build_advantage(config)
+    grid_PG = np.zeros((2, config.train.samples_per_prompt), np.float32)
+    checks = {
+        "Objective.name and Objective.penalties": lambda: losses.trace(
+            goal.objective, goal.aggregate
+        ),
+        "Objective.advantage": lambda: _check_advantage(advantage, grid_PG),
+    }
+    for what, check in checks.items():
+        try:
+            check()
+        except ValueError as error:
+            raise ConfigError(f"{what}: {error}") from error
+        except Exception as error:
+            raise ConfigError(f"{what}: the rule fails: {raised_at(error)}") from error
+
+
+def _check_advantage(advantage: losses.Advantage, grid_PG: np.ndarray) -> None:
+    found = np.shape(advantage(grid_PG, np.ones_like(grid_PG, bool)))
+    if found != grid_PG.shape:
+        raise ValueError(f"found advantages {found} for rewards {grid_PG.shape}, expected as many")
+
+
+def build_optimizer(
+    config: Config, axes: Any
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimizer of the RL phase behind a clip of the gradient's norm, and its learning rate.
+
+    axes: logical axes of every parameter (`aspo_jax.model.Model.axes`).
+    """
+    o, t = config.optim, config.train
+    updates = t.iterations * t.epochs * (t.prompts_per_step // t.prompts_per_minibatch)
+    rate = learning_rate_schedule(
+        o.learning_rate, o.warmup_updates, updates if o.schedule == "linear" else None
+    )
+    if o.warmup_iterations:
+        rate = warmup_by_iteration(rate, o.warmup_iterations, updates // t.iterations)
+    given = {k: getattr(o, k) for k in ADAMW} if o.name == "adamw" else {}
+    optimizer = make(config, "optimizer", o.name, rate, axes, **given)
+    return clipped(optimizer, o.clip_norm), rate
+
+
+def build_writers(config: Config) -> list[Open]:
+    """Who gets the rows of the log besides metrics.jsonl and the console."""
+    named = [make(config, "writer", name) for name in config.metrics.writers]
+    return [TensorBoard, *named] if config.metrics.tensorboard else named
+
+
+# --- rewards ------------------------------------------------------------------------------------
+
+
+def open_scorer(config: Config) -> Scorer:
+    """Start the grading processes, for the kinds of answers that the data hold.
+
+    Raises:
+        RewardError: no safe sandbox for programs, or a function of the user's that cannot be used.
+    """
+    r, kinds = config.reward, data_kinds(config)
+    kinds |= {"custom"} if r.function else set()  # whatever prompts of one's own ask for
+    rules = Rules(
+        timeout_s=r.timeout_s,
+        grade_truncated=r.grade_truncated,
+        function=r.function,
+        sandbox=r.sandbox,
+        test_timeout_s=r.test_timeout_s,
+        test_memory_mib=r.test_memory_mib,
+        program_timeout_s=r.program_timeout_s,
+        max_tests=r.max_tests,
+        seed=config.run.seed,
+    )
+    scorer = Scorer(r.workers, rules, kinds)
+    if scorer.sandbox is not None:
+        print(f"sandbox: {scorer.sandbox}", file=sys.stderr)
+    if "custom" in kinds:
+        scorer.wait_until_ready()  # a mistake in it shows now, not after the first sampling
+    return scorer
+
+
+def build_reward_shape(config: Config) -> Shape:
+    """The overlong ramp, then ``Reward.shapes`` in their order."""
+    reward = config.reward
+    ramp = overlong_ramp(
+        config.sampler.max_response_tokens, reward.overlong_buffer, reward.overlong_factor
+    )
+    return chain(ramp, *(make(config, "shape", name) for name in reward.shapes))
+
+
+# --- sampling -----------------------------------------------------------------------------------
+
+
+def build_sampler(config: Config, policy: Policy, mesh: Mesh) -> PagedSampler:
+    """The sampler of training rollouts, on this process's own devices."""
+    local = runtime.local_mesh(mesh)
+    model = build_sampling_network(config, policy.model.config, local)
+    strings = config.sampler.stop_strings
+    return PagedSampler(
+        model,
+        policy.head,
+        build_limits(config, local, build_peers().count, policy.stop_ids),
+        local,
+        seed=config.run.seed,
+        stops=functools.partial(stop_length, policy.decode, strings) if strings else None,
+        publish=make_publish(model, mesh, local, config.model.dtype),
+    )
+
+
+def build_limits(
+    config: Config,
+    local: Mesh,
+    processes: int,
+    stop_ids: tuple[int, ...],
+    platform: str | None = None,
+) -> Limits:
+    """Shapes of one process's sampler; it reads as many prompts at once as fill its rows.
+
+    Raises:
+        ConfigError: the cache is too small for one sequence.
+    """
+    s, parts = config.sampler, local.shape["data"] * local.shape["fsdp"]
+    slots = s.slots // processes
+    prompts = math.ceil(slots / config.train.samples_per_prompt / parts) * parts
+    limits = Limits(
+        s.max_prompt_tokens,
+        s.max_response_tokens,
+        slots,
+        stop_ids,
+        prompts=prompts,
+        page=min(s.page, s.max_response_tokens),
+        cache_tokens=s.cache_tokens and s.cache_tokens // processes,
+        cache_type=s.cache_type,
+        read=64 if _is_cpu(local, platform) else 512,
+    )
+    try:
+        limits.pool_pages(parts)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return limits
+
+
+def build_sampling_network(
+    config: Config, shape: ModelConfig, local: Mesh, platform: str | None = None
+) -> Model:
+    """The network as the sampler runs it: prompts padded to a bucket, any attention that can."""
+    train, model = config.train, config.model
+    sampling = dataclasses.replace(
+        config,
+        train=dataclasses.replace(train, pack=True),
+        model=dataclasses.replace(model, attention="auto"),
+    )
+    longest = build_limits(config, local, 1, (), platform).buckets[-1]
+    is_stacked = not _is_cpu(local, platform)
+    return build_network(sampling, shape, local, longest, platform, is_stacked=is_stacked)
+
+
+def _is_cpu(mesh: Mesh, platform: str | None) -> bool:
+    return (platform or mesh.devices.flat[0].platform) == "cpu"

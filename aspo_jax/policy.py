@@ -1,0 +1,191 @@
+"""The policy of a run, from its config: network, tokenizer and head; its weights are apart."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from aspo_jax.config import Config, ConfigError
+from aspo_jax.data import (
+    CHARACTERS,
+    allowed_ids,
+    build_character_tokenizer,
+    copy_tokenizer,
+    load_tokenizer,
+)
+from aspo_jax.head import Head
+from aspo_jax.model import (
+    Model,
+    ModelConfig,
+    build_model,
+    choose_attention,
+    read_eos_ids,
+    read_model_config,
+    save_model,
+)
+from aspo_jax.rollout import Decode
+from aspo_jax.runtime import MeshError
+
+
+class Policy(NamedTuple):
+    """A network, its tokenizer and how its logits become a distribution; weights are apart.
+
+    decode: token ids -> text, special tokens not shown.
+    stop_ids: what ends a response, in sampling and in the export; the tokenizer's <eos> first.
+    source: the folder it came from; None for a new one.
+    """
+
+    model: Model
+    tokenizer: Any
+    decode: Decode
+    head: Head
+    stop_ids: tuple[int, ...]
+    source: Path | None = None
+
+
+def open_policy(config: Config, mesh: Mesh) -> Policy:
+    """The policy that a run starts with: that of ``Model.path``, or a new one."""
+    path = config.model.path
+    return load_policy(config, path, mesh) if path else new_policy(config, mesh)
+
+
+def load_policy(config: Config, folder: str | Path, mesh: Mesh) -> Policy:
+    """The policy of a Hugging Face folder."""
+    tokenizer = load_tokenizer(folder)
+    ends = stop_ids(config, tokenizer, folder)
+    policy = _policy(config, read_model_config(folder), tokenizer, ends, mesh)
+    return policy._replace(source=Path(folder))
+
+
+def new_policy(config: Config, mesh: Mesh) -> Policy:
+    """An untrained policy of the config's sizes with a character tokenizer."""
+    tokenizer = build_character_tokenizer(CHARACTERS)
+    ends = stop_ids(config, tokenizer)
+    return _policy(config, new_shape(config, len(tokenizer)), tokenizer, ends, mesh)
+
+
+def stop_ids(config: Config, tokenizer: Any, folder: str | Path | None = None) -> tuple[int, ...]:
+    """What ends a response: <eos>, what generation_config.json adds to it, ``Sampler.stop_ids``.
+
+    folder: of the model; None for a new one.
+
+    Raises:
+        ConfigError: an id that no token has.
+        ModelFolderError: generation_config.json cannot be used.
+    """
+    tokens, own = len(tokenizer), config.sampler.stop_ids
+    if wrong := [i for i in own if not 0 <= i < tokens]:
+        raise ConfigError(
+            f"Sampler.stop_ids = {own}: found {wrong[0]}, expected ids of the tokenizer, 0 to "
+            f"{tokens - 1}; leave it out"
+        )
+    theirs = () if folder is None else read_eos_ids(folder, tokens)
+    return tuple(dict.fromkeys((tokenizer.eos_token_id, *theirs, *own)))
+
+
+def new_shape(config: Config, vocab_size: int) -> ModelConfig:
+    """The network that the config's own sizes describe."""
+    m = config.model
+    names = ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads")
+    sizes = {name: getattr(m, name) for name in names}
+    return ModelConfig(
+        vocab_size=vocab_size,
+        head_dim=sizes["hidden_size"] // sizes["heads"],
+        rope_theta=m.rope_theta,
+        tie_embeddings=m.tie_embeddings,
+        **sizes,
+    )
+
+
+def build_network(
+    config: Config,
+    shape: ModelConfig,
+    mesh: Mesh,
+    row_tokens: int,
+    platform: str | None = None,
+    *,
+    is_stacked: bool = True,
+) -> Model:
+    """The network of a shape, with the attention that the mesh's devices do best.
+
+    platform: of those devices; needed where the mesh is abstract or its devices name it otherwise.
+    is_stacked: see `build_model`.
+
+    Raises:
+        MeshError: an axis of the network does not split over the mesh.
+        AttentionError: the attention asked for cannot run there.
+    """
+    _check_splits(shape, mesh)
+    dtype = jnp.dtype(config.model.dtype)
+    attention = choose_attention(
+        platform or mesh.devices.flat[0].platform,
+        head_dim=shape.head_dim,
+        row_tokens=row_tokens,
+        packed=config.train.pack,
+        dtype=dtype,
+        mesh=mesh,
+        name=config.model.attention,
+    )
+    return build_model(
+        shape,
+        dtype=dtype,
+        remat=config.model.remat,
+        attention=attention,
+        mesh=mesh,
+        is_stacked=is_stacked,
+    )
+
+
+def _check_splits(shape: ModelConfig, mesh: Mesh) -> None:
+    sizes = {
+        "tensor": (shape.heads, shape.kv_heads, shape.intermediate_size, shape.vocab_size),
+        "fsdp": (shape.hidden_size,),
+    }
+    for axis, widths in sizes.items():
+        devices = mesh.shape[axis]
+        if any(width % devices for width in widths):
+            raise MeshError(
+                f"Runtime.{axis} = {devices} does not divide the model's {widths}; expected a "
+                "common divisor of them"
+            )
+
+
+def _policy(
+    config: Config, shape: ModelConfig, tokenizer: Any, stop_ids: tuple[int, ...], mesh: Mesh
+) -> Policy:
+    model = build_network(config, shape, mesh, config.train.row_tokens)
+    decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
+    head = Head(
+        temperature=config.sampler.temperature,
+        is_allowed_V=allowed_ids(tokenizer, shape.vocab_size, stop_ids),
+        chunk=config.train.head_chunk,
+        mesh=mesh,
+    )
+    return Policy(model, tokenizer, decode, head, stop_ids)
+
+
+def save_policy(policy: Policy, params: Any, folder: str | Path, dtype: str = "float32") -> None:
+    """Write a folder that `transformers` loads; what came with the model's own folder is kept."""
+    save_tokenizer = policy.tokenizer.save_pretrained
+    if policy.source is not None:
+        save_tokenizer = functools.partial(copy_tokenizer, policy.source)
+    save_model(
+        folder,
+        params,
+        policy.model.config,
+        save_tokenizer,
+        eos_token_id=policy.stop_ids,
+        source=policy.source,
+        dtype=dtype,
+    )
+
+
+def parameter_count(params: Any) -> int:
+    """Number of weights."""
+    return int(sum(np.prod(x.shape) for x in jax.tree.leaves(params)))
