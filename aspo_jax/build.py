@@ -16,9 +16,16 @@ from aspo_jax.errors import UserError
 from aspo_jax.evaluation import Evaluate, evaluator
 from aspo_jax.inputs import held_out_source, start_tokenizer, train_source
 from aspo_jax.learner import Learner, build_learner
-from aspo_jax.model import load_params, read_model_config, shardings
-from aspo_jax.parts import Parts, build_peers, check_rules
-from aspo_jax.policy import stop_ids
+from aspo_jax.model import load_params, parameter_axes, shardings
+from aspo_jax.parts import (
+    Parts,
+    build_optimizer,
+    build_peers,
+    build_reward_shape,
+    build_writers,
+    check_rules,
+)
+from aspo_jax.policy import network_shape, stop_ids
 from aspo_jax.rewards import unshaped
 from aspo_jax.rollout import BatchShape, Collector, Peers, batch_shape
 from aspo_jax.sampler import Choice
@@ -78,7 +85,8 @@ def check_inputs(config: Config) -> list[tuple[str, str]]:
     counts: list[int] = []
     checks = (
         lambda: check_rules(config),
-        lambda: config.model.path and read_model_config(config.model.path),
+        lambda: build_optimizer(config, parameter_axes(network_shape(config, len(tokenizer)))),
+        lambda: (build_reward_shape(config), build_writers(config)),
         lambda: stop_ids(config, tokenizer, config.model.path),
         lambda: counts.append(len(train_source(config, tokenizer))),
         lambda: counts.append(len(held_out_source(config, tokenizer))),

@@ -23,6 +23,7 @@ from aspo_jax import losses, runtime
 from aspo_jax.config import Config, ConfigError
 from aspo_jax.config.factories import find_factory, section_of
 from aspo_jax.data import PromptStream
+from aspo_jax.errors import UserError
 from aspo_jax.imports import raised_at
 from aspo_jax.inputs import build_prompts, data_kinds, held_out_prompts
 from aspo_jax.learner import Goal
@@ -116,6 +117,8 @@ def make(config: Config, kind: str, text: str, *given: Any, **shared: Any) -> An
     factory = find_factory(FACTORIES, kind, text)
     try:
         made = factory(*given, **shared, **config.factories.get(section_of(text), {}))
+    except UserError:
+        raise
     except ValueError as error:
         raise ConfigError(f"{text}: {error}") from error
     except Exception as error:

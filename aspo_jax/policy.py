@@ -89,6 +89,12 @@ def stop_ids(config: Config, tokenizer: Any, folder: str | Path | None = None) -
     return tuple(dict.fromkeys((tokenizer.eos_token_id, *theirs, *own)))
 
 
+def network_shape(config: Config, vocab_size: int) -> ModelConfig:
+    """The network's shape: that of ``Model.path``, or a new one's with this vocabulary."""
+    path = config.model.path
+    return read_model_config(path) if path else new_shape(config, vocab_size)
+
+
 def new_shape(config: Config, vocab_size: int) -> ModelConfig:
     """The network that the config's own sizes describe."""
     m = config.model

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
+import importlib.util
 import itertools
 import json
 import logging
@@ -147,11 +147,14 @@ def wandb(
     project, entity: where the run is listed.
     mode: "offline" keeps it in the run folder, for `wandb sync`.
     """
+    _require("wandb")
 
     def open_run(start: Start) -> Writer:
+        import wandb  # pyright: ignore[reportMissingImports]
+
         name, folder = _name(start.folder), str(start.folder)
         how: Any = {"mode": mode, "dir": folder, "id": name, "resume": "allow"}
-        run = _extra("wandb").init(
+        run = wandb.init(
             project=project, entity=entity, name=name, config=dict(start.settings), **how
         )
         return Calls(lambda row, step: run.log(row, step=step), run.finish)
@@ -165,9 +168,12 @@ def trackio(*, project: str, space_id: str | None = None) -> Open:
     project: where the run is listed.
     space_id: a Hugging Face Space to send it to; None: this machine only.
     """
+    _require("trackio")
 
     def open_run(start: Start) -> Writer:
-        trackio, name = _extra("trackio"), _name(start.folder)
+        import trackio  # pyright: ignore[reportMissingImports]
+
+        name = _name(start.folder)
         settings = {k: str(v) for k, v in start.settings.items()}
         run = trackio.init(
             project, name, space_id=space_id, config=settings, resume="allow", embed=False
@@ -186,14 +192,12 @@ def _name(folder: Path) -> str:
     return f"{folder.name}-{place[:8]}"
 
 
-def _extra(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
+def _require(name: str) -> None:
+    """Refuse at the start what is not installed, without the second that importing it takes."""
+    if importlib.util.find_spec(name) is None:
         raise UserError(
-            f"Metrics.writers names {name}, which cannot be imported ({error}); install it: "
-            f"pip install 'aspo_jax[{name}]'"
-        ) from error
+            f"Metrics.writers names {name}, which is not installed; pip install 'aspo_jax[{name}]'"
+        )
 
 
 # --- metrics.jsonl when a run goes on -----------------------------------------------------------
