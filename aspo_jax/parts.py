@@ -120,7 +120,8 @@ def make(config: Config, kind: str, text: str, *given: Any, **shared: Any) -> An
     except UserError:
         raise
     except ValueError as error:
-        raise ConfigError(f"{text}: {error}") from error
+        named = factory.__name__ in str(error)
+        raise ConfigError(f"{'' if named else f'{text}: '}{error}") from error
     except Exception as error:
         raise ConfigError(f"the {kind} {text!r} fails: {raised_at(error)}") from error
     expected = _EXPECTED.get(kind)
@@ -133,12 +134,23 @@ def make(config: Config, kind: str, text: str, *given: Any, **shared: Any) -> An
 def build_goal(config: Config) -> Goal:
     """Objective, penalties and aggregation by their names."""
     names = (config.objective.name, *config.objective.penalties)
-    rules = [make(config, "objective", name) for name in names]
+    rules = [_labelled(make(config, "objective", name), section_of(name)) for name in names]
     return Goal(
         objective=losses.chain(*rules) if len(rules) > 1 else rules[0],
         aggregate=make(config, "aggregate", config.objective.aggregate),
         entropy_bonus=config.objective.entropy_bonus,
     )
+
+
+def _labelled(rule: losses.Objective, section: str) -> losses.Objective:
+    """The rule with its label, if it has one, behind the names of its metrics."""
+    label = section.partition(".")[2]
+
+    def coefficient(tokens, state, sums):
+        made = rule.coefficient(tokens, state, sums)
+        return made._replace(metrics={f"{k}_{label}": v for k, v in made.metrics.items()})
+
+    return rule._replace(coefficient=coefficient) if label else rule
 
 
 def build_advantage(config: Config) -> losses.Advantage:

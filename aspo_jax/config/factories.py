@@ -2,7 +2,7 @@
 
 A factory's keyword arguments are the section of its name. One that is used twice gets a label:
 ``Objective.penalties = ('kl_penalty', 'kl_penalty.b')`` reads ``kl_penalty.beta`` and
-``kl_penalty.b.beta``.
+``kl_penalty.b.beta``; the metrics of the second are named ``ref_kl_b`` and so on.
 """
 
 import inspect
