@@ -128,6 +128,11 @@ def test_diff_is_readable_and_ignores_permission_and_place():
     new = _read(*(word for change in changes for word in ("--set", change)))
     assert new.diff(old) == "Optim.learning_rate: 0.0005 -> 0.001\naspo.cap: 2.0 -> 3.0"
     assert diff_text("A.b = 1\n", "A.b = 1\nC.d = 2\n") == "C.d: (default) -> 2"
+    # A run of an earlier version, which knew fewer settings, goes on.
+    fewer = "".join(line for line in new.text().splitlines(True) if "Optim.name" not in line)
+    assert "Optim.name" in new.text() and new.diff(fewer) == ""
+    other = _read("--set", "Metrics.transcripts=3").diff(_read().text().replace("Metrics.t", "#"))
+    assert other == "Metrics.transcripts: 8 -> 3"
 
 
 def test_frozen():

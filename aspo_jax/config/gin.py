@@ -236,15 +236,17 @@ def unused_macros(
     return problems
 
 
-def diff_text(old: str, new: str) -> str:
+def diff_text(old: str, new: str, defaults: Mapping[str, Any] | None = None) -> str:
     """The settings that differ between two config texts, one readable line each.
 
+    defaults: what a setting is that the old text does not know.
     Where a run is kept, by which processes, and `Run.accept_changes` are not compared.
     """
     before, after = (
         {key: binding.found for key, binding in read_text(text, place, None, ()).items()}
         for text, place in ((old, "old config"), (new, "new config"))
     )
+    before = {key: repr(value) for key, value in (defaults or {}).items()} | before
     absent = "(default)"
     return "\n".join(
         f"{key}: {before.get(key, absent)} -> {after.get(key, absent)}"

@@ -383,8 +383,12 @@ class Config:
         return "\n".join(lines) + "\n"
 
     def diff(self, old: str) -> str:
-        """What changed since the config text ``old``; empty if nothing."""
-        return diff_text(old, self.text())
+        """What changed since the config text ``old``, which may lack newer settings."""
+        known = {
+            f"{name}.{field}": info for name in SECTIONS for field, info in fields(name).items()
+        }
+        defaults = {key: info.default for key, info in known.items() if not info.is_required()}
+        return diff_text(old, self.text(), defaults)
 
     def derived(
         self, train_rows: int | None = None, held_out_rows: int | None = None
