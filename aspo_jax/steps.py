@@ -1,4 +1,4 @@
-"""The verbs of the loop in `train.py`; none of them decides what comes next."""
+"""The verbs of the loop in `train.py`; two may end a run by an error, none says what is next."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ mistake raises `ConfigError` with its place, what was found and what was expecte
 
 Rooms: `gin` (syntax), `sections` (the settings), `schema` (their types in words, the help page),
 `checks` (what they say of each other), `reading` (from files and flags to a `Config`).
-This is the only package that reads flags or config files; every function below takes values.
+No other package reads config files; below `policy` and `parts` every function takes values.
 """
 
 from aspo_jax.config.gin import ConfigError, diff_text

@@ -52,7 +52,8 @@ _UPDATE = {
     ),
     "abs_log_ratio_max": Info("nats", "largest |log pi - log pi_old| of a response token"),
     "clip_share": Info(
-        "share of tokens", "response tokens with A != 0 whose gradient the clip removed"
+        "share of tokens",
+        "response tokens with A != 0 whose weight is 0: the clip or a cap took it away",
     ),
     "entropy": Info("nats", "mean entropy of the policy over response tokens, during the updates"),
     "old_entropy": Info("nats", "the same under pi_old: the entropy of the policy that sampled"),
@@ -77,7 +78,7 @@ _UPDATE = {
     **_by_sign(
         "clip_share_{sign}",
         "share of tokens",
-        "response tokens with {relation} whose gradient the clip removed",
+        "response tokens with {relation} whose weight is 0: the clip or a cap took it away",
     ),
     **_by_sign(
         "cap_share_{sign}",
@@ -95,7 +96,7 @@ for _q in WEIGHT_QUANTILES:
         f"weight_{{sign}}_q{_q}",
         "weight",
         f"{_q} % quantile, read from a fixed-bin histogram, of the token weight w over response"
-        " tokens with {relation}; 0 where the clip removed the gradient",
+        " tokens with {relation}; 0 where the clip or a cap took it away",
     )
 
 _SPEED = {
