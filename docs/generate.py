@@ -248,7 +248,8 @@ def inline(text: str) -> str:
 
 LIBRARY = """The trainer's parts are values and functions; these programs use them without its
 command line. Each is a file of `examples/` and runs as it stands. What the names mean:
-[Python names](api.md).
+[Python names](api.md). The notebook `examples/aspo_in_ten_minutes.ipynb` has the equation, the
+weights as a picture and one small run; its outputs are kept in it.
 
 Those that read a folder `model` take any Hugging Face folder of [these families](scale.md#models).
 The embedded task leaves one:
