@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -64,9 +67,9 @@ def test_an_optimizer_of_anyones_updates_behind_the_clip(module):
     optimizer, rate = build_optimizer(config, ())
     w = jnp.ones(3)
     change, _ = jax.jit(optimizer.update)(jnp.array([3.0, -4.0, 0]), optimizer.init(w), w)
-    expected = optax.lion(rate, b1=0.5)
-    expected, _ = expected.update(jnp.array([0.6, -0.8, 0]), expected.init(w), w)
-    assert jnp.allclose(change, expected)
+    lion = optax.lion(rate, b1=0.5)
+    expected: Any = lion.update(jnp.array([0.6, -0.8, 0]), lion.init(w), w)[0]
+    np.testing.assert_allclose(change, expected)
 
 
 @pytest.mark.parametrize(
