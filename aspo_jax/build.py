@@ -16,7 +16,8 @@ from aspo_jax.errors import UserError
 from aspo_jax.evaluation import Evaluate, evaluator
 from aspo_jax.inputs import held_out_source, start_tokenizer, train_source
 from aspo_jax.learner import Learner, build_learner
-from aspo_jax.model import load_params, parameter_axes, shardings
+from aspo_jax.model import load_params, parameter_axes
+from aspo_jax.model.sharding import row_shards
 from aspo_jax.parts import (
     Parts,
     build_optimizer,
@@ -57,7 +58,7 @@ def build_machines(config: Config, parts: Parts, folder: str | Path, mesh: Mesh)
     """All machines of a run that starts from the weights in ``folder``."""
     check_shares(config, mesh)
     policy = parts.policy._replace(source=Path(folder))
-    weights = shardings(mesh, policy.model.partition_specs())
+    weights = policy.model.shardings(mesh)
     load = functools.partial(load_params, folder, policy.model.config, shardings=weights)
     has_reference = losses.reads(parts.goal.objective, "ref_logp_BT")
     collector = Collector(parts.sampler, parts.open_scorer(), policy.decode, parts.reward_shape)
@@ -81,13 +82,16 @@ def check_inputs(config: Config) -> list[tuple[str, str]]:
     Raises:
         ConfigError, DataError, ModelFolderError: what is wrong with each of them, with its place.
     """
-    tokenizer = start_tokenizer(config)
+    path = config.model.path
+    tokenizer = start_tokenizer(path)
     counts: list[int] = []
     checks = (
         lambda: check_rules(config),
-        lambda: build_optimizer(config, parameter_axes(network_shape(config, len(tokenizer)))),
+        lambda: build_optimizer(
+            config, parameter_axes(network_shape(config, path, len(tokenizer)))
+        ),
         lambda: (build_reward_shape(config), build_writers(config)),
-        lambda: stop_ids(config, tokenizer, config.model.path),
+        lambda: stop_ids(config, tokenizer, path),
         lambda: counts.append(len(train_source(config, tokenizer))),
         lambda: counts.append(len(held_out_source(config, tokenizer))),
     )
@@ -138,7 +142,7 @@ def check_shares(config: Config, mesh: Mesh, processes: int | None = None) -> No
             they can share.
     """
     t, processes = config.train, processes or build_peers().count
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = row_shards(mesh)
     devices = f"{mesh.shape['data']} x {mesh.shape['fsdp']} data and fsdp devices"
     sizes = [
         ("Train.prompts_per_step", t.prompts_per_step, processes, f"{processes} processes"),

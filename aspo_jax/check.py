@@ -31,11 +31,11 @@ from aspo_jax.config.reading import DEFAULT
 from aspo_jax.errors import CommandParser, UserError, run_command
 from aspo_jax.inputs import held_out_prompts
 from aspo_jax.learner import make_old_policy, place
-from aspo_jax.model import load_params, shardings
+from aspo_jax.model import load_params
 from aspo_jax.model.sharding import placed
 from aspo_jax.parts import FACTORIES, build_sampler
 from aspo_jax.paths import path_argument
-from aspo_jax.policy import Policy, load_policy, new_policy
+from aspo_jax.policy import Policy, load_policy
 from aspo_jax.rollout import BatchShape, answered, draw, fill
 from aspo_jax.run.folder import INITIAL_MODEL
 from aspo_jax.run.records import Saved, find_run, run_config, trained_weights
@@ -75,9 +75,9 @@ def gaps(config: Config, mesh: Mesh, prompts: int, saved: Saved | None = None) -
 def _policy_and_params(config: Config, mesh: Mesh, saved: Saved | None) -> tuple[Policy, Any]:
     """The policy with the weights of a checkpoint, of ``Model.path``, or new ones."""
     folder = config.model.path or (saved and saved.run / INITIAL_MODEL)
-    policy = load_policy(config, folder, mesh) if folder else new_policy(config, mesh)
+    policy = load_policy(config, folder, mesh)
     model, key = policy.model, jax.random.key(config.run.seed)
-    weights = shardings(mesh, model.partition_specs())
+    weights = model.shardings(mesh)
     if saved:
         wanted = placed(jax.eval_shape(model.init, key), weights)
         return policy, trained_weights(saved, config, wanted)[1]

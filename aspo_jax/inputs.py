@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from aspo_jax.config import Config, ConfigError
@@ -35,11 +36,9 @@ def countdown_spec(config: Config) -> CountdownSpec:
     return spec
 
 
-def start_tokenizer(config: Config) -> Any:
-    """The tokenizer that the run starts with."""
-    if config.model.path is None:
-        return build_character_tokenizer(CHARACTERS)
-    return load_tokenizer(config.model.path)
+def start_tokenizer(folder: str | Path | None) -> Any:
+    """The tokenizer of a model's folder; None: that of a new model."""
+    return build_character_tokenizer(CHARACTERS) if folder is None else load_tokenizer(folder)
 
 
 def build_prompts(

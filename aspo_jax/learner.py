@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from aspo_jax import losses
 from aspo_jax.errors import UserError
 from aspo_jax.head import Head, logp_and_entropy
-from aspo_jax.model import Model, batch_sharding, shardings
+from aspo_jax.model import Model, batch_sharding
 from aspo_jax.model.sharding import placed
 from aspo_jax.structs import (
     Mean,
@@ -80,7 +80,7 @@ def build_learner(
         PlacementError: a large array of the optimizer's or the objective's state is no parameter's,
             and there are several devices.
     """
-    weights = shardings(mesh, model.partition_specs())
+    weights = model.shardings(mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def init(params) -> TrainState:

@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -24,14 +22,15 @@ from aspo_jax import runtime
 from aspo_jax.config import Config, read_config
 from aspo_jax.data import encode, render
 from aspo_jax.evaluation import Scores, evaluator
-from aspo_jax.head import logp_and_entropy
 from aspo_jax.inputs import held_out_prompts
-from aspo_jax.model import load_params, shardings
+from aspo_jax.learner import make_old_policy, place
+from aspo_jax.model import load_params
+from aspo_jax.model.sharding import row_shards
 from aspo_jax.parts import FACTORIES, build_sampler, open_scorer
 from aspo_jax.policy import Policy, load_policy
-from aspo_jax.rollout import Collector, Rollout, draw
+from aspo_jax.rollout import BatchShape, Collector, Rollout, answered, draw, fill
 from aspo_jax.sampler import EVALUATE, EVERYTHING, Completion, PagedSampler
-from aspo_jax.structs import Prompt
+from aspo_jax.structs import OldPolicy, Prompt
 
 _ROOM = 64  # prompts are padded to a multiple, so that similar ones share a compiled program
 
@@ -39,6 +38,7 @@ _ROOM = 64  # prompts are padded to a multiple, so that similar ones share a com
 class Loaded(NamedTuple):
     """A policy with its weights, on the devices of a mesh.
 
+    rescore: the trainer's own scorer, over the whole vocabulary.
     samplers: those made so far, by their shapes: their programs stay compiled.
     """
 
@@ -46,6 +46,7 @@ class Loaded(NamedTuple):
     mesh: Mesh
     policy: Policy
     params: Any
+    rescore: Callable[..., OldPolicy]
     samplers: dict[tuple[int, ...], PagedSampler]
 
 
@@ -91,9 +92,11 @@ def load(folder: str | Path, *settings: str) -> Loaded:
     config = configure("countdown_cpu", f"Model.path={str(folder)!r}", *settings)
     mesh = start(config)
     policy = load_policy(config, folder, mesh)
-    weights = shardings(mesh, policy.model.partition_specs())
-    params = load_params(folder, policy.model.config, shardings=weights)
-    return Loaded(config, mesh, policy, params, {})
+    model = policy.model
+    params = load_params(folder, model.config, shardings=model.shardings(mesh))
+    every = np.ones(model.config.vocab_size, bool)
+    head = policy.head._replace(temperature=1.0, is_allowed_V=every)
+    return Loaded(config, mesh, policy, params, make_old_policy(model, head, mesh), {})
 
 
 def chat(model: Loaded, messages: str | Sequence[Mapping[str, str]]) -> str:
@@ -112,30 +115,20 @@ def score(model: Loaded, texts: Sequence[str]) -> list[TextScore]:
     tokens = [np.asarray(encode(model.policy.tokenizer, text)) for text in texts]
     if short := [text for text, t in zip(texts, tokens, strict=True) if len(t) < 2]:
         raise ValueError(f"found {short[0]!r}, expected texts of at least two tokens")
-    width = _rounded(max(map(len, tokens)), 128)
-    token_BT = np.zeros((len(texts), width + 1), np.int32)
-    is_text_BT = np.zeros(token_BT.shape, bool)
-    for row, own in enumerate(tokens):
-        token_BT[row, : len(own)], is_text_BT[row, : len(own)] = own, True
-    logp_BT, entropy_BT = map(np.asarray, _score(model, token_BT, is_text_BT))
+    shape = BatchShape(
+        minibatches=1,
+        microbatches=1,
+        rows=_rounded(len(texts), row_shards(model.mesh)),
+        row_tokens=_rounded(max(map(len, tokens)), 128),
+        is_packed=False,
+    )
+    rows = fill([answered(t[:1].tolist(), t[1:], 0.0, 1.0, 0) for t in tokens], shape)
+    scores = model.rescore(model.params, None, place(model.mesh, rows))
+    logp_BT, entropy_BT = np.asarray(scores.old_logp_BT)[0], np.asarray(scores.old_entropy_BT)[0]
     return [
         TextScore(own, logp_BT[row, : len(own) - 1], entropy_BT[row, : len(own) - 1])
         for row, own in enumerate(tokens)
     ]
-
-
-def _score(model: Loaded, token_BT: np.ndarray, is_text_BT: np.ndarray) -> Any:
-    network, vocabulary = model.policy.model, model.policy.model.config.vocab_size
-    head = model.policy.head._replace(temperature=1.0, is_allowed_V=np.ones(vocabulary, bool))
-
-    @jax.jit
-    def scores(params, token_BT, is_text_BT):
-        input_BT, segment_BT = token_BT[:, :-1], is_text_BT[:, :-1].astype(jnp.int32)
-        position_BT = jnp.broadcast_to(jnp.arange(input_BT.shape[1]), input_BT.shape)
-        hidden_BTD, _ = network.apply(params, input_BT, position_BT, segment_BT)
-        return logp_and_entropy(head, network.unembedding(params), hidden_BTD, token_BT[:, 1:])
-
-    return scores(model.params, token_BT, is_text_BT)
 
 
 def sample(
@@ -193,9 +186,10 @@ def _sampler(
     model: Loaded, prompts: Sequence[Prompt], samples: int, max_tokens: int
 ) -> PagedSampler:
     """A sampler with room for these prompts."""
-    shards = math.prod(model.mesh.shape[axis] for axis in ("data", "fsdp"))
     longest = _rounded(max(len(prompt.tokens) for prompt in prompts), _ROOM)
-    slots = _rounded(min(len(prompts) * samples, model.config.sampler.slots), shards)
+    slots = _rounded(
+        min(len(prompts) * samples, model.config.sampler.slots), row_shards(model.mesh)
+    )
     shapes = (longest, max_tokens, slots, samples)
     if shapes not in model.samplers:
         sampler = dataclasses.replace(

@@ -52,12 +52,8 @@ def _whole(of: Callable[[Group], float]) -> Count:
     return lambda group: [of(group)] * len(group)
 
 
-def _is_right_one(sample: Any) -> bool:
-    return sample.verdict.is_right
-
-
 def _right(group: Group) -> list[Any]:
-    return list(filter(_is_right_one, group))
+    return [sample for sample in group if sample.verdict.is_right]
 
 
 def _texts(group: Group) -> int:
@@ -67,10 +63,10 @@ def _texts(group: Group) -> int:
 reward = _each(lambda s: s.verdict.reward)
 is_valid = _each(lambda s: s.is_valid)
 _valid_reward = _each(lambda s: s.verdict.reward if s.is_valid else math.nan)
-_is_right = _each(_is_right_one)
-_any_right = _whole(lambda group: any(map(_is_right_one, group)))
-_none_right = _whole(lambda group: not any(map(_is_right_one, group)))
-_all_right = _whole(lambda group: all(map(_is_right_one, group)))
+_is_right = _each(lambda s: s.verdict.is_right)
+_any_right = _whole(lambda group: bool(_right(group)))
+_none_right = _whole(lambda group: not _right(group))
+_all_right = _whole(lambda group: len(_right(group)) == len(group))
 _is_failed = _each(lambda s: s.verdict.is_failed)
 _is_late = _each(lambda s: s.verdict.reason == "timeout")
 _is_broken = _each(lambda s: s.is_broken)

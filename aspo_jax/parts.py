@@ -21,15 +21,17 @@ from jax.sharding import Mesh
 
 from aspo_jax import losses, runtime
 from aspo_jax.config import Config, ConfigError
-from aspo_jax.config.factories import find_factory, section_of
+from aspo_jax.config.factories import find_factory
+from aspo_jax.config.sections import section_of
 from aspo_jax.data import PromptStream
 from aspo_jax.errors import UserError
 from aspo_jax.imports import raised_at
 from aspo_jax.inputs import build_prompts, data_kinds, held_out_prompts
 from aspo_jax.learner import Goal
 from aspo_jax.model import Model, ModelConfig
+from aspo_jax.model.sharding import row_shards
 from aspo_jax.optimizers import OPTIMIZERS, clipped, learning_rate_schedule, warmup_by_iteration
-from aspo_jax.policy import Policy, build_network, open_policy
+from aspo_jax.policy import Policy, build_network, load_policy
 from aspo_jax.rewards import SHAPES, Rules, Scorer, Shape, chain, overlong_ramp
 from aspo_jax.rollout import Peers
 from aspo_jax.run.writers import WRITERS, Open, TensorBoard
@@ -80,7 +82,7 @@ def parts(config: Config, mesh: Mesh) -> Parts:
     Raises:
         UserError: of the part that cannot be made; see `aspo_jax.build.check_inputs`.
     """
-    policy, peers = open_policy(config, mesh), build_peers()
+    policy, peers = load_policy(config, config.model.path, mesh), build_peers()
     optimizer, rate = build_optimizer(config, policy.model.axes())
     return Parts(
         policy=policy,
@@ -114,14 +116,14 @@ def make(config: Config, kind: str, text: str, *given: Any, **shared: Any) -> An
     Raises:
         ConfigError: it refuses its arguments, fails, or makes something else.
     """
-    factory = find_factory(FACTORIES, kind, text)
+    factory, section = find_factory(FACTORIES, kind, text), section_of(text)
     try:
-        made = factory(*given, **shared, **config.factories.get(section_of(text), {}))
+        made = factory(*given, **shared, **config.factories.get(section, {}))
     except UserError:
         raise
     except ValueError as error:
-        named = factory.__name__ in str(error)
-        raise ConfigError(f"{'' if named else f'{text}: '}{error}") from error
+        is_named = section.partition(".")[0] in str(error)
+        raise ConfigError(f"{'' if is_named else f'{text}: '}{error}") from error
     except Exception as error:
         raise ConfigError(f"the {kind} {text!r} fails: {raised_at(error)}") from error
     expected = _EXPECTED.get(kind)
@@ -283,9 +285,9 @@ def build_limits(
     Raises:
         ConfigError: the cache is too small for one sequence.
     """
-    s, parts = config.sampler, local.shape["data"] * local.shape["fsdp"]
+    s, shards = config.sampler, row_shards(local)
     slots = s.slots // processes
-    prompts = math.ceil(slots / config.train.samples_per_prompt / parts) * parts
+    prompts = math.ceil(slots / config.train.samples_per_prompt / shards) * shards
     limits = Limits(
         s.max_prompt_tokens,
         s.max_response_tokens,
@@ -298,7 +300,7 @@ def build_limits(
         read=64 if _is_cpu(local, platform) else 512,
     )
     try:
-        limits.pool_pages(parts)
+        limits.pool_pages(shards)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return limits

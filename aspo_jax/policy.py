@@ -12,14 +12,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from aspo_jax.config import Config, ConfigError
-from aspo_jax.data import (
-    CHARACTERS,
-    allowed_ids,
-    build_character_tokenizer,
-    copy_tokenizer,
-    load_tokenizer,
-)
+from aspo_jax.data import allowed_ids, copy_tokenizer
 from aspo_jax.head import Head
+from aspo_jax.inputs import start_tokenizer
 from aspo_jax.model import (
     Model,
     ModelConfig,
@@ -49,25 +44,25 @@ class Policy(NamedTuple):
     source: Path | None = None
 
 
-def open_policy(config: Config, mesh: Mesh) -> Policy:
-    """The policy that a run starts with: that of ``Model.path``, or a new one."""
-    path = config.model.path
-    return load_policy(config, path, mesh) if path else new_policy(config, mesh)
-
-
-def load_policy(config: Config, folder: str | Path, mesh: Mesh) -> Policy:
-    """The policy of a Hugging Face folder."""
-    tokenizer = load_tokenizer(folder)
+def load_policy(config: Config, folder: str | Path | None, mesh: Mesh) -> Policy:
+    """The policy of a Hugging Face folder; None: a new one of the config's sizes."""
+    tokenizer = start_tokenizer(folder)
     ends = stop_ids(config, tokenizer, folder)
-    policy = _policy(config, read_model_config(folder), tokenizer, ends, mesh)
-    return policy._replace(source=Path(folder))
-
-
-def new_policy(config: Config, mesh: Mesh) -> Policy:
-    """An untrained policy of the config's sizes with a character tokenizer."""
-    tokenizer = build_character_tokenizer(CHARACTERS)
-    ends = stop_ids(config, tokenizer)
-    return _policy(config, new_shape(config, len(tokenizer)), tokenizer, ends, mesh)
+    shape = network_shape(config, folder, len(tokenizer))
+    head = Head(
+        temperature=config.sampler.temperature,
+        is_allowed_V=allowed_ids(tokenizer, shape.vocab_size, ends),
+        chunk=config.train.head_chunk,
+        mesh=mesh,
+    )
+    return Policy(
+        model=build_network(config, shape, mesh, config.train.row_tokens),
+        tokenizer=tokenizer,
+        decode=functools.partial(tokenizer.decode, skip_special_tokens=True),
+        head=head,
+        stop_ids=ends,
+        source=None if folder is None else Path(folder),
+    )
 
 
 def stop_ids(config: Config, tokenizer: Any, folder: str | Path | None = None) -> tuple[int, ...]:
@@ -89,10 +84,9 @@ def stop_ids(config: Config, tokenizer: Any, folder: str | Path | None = None) -
     return tuple(dict.fromkeys((tokenizer.eos_token_id, *theirs, *own)))
 
 
-def network_shape(config: Config, vocab_size: int) -> ModelConfig:
-    """The network's shape: that of ``Model.path``, or a new one's with this vocabulary."""
-    path = config.model.path
-    return read_model_config(path) if path else new_shape(config, vocab_size)
+def network_shape(config: Config, folder: str | Path | None, vocab_size: int) -> ModelConfig:
+    """The network's shape: that of a folder; None: a new one's with this vocabulary."""
+    return new_shape(config, vocab_size) if folder is None else read_model_config(folder)
 
 
 def new_shape(config: Config, vocab_size: int) -> ModelConfig:
@@ -160,20 +154,6 @@ def _check_splits(shape: ModelConfig, mesh: Mesh) -> None:
                 f"Runtime.{axis} = {devices} does not divide the model's {widths}; expected a "
                 "common divisor of them"
             )
-
-
-def _policy(
-    config: Config, shape: ModelConfig, tokenizer: Any, stop_ids: tuple[int, ...], mesh: Mesh
-) -> Policy:
-    model = build_network(config, shape, mesh, config.train.row_tokens)
-    decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
-    head = Head(
-        temperature=config.sampler.temperature,
-        is_allowed_V=allowed_ids(tokenizer, shape.vocab_size, stop_ids),
-        chunk=config.train.head_chunk,
-        mesh=mesh,
-    )
-    return Policy(model, tokenizer, decode, head, stop_ids)
 
 
 def save_policy(policy: Policy, params: Any, folder: str | Path, dtype: str = "float32") -> None:

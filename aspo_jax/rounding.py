@@ -17,6 +17,7 @@ import numpy as np
 
 from aspo_jax.config import Config
 from aspo_jax.inputs import held_out_prompts
+from aspo_jax.model.sharding import row_shards
 from aspo_jax.parts import build_peers, build_sampler
 from aspo_jax.policy import Policy
 from aspo_jax.rollout import draw
@@ -83,7 +84,7 @@ def round_to(params: Any, dtype: str) -> Any:
 
 def _small(config: Config, mesh: Any) -> Config:
     """The config with a sampler for a few short answers."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = row_shards(mesh)
     sampler = dataclasses.replace(
         config.sampler,
         slots=math.ceil(PROMPTS / shards) * shards,

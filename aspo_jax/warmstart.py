@@ -38,7 +38,7 @@ from aspo_jax.learner import Goal, build_learner
 from aspo_jax.losses import reinforce, token_mean
 from aspo_jax.optimizers import adamw, clipped, learning_rate_schedule
 from aspo_jax.parts import build_peers, build_sampler, open_scorer
-from aspo_jax.policy import Policy, new_policy, save_policy
+from aspo_jax.policy import Policy, load_policy, save_policy
 from aspo_jax.rollout import BatchShape, Collector, answered, fill
 from aspo_jax.run.console import Console
 from aspo_jax.run.folder import INITIAL_MODEL
@@ -148,7 +148,7 @@ def _train(config: Config, mesh: Mesh, target_folder: Path, console: Console) ->
     """Train until the held-out score is reached and write the folder."""
     check_shares(config, mesh)
     w = config.warm_start
-    policy, spec = new_policy(config, mesh), countdown_spec(config)
+    policy, spec = load_policy(config, None, mesh), countdown_spec(config)
     rate = learning_rate_schedule(w.learning_rate, w.warmup_steps, w.max_steps)
     optimizer = adamw(rate, policy.model.axes(), b2=w.b2, weight_decay=w.weight_decay)
     goal = Goal(reinforce(), token_mean)

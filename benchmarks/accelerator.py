@@ -23,17 +23,16 @@ import jax
 import numpy as np
 from machine import header, table
 
-from aspo_jax.config import Config, read_config
+from aspo_jax.config import Config
 from aspo_jax.head import Head
 from aspo_jax.learner import build_learner
-from aspo_jax.model import ModelConfig, shardings
-from aspo_jax.parts import FACTORIES, build_goal, build_limits, build_optimizer
-from aspo_jax.parts import build_sampling_network as sampling_network
-from aspo_jax.planning.flops import attention_flops, causal_pairs, head_flops, layer_weights
+from aspo_jax.library import configure, start
+from aspo_jax.model import ModelConfig
+from aspo_jax.parts import build_goal, build_limits, build_optimizer, build_sampling_network
+from aspo_jax.planning.flops import causal_pairs, forward_flops
 from aspo_jax.planning.programs import read_shape
 from aspo_jax.policy import build_network, parameter_count
 from aspo_jax.rollout import BatchShape, Example, fill
-from aspo_jax.runtime import start
 from aspo_jax.sampler import EVALUATE, PagedSampler, Request, make_publish
 from aspo_jax.structs import OldPolicy
 
@@ -70,18 +69,12 @@ def settings(a: argparse.Namespace) -> Config:
         "Runtime.data=1",
         *a.set,
     ]
-    words = [word for setting in sizes for word in ("--set", setting)]
-    return read_config(["--config", "aspo_math_1p5b", *words], FACTORIES)
+    return configure("aspo_math_1p5b", *sizes)
 
 
 def flops(shape: ModelConfig, lengths: list[int]) -> float:
     """Of one forward pass over sequences of these lengths."""
-    tokens, pairs = sum(lengths), sum(map(causal_pairs, lengths))
-    return (
-        2.0 * layer_weights(shape) * tokens
-        + attention_flops(shape, pairs)
-        + head_flops(shape, tokens)
-    )
+    return forward_flops(shape, sum(lengths), sum(map(causal_pairs, lengths)))
 
 
 def median_s(run: Any) -> float:
@@ -103,7 +96,7 @@ def update_rows(config: Config, shape: ModelConfig, mesh: Any, tokens: int, peak
     head = Head(temperature=1.0, is_allowed_V=allowed, chunk=t.head_chunk, mesh=mesh)
     optimizer = build_optimizer(config, model.axes())[0]
     learner = build_learner(model, head, build_goal(config), optimizer, mesh)
-    params = jax.jit(model.init, out_shardings=shardings(mesh, model.partition_specs()))
+    params = jax.jit(model.init, out_shardings=model.shardings(mesh))
     state = learner.init(params(jax.random.key(0)))
     rng = np.random.default_rng(0)
     rows = t.rows_per_microbatch
@@ -138,14 +131,14 @@ def update_rows(config: Config, shape: ModelConfig, mesh: Any, tokens: int, peak
 
 def sampling_rows(config: Config, shape: ModelConfig, mesh: Any) -> list:
     """[what, tokens/s, -] of sampling equal and ragged lengths."""
-    model = sampling_network(config, shape, mesh)
+    model = build_sampling_network(config, shape, mesh)
     allowed = np.ones(shape.vocab_size, bool)
     head = Head(temperature=1.0, is_allowed_V=allowed, chunk=1024, mesh=mesh)
     limits = build_limits(config, mesh, 1, (0,))
     publish = make_publish(model, mesh, mesh, config.model.dtype)
     sampler = PagedSampler(model, head, limits, mesh, seed=0, publish=publish)
     trained = build_network(config, shape, mesh, config.train.row_tokens)
-    params = jax.jit(trained.init, out_shardings=shardings(mesh, trained.partition_specs()))
+    params = jax.jit(trained.init, out_shardings=trained.shardings(mesh))
     sampler.start(params(jax.random.key(0)))
     rng = np.random.default_rng(1)
     slots, longest = limits.slots, limits.max_response_tokens
@@ -173,7 +166,7 @@ def sampling_rows(config: Config, shape: ModelConfig, mesh: Any) -> list:
 def main() -> None:
     a = arguments()
     config = settings(a)
-    mesh = start(**dataclasses.asdict(config.runtime))
+    mesh = start(config)
     device = jax.devices()[0].device_kind
     peak = next((flop for name, flop in PEAK.items() if name in device), float("nan"))
     command = f"python benchmarks/accelerator.py --model {a.model} --tokens {a.tokens}"

@@ -18,7 +18,7 @@ from aspo_jax.data import load_tokenizer
 from aspo_jax.head import logp_and_entropy
 from aspo_jax.model import ModelFolderError, load_params
 from aspo_jax.parts import FACTORIES, build_sampler
-from aspo_jax.policy import Policy, load_policy, new_policy, save_policy, stop_ids
+from aspo_jax.policy import Policy, load_policy, save_policy, stop_ids
 from aspo_jax.sampler import STOP, TRAIN, Request
 
 PAD, BOS, EOS = 0, 1, 2
@@ -34,7 +34,7 @@ def config_of(*extra: str) -> Config:
 @pytest.fixture
 def folder(tmp_path):
     """A new model's folder, as the warm start writes it."""
-    policy = new_policy(config_of(), toy_mesh())
+    policy = load_policy(config_of(), None, toy_mesh())
     save_policy(policy, jax.jit(policy.model.init)(jax.random.key(0)), tmp_path / "model")
     return tmp_path / "model"
 
@@ -118,7 +118,7 @@ def test_the_export_ends_where_the_run_did(folder, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == EOS
     assert set(load(tmp_path / "out")[1].stop_ids) == {0, 2, 17}
     assert bits(load_params(tmp_path / "out", policy.model.config)) == bits(params)
-    policy = new_policy(config_of("Sampler.stop_ids=(17,)"), toy_mesh())
+    policy = load_policy(config_of("Sampler.stop_ids=(17,)"), None, toy_mesh())
     save_policy(policy, params, tmp_path / "new")
     raw = json.loads((tmp_path / "new" / "generation_config.json").read_text())
     assert raw["eos_token_id"] == [EOS, 17]

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh
 
 from aspo_jax.head import Head
 from aspo_jax.learner import Goal, Learner, build_learner
-from aspo_jax.model import Model, ModelConfig, build_model, choose_attention, shardings
+from aspo_jax.model import Model, ModelConfig, build_model, choose_attention
 from aspo_jax.model.sharding import MESH_AXES
 from aspo_jax.rollout import BatchShape, Example, answered, fill
 from aspo_jax.structs import Histogram, Max, Mean, Metrics, Minibatch
@@ -93,7 +93,7 @@ def toy_learner(
 
 def on(mesh: Mesh, model: Model, params: Any) -> Any:
     """Parameters placed as the model wants them; copies, so that a donation costs no one else."""
-    placed = jax.device_put(params, shardings(mesh, model.partition_specs()))
+    placed = jax.device_put(params, model.shardings(mesh))
     return jax.tree.map(lambda x: x.copy(), placed)
 
 

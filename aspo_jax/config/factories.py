@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 from aspo_jax.config.gin import ConfigError, nearest
-from aspo_jax.config.sections import SECTIONS, fields
+from aspo_jax.config.sections import SECTIONS, fields, section_of
 from aspo_jax.imports import NotFound, load_callable
 
 Factory = Callable[..., Any]
@@ -38,11 +38,6 @@ class Use(NamedTuple):
     def section(self) -> str:
         """Where its arguments are set."""
         return section_of(self.text)
-
-
-def section_of(text: str) -> str:
-    """my_rules:mine.b -> mine.b"""
-    return text.rpartition(":")[2]
 
 
 def uses(named: Callable[[str, str], Iterable[str]]) -> Iterator[Use]:

@@ -11,7 +11,7 @@ from pydantic import ConfigDict, TypeAdapter
 
 from aspo_jax.config.factories import Factories, arguments, factory_table, find_factory
 from aspo_jax.config.gin import ConfigError, nearest
-from aspo_jax.config.sections import SECTIONS, fields
+from aspo_jax.config.sections import SECTIONS, fields, section_of
 from aspo_jax.paths import path_problem, shorten
 
 
@@ -114,7 +114,7 @@ def help_text(factories: Factories, topic: str | None = None) -> str:
 
 def _help_topic(factories: Factories, topic: str) -> str:
     if ":" in topic:  # of any kind: what is not ours is found by its module alone
-        return _factory_help(topic.rpartition(":")[2], find_factory(factories, "objective", topic))
+        return _factory_help(section_of(topic), find_factory(factories, "objective", topic))
     table = factory_table(factories)
     by_folded = {name.lower(): name for name in (*SECTIONS, *table)}
     name = by_folded.get(topic.partition(".")[0].lower())

@@ -343,8 +343,7 @@ class Config:
     @property
     def run_folder(self) -> str:
         """Where the run is kept."""
-        rule = self.objective.name.rpartition(":")[2]
-        default = f"runs/{self.name}-{rule}-seed{self.run.seed}"
+        default = f"runs/{self.name}-{section_of(self.objective.name)}-seed{self.run.seed}"
         return self.run.folder or default
 
     def command(self, module: str, *settings: str, without: str = "") -> str:
@@ -463,6 +462,11 @@ def command(module: str, *words: str) -> str:
     elif here.is_relative_to(Path.cwd()):
         python = here.relative_to(Path.cwd())
     return shlex.join([str(python), "-m", f"aspo_jax.{module}", *words])
+
+
+def section_of(factory: str) -> str:
+    """Where the arguments of a factory are set: my_rules:mine.b -> mine.b"""
+    return factory.rpartition(":")[2]
 
 
 def attribute(name: str) -> str:

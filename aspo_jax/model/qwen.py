@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from aspo_jax.model.attention import DENSE, SAVED, Attention
 from aspo_jax.model.cache import Cache, Decode, Prefill, empty_cache
 from aspo_jax.model.parameters import ModelConfig, init_params, parameter_axes
-from aspo_jax.model.sharding import batch_sharding, map_axes, partition_spec
+from aspo_jax.model.sharding import batch_sharding, map_axes, partition_spec, shardings
 
 _POLICIES = jax.checkpoint_policies
 
@@ -71,6 +71,10 @@ class Model(NamedTuple):
     def axes(self) -> Any:
         """Tree of logical axes shaped as the params, see `parameter_axes`."""
         return parameter_axes(self.config, self.is_stacked)
+
+    def shardings(self, mesh: Mesh) -> Any:
+        """Tree of NamedShardings shaped as the params."""
+        return shardings(mesh, self.partition_specs())
 
     def partition_specs(self) -> Any:
         """Tree of PartitionSpecs shaped as the params."""

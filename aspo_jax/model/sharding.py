@@ -77,6 +77,11 @@ def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*([None] * leading), RULES["batch"]))
 
 
+def row_shards(mesh: Any) -> int:
+    """Into how many shares `batch_sharding` divides the rows of a batch."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
 # --- the mesh ---------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from aspo_jax.build import build_shape
 from aspo_jax.model.qwen import REMAT
+from aspo_jax.model.sharding import row_shards
 from aspo_jax.planning.flops import (
     attention_flops,
     causal_pairs,
@@ -133,7 +134,7 @@ def budgets(of: Programs) -> dict[str, Budget]:
 
 
 def _rows_per_chip(of: Programs) -> int:
-    return of.batch.rows // (of.mesh.shape["data"] * of.mesh.shape["fsdp"])
+    return of.batch.rows // row_shards(of.mesh)
 
 
 def _kept(of: Programs) -> float:

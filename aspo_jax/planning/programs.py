@@ -29,7 +29,6 @@ from aspo_jax.model import (
     batch_sharding,
     parse_model_config,
     read_model_config,
-    shardings,
 )
 from aspo_jax.model.sharding import placed
 from aspo_jax.parts import build_goal, build_limits, build_optimizer, build_sampling_network
@@ -204,4 +203,4 @@ def _sampler(
         lambda key: cast_matrices(model.init(key), model.axes(), config.model.dtype),
         jax.random.key(0),
     )
-    return sampler, placed(shapes, shardings(local, model.partition_specs()))
+    return sampler, placed(shapes, model.shardings(local))

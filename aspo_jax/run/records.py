@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 from aspo_jax import runtime
 from aspo_jax.config import Config, ConfigError, command, parse_config
-from aspo_jax.config.factories import Factories, section_of
+from aspo_jax.config.factories import Factories
 from aspo_jax.config.gin import LAUNCH
+from aspo_jax.config.sections import section_of
 from aspo_jax.errors import UserError, WriteError, refusal
 from aspo_jax.files import Damaged, digests, read_sealed, sealed_text, write_text_atomic
 from aspo_jax.run.checkpoint import MANIFEST, CheckpointError, Checkpoints

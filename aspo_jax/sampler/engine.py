@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from aspo_jax.head import Head
 from aspo_jax.model import Cache, Model, batch_sharding, cache_specs, shardings
-from aspo_jax.model.sharding import placed
+from aspo_jax.model.sharding import placed, row_shards
 from aspo_jax.sampler.choice import EVERYTHING, Choice
 from aspo_jax.sampler.device import BROKEN, CUT, STOPPED, Drawn, Programs, Rows
 from aspo_jax.sampler.scheduler import Group, Queue, Sequence, Shard
@@ -156,7 +156,7 @@ class PagedSampler:
         self.limits, self.stats, self.stops, self._publish = limits, Stats(), stops, publish
         self.params: Any = None
         self.temperature, self.choice = head.temperature, choice
-        self.shard_count = mesh.shape["data"] * mesh.shape["fsdp"]
+        self.shard_count = row_shards(mesh)
         self._programs = programs = Programs(
             *(model, head, choice, limits.stop_ids, seed, limits.block),
             classes=math.gcd(limits.slots // self.shard_count, CLASSES),
@@ -169,7 +169,7 @@ class PagedSampler:
             return model.empty_cache(self.shard_count, pages, limits.page, **kind)
 
         self._cache = cache = shardings(mesh, cache_specs(jax.eval_shape(empty)))
-        self._weights = weights = shardings(mesh, model.partition_specs())
+        self._weights = weights = model.shardings(mesh)
         rows = batch_sharding(mesh)
         of_pages = batch_sharding(mesh, leading=1)
         self.row_shardings = dataclasses.replace(Rows(*[rows] * 7), table_JN=of_pages)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from aspo_jax.model import Model, map_axes, partition_spec, shardings, unstack
+from aspo_jax.model import Model, map_axes, partition_spec, unstack
 
 
 def make_publish(model: Model, mesh: Mesh, local: Mesh, dtype: Any) -> Callable[[Any], Any]:
@@ -23,7 +23,7 @@ def make_publish(model: Model, mesh: Mesh, local: Mesh, dtype: Any) -> Callable[
     """
     axes = model.axes()
     whole = map_axes(lambda names: NamedSharding(mesh, _unsharded(names)), axes)
-    at_home = shardings(local, model.partition_specs())
+    at_home = model.shardings(local)
     is_alone = jax.process_count() == 1 and mesh == local
     is_own = is_alone and model.is_stacked and jnp.dtype(dtype) == jnp.float32
 

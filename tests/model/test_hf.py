@@ -29,7 +29,6 @@ from aspo_jax.model import (
     parse_model_config,
     read_model_config,
     save_model,
-    shardings,
 )
 
 QWEN3: dict[str, Any] = {"qkv_bias": False, "qk_norm": True}
@@ -127,7 +126,7 @@ def test_sharded_arrays_in_and_out_on_any_mesh(tmp_path, sizes, qwen3):
     model = toy_model(tie_embeddings=False, **(QWEN3 if qwen3 else {}))
     mesh = toy_mesh(*sizes)
     params = save(tmp_path / "model", model.config)
-    wanted = shardings(mesh, model.partition_specs())
+    wanted = model.shardings(mesh)
     loaded = load_params(tmp_path / "model", model.config, shardings=wanted)
     assert bits(loaded) == bits(params)
     assert jax.tree.map(lambda x: x.sharding, loaded) == wanted
@@ -143,7 +142,7 @@ def test_a_tensor_of_a_layer_is_read_once_and_never_a_whole_stack(tmp_path, monk
     monkeypatch.setattr(hf, "_read", lambda *a: blocks.append(read(*a)) or blocks[-1])
     for sizes in ((4, 1, 1), (2, 1, 2), (1, 2, 2)):
         blocks.clear()
-        wanted = shardings(toy_mesh(*sizes), model.partition_specs())
+        wanted = model.shardings(toy_mesh(*sizes))
         load_params(tmp_path / "model", CONFIG, shardings=wanted)
         largest = max(x.size for x in jax.tree.leaves(params["layers"])) // CONFIG.layers
         assert max(x.size for x in blocks) <= max(largest, params["embed"].size)
