@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from aspo_jax import losses
 from aspo_jax.config import Config, ConfigError
 from aspo_jax.errors import UserError
-from aspo_jax.evaluation import Evaluate, evaluator
-from aspo_jax.inputs import held_out_source, start_tokenizer, train_source
+from aspo_jax.evaluation import Evaluate, evaluator, set_collectors
+from aspo_jax.inputs import Source, held_out_source, start_tokenizer, train_source
 from aspo_jax.learner import Learner, build_learner
 from aspo_jax.model import load_params, parameter_axes
 from aspo_jax.model.sharding import row_shards
@@ -23,14 +23,17 @@ from aspo_jax.parts import (
     build_optimizer,
     build_peers,
     build_reward_shape,
+    build_suites,
     build_writers,
     check_rules,
 )
 from aspo_jax.policy import network_shape, stop_ids
 from aspo_jax.rewards import unshaped
-from aspo_jax.rollout import BatchShape, Collector, Peers, batch_shape
+from aspo_jax.rollout import Collector, Peers
+from aspo_jax.rows import BatchShape, batch_shape, own_groups
 from aspo_jax.sampler import Choice
 from aspo_jax.structs import Prompt
+from aspo_jax.suites import HeldOut, held_out_problems, set_sizes
 
 
 class Machines(NamedTuple):
@@ -52,6 +55,7 @@ class Machines(NamedTuple):
     shape: BatchShape
     peers: Peers
     evaluate: Evaluate
+    evaluate_sets: Mapping[str, Evaluate]  # by the names of the sets of Evaluate.suites
 
 
 def build_machines(config: Config, parts: Parts, folder: str | Path, mesh: Mesh) -> Machines:
@@ -71,6 +75,7 @@ def build_machines(config: Config, parts: Parts, folder: str | Path, mesh: Mesh)
         shape=build_shape(config),
         peers=build_peers(),
         evaluate=build_evaluate(config, collector, parts.held_out),
+        evaluate_sets=build_evaluate_sets(config, collector, parts.suites),
     )
 
 
@@ -82,9 +87,9 @@ def check_inputs(config: Config) -> list[tuple[str, str]]:
     Raises:
         ConfigError, DataError, ModelFolderError: what is wrong with each of them, with its place.
     """
-    path = config.model.path
+    path = config.model_folder
     tokenizer = start_tokenizer(path)
-    counts: list[int] = []
+    sources: list[Source] = []
     checks = (
         lambda: check_rules(config),
         lambda: build_optimizer(
@@ -92,15 +97,24 @@ def check_inputs(config: Config) -> list[tuple[str, str]]:
         ),
         lambda: (build_reward_shape(config), build_writers(config)),
         lambda: stop_ids(config, tokenizer, path),
-        lambda: counts.append(len(train_source(config, tokenizer))),
-        lambda: counts.append(len(held_out_source(config, tokenizer))),
+        lambda: sources.append(train_source(config, tokenizer)),
+        lambda: sources.append(held_out_source(config, tokenizer)),
+        lambda: build_suites(config, tokenizer),
     )
     problems = [error for check in checks if (error := _problem(check)) is not None]
     if problems:
         raise type(problems[0])("\n".join(map(str, problems)))
-    if config.data.kind == "countdown":
-        return config.derived()
-    return config.derived(train_rows=counts[0], held_out_rows=counts[1])
+    more = set_sizes(config, held_out_problems(config))
+    if config.is_countdown:
+        return [*config.derived(), *more]
+    train, held_out = sources
+    left_out = [
+        f"{which}: {source.left_out}"
+        for which, source in (("train", train), ("held out", held_out))
+        if source.left_out
+    ]
+    sizes = config.derived(train_rows=len(train.rows), held_out_rows=len(held_out.rows))
+    return [*sizes, *([("rows left out", "; ".join(left_out))] if left_out else []), *more]
 
 
 def _problem(check: Callable[[], Any]) -> UserError | None:
@@ -119,18 +133,37 @@ def build_evaluate(config: Config, collector: Collector, held_out: Sequence[Prom
     return evaluator(collector, held_out, e.samples, seed=e.seed, peers=build_peers())
 
 
+def build_evaluate_sets(
+    config: Config, collector: Collector, suites: Sequence[HeldOut]
+) -> dict[str, Evaluate]:
+    """Evaluation of the sets of ``Evaluate.suites``, by the settings of each."""
+    collector_of = set_collectors(collector, config.sampler.max_response_tokens)
+    seed, peers = config.evaluate.seed, build_peers()
+    return {
+        each.name: evaluator(
+            collector_of(each.settings),
+            each.prompts,
+            each.settings.samples,
+            seed=seed,
+            peers=peers,
+        )
+        for each in suites
+    }
+
+
 def build_shape(config: Config, processes: int | None = None) -> BatchShape:
     """The fixed shapes of an iteration's updates, for the processes of this run or a number."""
-    t, s = config.train, config.sampler
+    t, s, processes = config.train, config.sampler, processes or build_peers().count
+    minibatches = t.prompts_per_step // t.prompts_per_minibatch
     return batch_shape(
-        prompts_per_step=t.prompts_per_step,
-        prompts_per_minibatch=t.prompts_per_minibatch,
+        minibatches=minibatches,
+        groups=own_groups(t.prompts_per_step, minibatches, processes, 1 + t.refill_rounds),
         samples_per_prompt=t.samples_per_prompt,
         longest=s.max_prompt_tokens + s.max_response_tokens - 1,
         row_tokens=t.row_tokens,
         rows=t.rows_per_microbatch,
         is_packed=t.pack,
-        processes=processes or build_peers().count,
+        processes=processes,
     )
 
 

@@ -33,10 +33,12 @@ from aspo_jax.inputs import held_out_prompts
 from aspo_jax.learner import make_old_policy, place
 from aspo_jax.model import load_params
 from aspo_jax.model.sharding import placed
+from aspo_jax.origin import fetch_weights, locate
 from aspo_jax.parts import FACTORIES, build_sampler
 from aspo_jax.paths import path_argument
 from aspo_jax.policy import Policy, load_policy
-from aspo_jax.rollout import BatchShape, answered, draw, fill
+from aspo_jax.rollout import draw
+from aspo_jax.rows import BatchShape, answered, fill
 from aspo_jax.run.folder import INITIAL_MODEL
 from aspo_jax.run.records import Saved, find_run, run_config, trained_weights
 from aspo_jax.sampler import EVALUATE
@@ -74,7 +76,7 @@ def gaps(config: Config, mesh: Mesh, prompts: int, saved: Saved | None = None) -
 
 def _policy_and_params(config: Config, mesh: Mesh, saved: Saved | None) -> tuple[Policy, Any]:
     """The policy with the weights of a checkpoint, of ``Model.path``, or new ones."""
-    folder = config.model.path or (saved and saved.run / INITIAL_MODEL)
+    folder = config.model_folder or (saved and saved.run / INITIAL_MODEL)
     policy = load_policy(config, folder, mesh)
     model, key = policy.model, jax.random.key(config.run.seed)
     weights = model.shardings(mesh)
@@ -127,6 +129,9 @@ def check(config: Config, prompts: int, saved: Saved | None = None) -> int:
     """Print both tables and the verdict; returns the exit status, 0 or 1."""
     mesh = runtime.start(**dataclasses.asdict(config.runtime))
     check_shares(config, mesh)
+    config = locate(config, saved.run if saved else config.run_folder)
+    if saved is None:
+        fetch_weights(config)
     in_float32 = as_dtype(config, "float32", None)
     # GPUs and TPUs multiply float32 in shorter types by themselves.
     with jax.default_matmul_precision("highest"):

@@ -18,6 +18,7 @@ from aspo_jax.data import copy_tokenizer, load_tokenizer
 from aspo_jax.errors import CommandParser, UserError, run_command
 from aspo_jax.model import build_model, read_model_config, save_model
 from aspo_jax.model.sharding import MESH_AXES, device_mesh
+from aspo_jax.origin import locate
 from aspo_jax.parts import FACTORIES
 from aspo_jax.paths import path_argument
 from aspo_jax.policy import load_policy, parameter_count, stop_ids
@@ -98,7 +99,7 @@ def export(
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ExportError(f"{out} exists and is not an empty folder; choose another OUT")
     saved = find_run(checkpoint)
-    config = run_config(saved.run, FACTORIES)
+    config = locate(run_config(saved.run, FACTORIES), saved.run)
     source = _initial_model(config, saved.run)
     shape, tokenizer = read_model_config(source), load_tokenizer(source)
     dtype = dtype or config.run.export_dtype
@@ -142,14 +143,14 @@ def _cost(config: Config, source: Path, params: Any, dtype: str) -> str:
 
 
 def _initial_model(config: Config, run: Path) -> Path:
-    if config.model.path is None:
+    if config.model_folder is None:
         return run / INITIAL_MODEL
-    source = Path(config.model.path).expanduser()
+    source = Path(config.model_folder).expanduser()
     if not source.is_dir():
         raise ExportError(
             f"{run / CONFIG}: Model.path = {config.model.path!r} is not there, expected the folder "
-            "that the run started from (its tokenizer and config.json); a relative path is looked "
-            "up from here"
+            "that the run started from (its tokenizer and config.json), or a name of the hub; a "
+            "relative path is looked up from here"
         )
     return source
 

@@ -37,15 +37,20 @@ def write_text_atomic(path: epath.PathLike, text: str) -> None:
     Raises:
         WriteError: no room, no right; the old text stays.
     """
+    write_bytes_atomic(path, text.encode())
+
+
+def write_bytes_atomic(path: epath.PathLike, data: bytes) -> None:
+    """`write_text_atomic` of a file that is no text."""
     path = epath.Path(path)
     with writing(path):
         if not is_local(path):
-            path.write_text(text)
+            path.write_bytes(data)
             return
         temporary = path.parent / f".{path.name}.tmp"
         try:
-            with temporary.open("w") as file:
-                file.write(text)
+            with temporary.open("wb") as file:
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)

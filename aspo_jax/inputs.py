@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from aspo_jax.config import Config, ConfigError
+from aspo_jax.config.factories import make
+from aspo_jax.config.sections import Data, section_of
 from aspo_jax.data import (
     CHARACTERS,
+    LAYOUTS,
     CountdownSource,
     CountdownSpec,
     DataError,
+    Fields,
+    Mixture,
     PromptStream,
+    Wanted,
     build_character_tokenizer,
-    check_prompts,
+    file_stamps,
+    fitting_rows,
     load_tokenizer,
+    made_rows,
     max_response_tokens,
+    overlaps,
     prompts,
-    read_jsonl,
+    read_rows,
 )
 from aspo_jax.rewards import KINDS, find_problem
 
@@ -46,38 +56,126 @@ def build_prompts(
 ) -> PromptStream:
     """The endless stream of training prompts, of which one of several processes reads its share."""
     return prompts(
-        train_source(config, tokenizer),
+        train_source(config, tokenizer).rows,
         tokenizer=tokenizer,
         seed=config.run.seed,
-        shuffle=config.data.kind == "jsonl",
+        shuffle=True,
         prompts_per_step=config.train.prompts_per_step,
         process=process,
         processes=processes,
     )
 
 
-def train_source(config: Config, tokenizer: Any) -> Any:
-    """The training prompts, all of which fit."""
-    return _source(config, tokenizer, config.data.train_path, config.run.seed, "train")
+def held_out_prompts(config: Config, tokenizer: Any) -> list:
+    """The prompts of every evaluation, the same for all runs with one ``Evaluate.seed``.
+
+    Of files the first ``Evaluate.prompts``, of a mixture as many in proportion to the weights.
+    """
+    rows = held_out_source(config, tokenizer).rows
+    size = min(len(rows), config.evaluate.prompts)
+    if isinstance(rows, Mixture):
+        rows = rows.once(size)
+    stream = prompts(rows, tokenizer=tokenizer, seed=0, shuffle=False, prompts_per_step=size)
+    return next(stream)
 
 
-def held_out_source(config: Config, tokenizer: Any) -> Any:
-    """All rows of the held-out file, or ``Evaluate.prompts`` puzzles; all of them fit."""
-    e = config.evaluate
-    return _source(config, tokenizer, config.data.eval_path, e.seed, "held_out", e.prompts)
+class Source(NamedTuple):
+    """The rows that can be used, and how many cannot.
+
+    rows: a sequence of them, a `CountdownSource` or a `Mixture`.
+    bad: broken, or with an answer that no grader can use (``Data.bad_rows``).
+    too_long: above ``Sampler.max_prompt_tokens`` (``Data.too_long``).
+    held_out: training rows that are held-out rows too (``Data.overlap_words``).
+    """
+
+    rows: Any
+    bad: int = 0
+    too_long: int = 0
+    held_out: int = 0
+
+    @property
+    def left_out(self) -> str:
+        """What was left out, in words; "" if nothing."""
+        counts = {"bad": self.bad, "too long": self.too_long, "held out": self.held_out}
+        return ", ".join(f"{count:,} {why}" for why, count in counts.items() if count)
 
 
-def _source(config: Config, tokenizer: Any, path: str | None, *puzzles: Any) -> Any:
-    """The rows of a file, or the puzzles (seed, split and number) where the data are puzzles."""
-    s = config.sampler
-    if config.data.kind == "countdown":
-        source = CountdownSource(countdown_spec(config), *puzzles)
-        check_prompts(source, tokenizer=tokenizer, max_prompt_tokens=s.max_prompt_tokens)
+def train_source(config: Config, tokenizer: Any) -> Source:
+    """The training prompts, all of which fit and none of which is held out."""
+    wanted = Wanted("train", config.run.seed)
+    return _mixed(config, [_clean(config, tokenizer, data, wanted) for data in config.sources])
+
+
+def held_out_source(config: Config, tokenizer: Any) -> Source:
+    """All held-out rows of files, ``Evaluate.prompts`` of what is made; all of them fit."""
+    wanted = Wanted("held_out", config.evaluate.seed, config.evaluate.prompts)
+    return _mixed(config, [_fitting(config, tokenizer, data, wanted) for data in config.sources])
+
+
+def _mixed(config: Config, sources: list[Source]) -> Source:
+    if not config.mixture:
+        return sources[0]
+    rows, *counts = zip(*sources, strict=True)
+    weights = [data.weight for data in config.sources]
+    return Source(Mixture(rows, weights), *map(sum, counts))
+
+
+def _clean(config: Config, tokenizer: Any, data: Data, wanted: Wanted) -> Source:
+    """A training source without what the held-out rows hold too."""
+    source, words = _fitting(config, tokenizer, data, wanted), data.overlap_words
+    if not words or data.source == "countdown":
         return source
+    found = overlaps([row["question"] for row in source.rows], _held_out(config, tokenizer), words)
+    rows = [row for row, other in zip(source.rows, found, strict=True) if other is None]
+    if not rows:
+        raise DataError(
+            f"Data.overlap_words = {words}: found {len(found)} training rows of {data.source} that "
+            "are all held out too, expected some that are not; raise it or set it to 0"
+        )
+    return source._replace(rows=rows, held_out=len(found) - len(rows))
+
+
+def _held_out(config: Config, tokenizer: Any) -> list[str]:
+    """The questions of all held-out rows that are no puzzles."""
+    wanted = Wanted("held_out", config.evaluate.seed, config.evaluate.prompts)
+    made = [d for d in config.sources if d.source != "countdown"]
+    sources = [_fitting(config, tokenizer, data, wanted).rows for data in made]
+    return [row["question"] for rows in sources for row in rows]
+
+
+# --- one source -----------------------------------------------------------------------------------
+
+
+def _fitting(config: Config, tokenizer: Any, data: Data, wanted: Wanted) -> Source:
+    s = config.sampler
+    if data.source == "countdown":
+        size = (wanted.size,) if wanted.size else ()
+        puzzles = CountdownSource(countdown_spec(config), wanted.seed, wanted.split, *size)
+        fitting_rows(puzzles, tokenizer=tokenizer, max_prompt_tokens=s.max_prompt_tokens)
+        return Source(puzzles)
     room = _Room(
         s.max_prompt_tokens, s.max_response_tokens, config.train.row_tokens, s.cache_tokens
     )
-    return _fitting_rows(cast(str, path), _Same(tokenizer), room)
+    return _fitting_rows(_Asked.of(data, wanted, config), _Same(tokenizer), room)
+
+
+class _Asked(NamedTuple):
+    """A source and what is wanted of it: all that decides its rows.
+
+    settings: the arguments of its factory.
+    stamps: of its files, which a notebook's user may mend and read again.
+    """
+
+    data: Data
+    settings: tuple[tuple[str, Any], ...]
+    wanted: Wanted
+    stamps: tuple[tuple[str, int, int], ...]
+
+    @classmethod
+    def of(cls, data: Data, wanted: Wanted, config: Config | None = None) -> _Asked:
+        settings = config.factories.get(section_of(data.source), {}) if config else {}
+        stamps = file_stamps(_path(data, wanted)) if data.source == "files" else ()
+        return cls(data, tuple(sorted(settings.items())), wanted, stamps)
 
 
 class _Room(NamedTuple):
@@ -112,45 +210,94 @@ class _Same:
         return hash(self.tokenizer.name_or_path)
 
 
-@functools.lru_cache(4)
-def _fitting_rows(path: str, same: _Same, room: _Room) -> list[dict[str, Any]]:
-    rows = _read_rows(path)
-    check_prompts(rows, tokenizer=same.tokenizer, max_prompt_tokens=room.prompt, remedy=room.remedy)
-    return rows
-
-
-@functools.lru_cache(2)
-def _read_rows(path: str) -> list[dict[str, Any]]:
-    """The rows of a file, each with an answer that its grader can use."""
-    rows = read_jsonl(path, kinds=KINDS)
-    found = [(row, find_problem(row["kind"], row["answer"])) for row in rows]
-    bad = [(row, problem) for row, problem in found if problem is not None]
-    if bad:
-        row, problem = bad[0]
-        more = f" (and {len(bad) - 1} more rows of {len(rows)})" if len(bad) > 1 else ""
-        raise DataError(f"{row['where']} (id {row['id']}): {problem}{more}")
-    return rows
-
-
-def held_out_prompts(config: Config, tokenizer: Any) -> list:
-    """The prompts of every evaluation, the same for all runs with one ``Evaluate.seed``.
-
-    Of a file the first ``Evaluate.prompts``.
-    """
-    source = held_out_source(config, tokenizer)
-    stream = prompts(
-        source,
-        tokenizer=tokenizer,
-        seed=0,
-        shuffle=False,
-        prompts_per_step=min(len(source), config.evaluate.prompts),
+@functools.lru_cache(8)
+def _fitting_rows(asked: _Asked, same: _Same, room: _Room) -> Source:
+    rows, bad = _usable_rows(asked)
+    too_long: list[str] | None = [] if asked.data.too_long == "skip" else None
+    fitting = fitting_rows(
+        rows,
+        tokenizer=same.tokenizer,
+        max_prompt_tokens=room.prompt,
+        remedy=room.remedy,
+        too_long=too_long,
     )
-    return next(stream)
+    return Source(fitting, bad, len(too_long or ()))
+
+
+@functools.lru_cache(8)
+def _usable_rows(asked: _Asked) -> tuple[list[dict[str, Any]], int]:
+    """The rows with answers that their graders can use; how many others there are."""
+    skipped: list[str] | None = [] if asked.data.bad_rows == "skip" else None
+    rows = _made(asked, skipped)
+    found = [(row, find_problem(row["kind"], row["answer"])) for row in rows]
+    problems = [f"{row['where']} (id {row['id']}): {problem}" for row, problem in found if problem]
+    if skipped is None and problems:
+        many = len(problems) - 1
+        more = f" (and {many} more rows of {len(rows)})" if many else ""
+        remedy = "correct it, or leave such rows out with Data.bad_rows = 'skip'"
+        raise DataError(f"{problems[0]}{more}; {remedy}")
+    usable = [row for row, problem in found if problem is None]
+    left_out = [*(skipped or ()), *problems]
+    if not usable:
+        first = f": {left_out[0]}" if left_out else ""
+        raise DataError(f"found no row that can be used, expected at least one{first}")
+    return usable, len(left_out)
+
+
+def file_rows(data: Data) -> list[dict[str, Any]]:
+    """The held-out rows of a file, all of which can be used.
+
+    Raises:
+        DataError: the first that cannot, or what is wrong with the file.
+    """
+    return _usable_rows(_Asked.of(data, Wanted("held_out")))[0]
+
+
+def _made(asked: _Asked, skipped: list[str] | None) -> list[dict[str, Any]]:
+    """The rows of a source, whatever their answers."""
+    data, wanted = asked.data, asked.wanted
+    if data.source == "files":
+        return read_rows(_path(data, wanted), KINDS, _fields(data), skipped)
+    settings = {section_of(data.source): dict(asked.settings)}
+    made = make({"source": SOURCES}, "source", data.source, settings, wanted)
+    return made_rows(made, f"{data.source} ({wanted.split})", KINDS, _fields(data), skipped)
+
+
+def _path(data: Data, wanted: Wanted) -> str:
+    return (data.train_path if wanted.split == "train" else data.eval_path) or ""
+
+
+def _fields(data: Data) -> Fields:
+    """The layout, but for what is set."""
+    names = [f.name for f in dataclasses.fields(Fields) if hasattr(data, f.name)]
+    given = {name: getattr(data, name) for name in names if getattr(data, name) is not None}
+    if "id" in given:
+        given["are_ids_loose"] = False
+    return dataclasses.replace(LAYOUTS[data.layout], **given)
 
 
 def data_kinds(config: Config) -> frozenset[str]:
     """The kinds of answers among the prompts of training and evaluation."""
-    if config.data.kind == "countdown":
-        return frozenset({"countdown"})
-    paths = (config.data.train_path, config.data.eval_path)
-    return frozenset(row["kind"] for path in paths for row in _read_rows(cast(str, path)))
+    kinds: set[str] = set()
+    e = config.evaluate
+    wanted = [Wanted("train", config.run.seed), Wanted("held_out", e.seed, e.prompts)]
+    for data in config.sources:
+        if data.source == "countdown":
+            kinds.add("countdown")
+            continue
+        for each in wanted:
+            rows, _ = _usable_rows(_Asked.of(data, each, config))
+            kinds |= {row["kind"] for row in rows}
+    return frozenset(kinds)
+
+
+def countdown() -> None:
+    """Puzzles made from the seed; see the section Countdown."""
+
+
+def files() -> None:
+    """The rows of ``Data.train_path`` and ``Data.eval_path``; see the section Data."""
+
+
+# What `Data.source` may name beside anyone's 'package.module:factory'; these two are made here.
+SOURCES: dict[str, Callable[..., Any]] = {"countdown": countdown, "files": files}

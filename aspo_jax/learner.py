@@ -99,9 +99,34 @@ def build_learner(
             donate_argnums=0,
             in_shardings=(state_shardings, None),
             out_shardings=(state_shardings, replicated),
+            compiler_options=_compiler_options(mesh),
         ),
         place=functools.partial(place, mesh),
     )
+
+
+_ONE_BY_ONE: dict[str, str | bool] = {
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
+}
+
+
+def _compiler_options(mesh: Mesh) -> dict[str, str | bool] | None:
+    """Of the update: a CPU is to finish one array before it begins with the next.
+
+    By itself it begins with all, and the optimizer's temporaries, 12 bytes a parameter, are all
+    there at once. None on other devices, and for an XLA that does not know the option.
+    """
+    is_cpu = isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"
+    return _ONE_BY_ONE if is_cpu and _is_known() else None
+
+
+@functools.cache
+def _is_known() -> bool:
+    try:
+        jax.jit(lambda: jnp.zeros(())).lower().compile(_ONE_BY_ONE)
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 def place(mesh: Mesh, minibatch: Minibatch) -> Minibatch:
@@ -120,20 +145,12 @@ def place(mesh: Mesh, minibatch: Minibatch) -> Minibatch:
 
 
 def _state_shardings(abstract: TrainState, weights: Any, replicated: NamedSharding) -> TrainState:
-    """Moments lie as their parameters do; everything else, which must be small, on every device.
-
-    A moment has its parameter's shape and, in whatever holds it, its parameter's path.
-    """
-    params, _ = jax.tree_util.tree_flatten_with_path(abstract.params)
-    lies = {
-        (path, x.shape): sharding
-        for (path, x), sharding in zip(params, jax.tree.leaves(weights), strict=True)
-    }
+    """Moments lie as their parameters do; everything else, which must be small, on every device."""
+    of_parameter = _of_parameters(abstract.params, weights)
 
     def of(path, x) -> NamedSharding:
-        for start in range(len(path)):
-            if (sharding := lies.get((path[start:], x.shape))) is not None:
-                return sharding
+        if (sharding := of_parameter(path, x)) is not None:
+            return sharding
         if x.size > LARGEST_COPIED and replicated.mesh.size > 1:
             raise PlacementError(
                 f"TrainState{jax.tree_util.keystr(path)} has {x.size:,} elements {x.shape} and is "
@@ -144,6 +161,24 @@ def _state_shardings(abstract: TrainState, weights: Any, replicated: NamedShardi
         return replicated
 
     return jax.tree_util.tree_map_with_path(of, abstract)
+
+
+def _of_parameters(params: Any, values: Any) -> Callable[[Any, Any], Any]:
+    """(path, array) of a state -> the value of the parameter that it belongs to, None if to none.
+
+    A moment has its parameter's shape and, in whatever holds it, its parameter's path.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    known = {
+        (path, x.shape): value
+        for (path, x), value in zip(leaves, jax.tree.leaves(values), strict=True)
+    }
+
+    def of(path, x) -> Any:
+        places = (known.get((path[start:], x.shape)) for start in range(len(path)))
+        return next((value for value in places if value is not None), None)
+
+    return of
 
 
 def _microbatch(tree: Any, m: Array) -> Any:
@@ -252,25 +287,32 @@ def make_train_step(
     weights: shardings of the parameters, which the summed gradients share; None: one device.
     """
     objective = goal.objective
-    gradient = jax.grad(_make_loss(model, head, goal), has_aux=True)
+    loss = _make_loss(model, head, goal)
     gather = _make_gather(model, head, objective.prepare) if objective.prepare else None
 
     def train_step(state: TrainState, minibatch: Minibatch):
         totals = losses.count_totals(minibatch.rows)
         sums = gather(state, minibatch) if gather else None
 
-        def of_microbatch(m):
+        def of_microbatch(m, grads_ref):
             rows, old = _microbatch((minibatch.rows, minibatch.old), m)
-            return gradient(state.params, rows, old, totals, state.objective_state, sums)
 
-        def add(m, carry):
-            grads, metrics = of_microbatch(m)
-            summed = jax.tree.map(jnp.add, carry[0], _constrain(grads, weights))
-            return summed, merge_metrics(carry[1], metrics)
+            def of(params):
+                return loss(params, rows, old, totals, state.objective_state, sums)
 
-        no_grads, no_metrics = _zeros(of_microbatch)
-        nothing = (_constrain(no_grads, weights), empty_metrics(no_metrics))
-        grads, metrics = jax.lax.fori_loop(0, minibatch.count, add, nothing)
+            value, pull_back, metrics = jax.vjp(of, state.params, has_aux=True)
+            pull_back.with_refs(grads_ref)(jnp.ones_like(value))
+            return metrics
+
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        no_metrics = _zeros(lambda m: of_microbatch(m, jax.tree.map(jax.new_ref, zeros)))
+        grads_ref = jax.tree.map(jax.new_ref, _constrain(zeros, weights))
+
+        def add(m, metrics):
+            return merge_metrics(metrics, of_microbatch(m, grads_ref))
+
+        metrics = jax.lax.fori_loop(0, minibatch.count, add, empty_metrics(no_metrics))
+        grads = jax.tree.map(jax.freeze, grads_ref)
         norm = optax.tree.norm(grads)
         is_empty, is_finite = totals.tokens == 0, jnp.isfinite(norm)
         one, is_applied = jnp.ones(()), is_finite & ~is_empty
@@ -294,25 +336,33 @@ def make_train_step(
 def _chosen(is_applied: Array, new: TrainState, old: TrainState) -> TrainState:
     """The new state or the old one, in place.
 
-    A choice per element is fused into the optimizer; `cond` would copy the state. The moments wait
-    for the parameters, which read them: where XLA is not told of an order, it copies them first.
+    A choice per element is fused into the optimizer; `cond` would copy the state. A moment waits
+    for its parameter, which reads it: where XLA is not told of an order, it copies the moment
+    first. Were it to wait for all parameters, the new moments of all would be there at once.
     """
 
     def choose(is_new: Array, new: Any, old: Any) -> Any:
         return jax.tree.map(lambda x, y: jnp.where(is_new, x, y), new, old)
 
     params = choose(is_applied, new.params, old.params)
-    rest = choose(
-        is_applied & _are_there(params),
+    parameter_of = _of_parameters(params, params)
+
+    def after(path, new: Array, old: Array) -> Array:
+        parameter = parameter_of(path, new)
+        is_new = is_applied if parameter is None else is_applied & _is_there(parameter)
+        return jnp.where(is_new, new, old)
+
+    rest = jax.tree_util.tree_map_with_path(
+        after,
         (new.opt_state, new.objective_state, new.step),
         (old.opt_state, old.objective_state, old.step),
     )
     return TrainState(params, *rest)
 
 
-def _are_there(arrays: Any) -> Array:
-    """True, but not known to be before the arrays are: a bit that is always set beside theirs."""
-    first = sum(x.ravel()[0].astype(jnp.float32) for x in jax.tree.leaves(arrays))
+def _is_there(x: Array) -> Array:
+    """True, but not known to be before the array is: a bit that is always set beside its own."""
+    first = x.ravel()[0].astype(jnp.float32)
     return jax.lax.bitcast_convert_type(first, jnp.int32) | 1 != 0
 
 

@@ -10,7 +10,6 @@ Settings are the trainer's, written as after ``--set``. A loop of one's own stan
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,15 +23,16 @@ from aspo_jax.data import encode, render
 from aspo_jax.evaluation import Scores, evaluator
 from aspo_jax.inputs import held_out_prompts
 from aspo_jax.learner import make_old_policy, place
+from aspo_jax.loading import ROOM, fitted_sampler, rounded
 from aspo_jax.model import load_params
 from aspo_jax.model.sharding import row_shards
-from aspo_jax.parts import FACTORIES, build_sampler, open_scorer
+from aspo_jax.origin import fetch_weights, locate
+from aspo_jax.parts import FACTORIES, open_scorer
 from aspo_jax.policy import Policy, load_policy
-from aspo_jax.rollout import BatchShape, Collector, Rollout, answered, draw, fill
+from aspo_jax.rollout import Collector, Rollout, draw
+from aspo_jax.rows import BatchShape, answered, fill
 from aspo_jax.sampler import EVALUATE, EVERYTHING, Completion, PagedSampler
 from aspo_jax.structs import OldPolicy, Prompt
-
-_ROOM = 64  # prompts are padded to a multiple, so that similar ones share a compiled program
 
 
 class Loaded(NamedTuple):
@@ -84,16 +84,21 @@ def start(config: Config) -> Mesh:
 
 
 def load(folder: str | Path, *settings: str) -> Loaded:
-    """The model of a Hugging Face folder, with settings such as ``"Model.dtype=bfloat16"``.
+    """The model of a Hugging Face folder or name, with settings: ``"Model.dtype=bfloat16"``.
+
+    folder: or a name on the hub, ``owner/name`` or ``owner/name@revision``.
 
     Raises:
         UserError: a setting, or the folder, cannot be used.
     """
     config = configure("countdown_cpu", f"Model.path={str(folder)!r}", *settings)
     mesh = start(config)
-    policy = load_policy(config, folder, mesh)
+    config = locate(config)
+    fetch_weights(config)
+    place = str(config.model_folder)
+    policy = load_policy(config, place, mesh)
     model = policy.model
-    params = load_params(folder, model.config, shardings=model.shardings(mesh))
+    params = load_params(place, model.config, shardings=model.shardings(mesh))
     every = np.ones(model.config.vocab_size, bool)
     head = policy.head._replace(temperature=1.0, is_allowed_V=every)
     return Loaded(config, mesh, policy, params, make_old_policy(model, head, mesh), {})
@@ -118,8 +123,8 @@ def score(model: Loaded, texts: Sequence[str]) -> list[TextScore]:
     shape = BatchShape(
         minibatches=1,
         microbatches=1,
-        rows=_rounded(len(texts), row_shards(model.mesh)),
-        row_tokens=_rounded(max(map(len, tokens)), 128),
+        rows=rounded(len(texts), row_shards(model.mesh)),
+        row_tokens=rounded(max(map(len, tokens)), 128),
         is_packed=False,
     )
     rows = fill([answered(t[:1].tolist(), t[1:], 0.0, 1.0, 0) for t in tokens], shape)
@@ -171,7 +176,9 @@ def evaluate(
         DataError: what is wrong with the file, and where.
     """
     config = model.config
-    data = dataclasses.replace(config.data, kind="jsonl", train_path=str(path), eval_path=str(path))
+    data = dataclasses.replace(
+        config.data, source="files", train_path=str(path), eval_path=str(path)
+    )
     wide = dataclasses.replace(config.sampler, max_prompt_tokens=2**20)
     every = dataclasses.replace(config.evaluate, prompts=2**31 - 1)
     config = dataclasses.replace(config, data=data, sampler=wide, evaluate=every)
@@ -186,23 +193,17 @@ def _sampler(
     model: Loaded, prompts: Sequence[Prompt], samples: int, max_tokens: int
 ) -> PagedSampler:
     """A sampler with room for these prompts."""
-    longest = _rounded(max(len(prompt.tokens) for prompt in prompts), _ROOM)
-    slots = _rounded(
-        min(len(prompts) * samples, model.config.sampler.slots), row_shards(model.mesh)
-    )
+    longest = rounded(max(len(prompt.tokens) for prompt in prompts), ROOM)
+    slots = rounded(min(len(prompts) * samples, model.config.sampler.slots), row_shards(model.mesh))
     shapes = (longest, max_tokens, slots, samples)
     if shapes not in model.samplers:
-        sampler = dataclasses.replace(
-            model.config.sampler,
-            max_prompt_tokens=longest,
-            max_response_tokens=max_tokens,
+        model.samplers[shapes] = fitted_sampler(
+            model.config,
+            model.policy,
+            model.mesh,
+            longest_prompt=longest,
+            max_tokens=max_tokens,
             slots=slots,
+            samples=samples,
         )
-        train = dataclasses.replace(model.config.train, samples_per_prompt=samples)
-        config = dataclasses.replace(model.config, sampler=sampler, train=train)
-        model.samplers[shapes] = build_sampler(config, model.policy, model.mesh)
     return model.samplers[shapes]
-
-
-def _rounded(number: int, step: int) -> int:
-    return math.ceil(number / step) * step

@@ -21,12 +21,11 @@ from jax.sharding import Mesh
 
 from aspo_jax import losses, runtime
 from aspo_jax.config import Config, ConfigError
-from aspo_jax.config.factories import find_factory
+from aspo_jax.config.factories import make as make_any
 from aspo_jax.config.sections import section_of
 from aspo_jax.data import PromptStream
-from aspo_jax.errors import UserError
 from aspo_jax.imports import raised_at
-from aspo_jax.inputs import build_prompts, data_kinds, held_out_prompts
+from aspo_jax.inputs import SOURCES, build_prompts, data_kinds, held_out_prompts
 from aspo_jax.learner import Goal
 from aspo_jax.model import Model, ModelConfig
 from aspo_jax.model.sharding import row_shards
@@ -37,6 +36,7 @@ from aspo_jax.rollout import Peers
 from aspo_jax.run.writers import WRITERS, Open, TensorBoard
 from aspo_jax.sampler import Limits, PagedSampler, Sampler, make_publish, stop_length
 from aspo_jax.structs import Prompt
+from aspo_jax.suites import HeldOut, held_out_problems
 
 FACTORIES: Mapping[str, Mapping[str, Callable[..., Any]]] = {
     "objective": losses.OBJECTIVES,
@@ -45,6 +45,7 @@ FACTORIES: Mapping[str, Mapping[str, Callable[..., Any]]] = {
     "shape": SHAPES,
     "optimizer": OPTIMIZERS,
     "writer": WRITERS,
+    "source": SOURCES,
 }
 
 
@@ -60,6 +61,7 @@ class Parts(NamedTuple):
     open_scorer: () -> the grading processes; opened when the run begins, closed when it ends.
     prompts: this process's share of the training prompts.
     held_out: all held-out prompts.
+    suites: more sets of them, each with its own sampling.
     writers: who gets the rows of the log besides metrics.jsonl and the console.
     """
 
@@ -74,6 +76,7 @@ class Parts(NamedTuple):
     prompts: PromptStream
     held_out: Sequence[Prompt]
     writers: Sequence[Open]
+    suites: Sequence[HeldOut] = ()
 
 
 def parts(config: Config, mesh: Mesh) -> Parts:
@@ -82,7 +85,7 @@ def parts(config: Config, mesh: Mesh) -> Parts:
     Raises:
         UserError: of the part that cannot be made; see `aspo_jax.build.check_inputs`.
     """
-    policy, peers = load_policy(config, config.model.path, mesh), build_peers()
+    policy, peers = load_policy(config, config.model_folder, mesh), build_peers()
     optimizer, rate = build_optimizer(config, policy.model.axes())
     return Parts(
         policy=policy,
@@ -96,7 +99,21 @@ def parts(config: Config, mesh: Mesh) -> Parts:
         prompts=build_prompts(config, policy.tokenizer, peers.index, peers.count),
         held_out=held_out_prompts(config, policy.tokenizer),
         writers=build_writers(config),
+        suites=build_suites(config, policy.tokenizer),
     )
+
+
+def build_suites(config: Config, tokenizer: Any) -> list[HeldOut]:
+    """The prompts of ``Evaluate.suites``.
+
+    Raises:
+        UserError: a suite, a file, a row or a prompt that cannot be used.
+    """
+    room = config.sampler.max_prompt_tokens
+    return [
+        HeldOut(each.name, each.prompts(tokenizer, room), each.settings)
+        for each in held_out_problems(config)
+    ]
 
 
 def build_peers() -> Peers:
@@ -116,16 +133,7 @@ def make(config: Config, kind: str, text: str, *given: Any, **shared: Any) -> An
     Raises:
         ConfigError: it refuses its arguments, fails, or makes something else.
     """
-    factory, section = find_factory(FACTORIES, kind, text), section_of(text)
-    try:
-        made = factory(*given, **shared, **config.factories.get(section, {}))
-    except UserError:
-        raise
-    except ValueError as error:
-        is_named = section.partition(".")[0] in str(error)
-        raise ConfigError(f"{'' if is_named else f'{text}: '}{error}") from error
-    except Exception as error:
-        raise ConfigError(f"the {kind} {text!r} fails: {raised_at(error)}") from error
+    made = make_any(FACTORIES, kind, text, config.factories, *given, **shared)
     expected = _EXPECTED.get(kind)
     if not (isinstance(made, expected) if expected else callable(made)):
         name = expected.__name__ if expected else "function"
@@ -168,7 +176,8 @@ def check_rules(config: Config) -> None:
             fills, two metrics of one name, a weight of another shape than the tokens'.
     """
     goal, advantage = build_goal(config), build_advantage(config)
-    grid_PG = np.zeros((2, config.train.samples_per_prompt), np.float32)
+    P = 1 if config.train.refill_rounds else 2  # refill judges a group by itself
+    grid_PG = np.zeros((P, config.train.samples_per_prompt), np.float32)
     checks = {
         "Objective.name and Objective.penalties": lambda: losses.trace(
             goal.objective, goal.aggregate
@@ -218,18 +227,19 @@ def build_writers(config: Config) -> list[Open]:
 # --- rewards ------------------------------------------------------------------------------------
 
 
-def open_scorer(config: Config) -> Scorer:
-    """Start the grading processes, for the kinds of answers that the data hold.
+def open_scorer(config: Config, kinds: frozenset[str] | None = None) -> Scorer:
+    """Start the grading processes, for some kinds of answers; None: those that the data hold.
 
     Raises:
         RewardError: no safe sandbox for programs, or a function of the user's that cannot be used.
     """
-    r, kinds = config.reward, data_kinds(config)
-    kinds |= {"custom"} if r.function else set()  # whatever prompts of one's own ask for
+    r, kinds = config.reward, _kinds(config) if kinds is None else kinds
+    kinds |= {"custom"} if r.functions else set()  # whatever prompts of one's own ask for
     rules = Rules(
         timeout_s=r.timeout_s,
         grade_truncated=r.grade_truncated,
-        function=r.function,
+        functions=r.functions,
+        weights=r.weights,
         sandbox=r.sandbox,
         test_timeout_s=r.test_timeout_s,
         test_memory_mib=r.test_memory_mib,
@@ -243,6 +253,10 @@ def open_scorer(config: Config) -> Scorer:
     if "custom" in kinds:
         scorer.wait_until_ready()  # a mistake in it shows now, not after the first sampling
     return scorer
+
+
+def _kinds(config: Config) -> frozenset[str]:
+    return data_kinds(config).union(*(each.kinds for each in held_out_problems(config)))
 
 
 def build_reward_shape(config: Config) -> Shape:
@@ -285,7 +299,7 @@ def build_limits(
     Raises:
         ConfigError: the cache is too small for one sequence.
     """
-    s, shards = config.sampler, row_shards(local)
+    s, shards, is_cpu = config.sampler, row_shards(local), _is_cpu(local, platform)
     slots = s.slots // processes
     prompts = math.ceil(slots / config.train.samples_per_prompt / shards) * shards
     limits = Limits(
@@ -297,7 +311,8 @@ def build_limits(
         page=min(s.page, s.max_response_tokens),
         cache_tokens=s.cache_tokens and s.cache_tokens // processes,
         cache_type=s.cache_type,
-        read=64 if _is_cpu(local, platform) else 512,
+        read=64 if is_cpu else 512,
+        prefill=256 if is_cpu else None,
     )
     try:
         limits.pool_pages(shards)

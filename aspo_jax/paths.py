@@ -16,15 +16,15 @@ _FORMATS = {
     b"\xff\xfe": ("UTF-16", "convert it: iconv -f UTF-16 -t UTF-8 OLD > NEW"),
     b"\xfe\xff": ("UTF-16", "convert it: iconv -f UTF-16 -t UTF-8 OLD > NEW"),
     b"\x1f\x8b": ("gzip", "unpack it with gunzip, or let a data file's name end in .gz"),
-    b"PAR1": (
-        "Parquet",
-        "convert it: pandas.read_parquet(OLD).to_json(NEW, 'records', lines=True)",
-    ),
+    b"PAR1": ("Parquet", "let a data file's name end in .parquet"),
     b"ARROW1": ("Arrow", "convert it: datasets.Dataset.from_file(OLD).to_json(NEW)"),
     b"PK\x03\x04": ("a zip archive", "unpack it with unzip"),
     b"BZh": ("bzip2", "unpack it with bunzip2"),
     b"\xfd7zXZ": ("xz", "unpack it with unxz"),
     b"\x28\xb5\x2f\xfd": ("zstandard", "unpack it with unzstd"),
+    b"version https://git-lfs": ("a pointer of git-lfs", "fetch what it stands for: git lfs pull"),
+    b"<!DOCTYPE": ("a web page", "download the file itself"),
+    b"<html": ("a web page", "download the file itself"),
 }
 
 
@@ -128,11 +128,16 @@ def decode(data: bytes, path: Path) -> str:
         ) from error
 
 
+def format_of(data: bytes) -> tuple[str, str] | None:
+    """What the bytes of a file begin like, and what to do then; None: nothing that is known."""
+    return next((known for start, known in _FORMATS.items() if data.startswith(start)), None)
+
+
 def check_format(data: bytes, path: Path) -> None:
     """Raise a PathError that names the format if the bytes begin like one that is no UTF-8 text."""
-    for start, (name, remedy) in _FORMATS.items():
-        if data.startswith(start):
-            raise PathError(f"{shown(path)}:1: found {name}, expected plain UTF-8 text; {remedy}")
+    if found := format_of(data):
+        name, remedy = found
+        raise PathError(f"{shown(path)}:1: found {name}, expected plain UTF-8 text; {remedy}")
     if b"\0" in data[:4096]:
         raise PathError(
             f"{shown(path)}: found NUL bytes, expected plain UTF-8 text; this is a binary file, or "

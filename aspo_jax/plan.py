@@ -27,7 +27,7 @@ from aspo_jax.errors import CommandParser, run_command
 from aspo_jax.model.sharding import abstract_mesh, device_mesh, local_sizes, mesh_sizes
 from aspo_jax.parts import FACTORIES
 from aspo_jax.planning.budget import PUBLISHED, Budget, Capacity, Part, budgets, cache_bytes
-from aspo_jax.planning.programs import DECODE, Program, Programs, programs, read_shape
+from aspo_jax.planning.programs import DECODE, PREFILL, Program, Programs, programs, read_shape
 from aspo_jax.planning.topology import GIB, GPU_NOTE, Chip, Topology, open_devices, parse_topology
 
 HEADROOM = 0.1  # of the memory, kept free for fragmentation and what the runtime itself needs
@@ -318,8 +318,6 @@ def report(found: Plan) -> str:
     mesh = " ".join(f"{axis}={size}" for axis, size in of.mesh.shape.items())
     held = {part.name: part.bytes for row in found.rows for part in row.parts}
     shown = ", ".join(f"{name} {gib(size)}" for name, size in held.items() if size > GIB / 1000)
-    total = sum(row.seconds * row.budget.work.calls for row in found.rows)  # nan for a CPU
-    duration = f"an iteration: at least {total / 3600:.2f} h if every answer is of full length"
     return "\n".join(
         [
             f"{of.config.name} on {topology.name}: {topology.size} x {gib(topology.chip.memory)} "
@@ -338,10 +336,23 @@ def report(found: Plan) -> str:
             f"{gib(room.bytes_per_sequence)} GiB each, beside weights for sampling of "
             f"{gib(held[PUBLISHED])} GiB and {HEADROOM:.0%} headroom; "
             f"Sampler.slots = {of.config.sampler.slots:,}",
-            *([] if math.isnan(total) else [duration]),
+            *_duration(found),
             found.verdict,
         ]
     )
+
+
+def _duration(found: Plan) -> list[str]:
+    """How long an iteration takes; nothing for a CPU, of which no speed is known."""
+    seconds = {row.program: row.seconds * row.budget.work.calls for row in found.rows}
+    total, more = sum(seconds.values()), found.programs.config.train.refill_rounds
+    if math.isnan(total):
+        return [f"refill: an iteration may sample {1 + more} times as much"] if more else []
+    line = f"an iteration: at least {total / 3600:.2f} h if every answer is of full length"
+    if not more:
+        return [line]
+    total += more * (seconds[PREFILL] + seconds[DECODE])
+    return [line, f"refill: {total / 3600:.2f} h where all {more} more rounds are sampled"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Prompts x G -> completions -> verdicts -> advantages -> mini-batches of rows, on the host."""
+"""Prompts x G -> completions -> verdicts -> advantages -> mini-batches, on the host."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from aspo_jax.data import pack
-from aspo_jax.outcomes import ROLLOUT, Count, Figure, figures, is_valid, reward
+from aspo_jax.outcomes import ROLLOUT, Count, Figure, figures, is_valid, part_figures, reward
 from aspo_jax.rewards import RewardError, Scorer, Shape, Submission, Verdict, unshaped
+from aspo_jax.rows import BatchShape, Example, answered, fill
 from aspo_jax.sampler import NONFINITE, Completion, Request, Sampler
-from aspo_jax.structs import Minibatch, Prompt, Rows
+from aspo_jax.structs import Minibatch, Prompt
 
 
 class Peers(NamedTuple):
@@ -60,10 +60,14 @@ class Sample(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """P prompts times G samples; ``samples[p * G + g]``."""
+    """P prompts times G samples; ``samples[p * G + g]``.
+
+    parts: names of what rewards are made of, the same on all processes; none where of one thing.
+    """
 
     samples: Sequence[Sample]
     samples_per_prompt: int
+    parts: tuple[str, ...] = ()
 
     @property
     def groups(self) -> list[Sequence[Sample]]:
@@ -89,6 +93,28 @@ def unwatched(*_: Any) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext(types.SimpleNamespace(advance=lambda **_: None))
 
 
+class Occasion(NamedTuple):
+    """When and what for prompts are sampled.
+
+    domain, retry: with the prompt and the number of the sample they name its random draws.
+    iteration: how many iterations the run had done, for graders to know.
+    """
+
+    domain: int
+    retry: int = 0
+    iteration: int = 0
+
+
+Judged = tuple[Sample, Submission]  # the verdict as the grader gave it
+# (p -> the samples of the p-th prompt once all are judged, else None) -> the rest is not needed
+Enough = Callable[[Callable[[int], list[Judged] | None]], bool]
+
+
+def never(_: Any) -> bool:
+    """All that was asked for is sampled."""
+    return False
+
+
 def collect(
     collector: Collector,
     params: Any,
@@ -102,40 +128,114 @@ def collect(
 ) -> Rollout:
     """Sample every prompt and grade each answer while others are still being sampled.
 
-    domain, retry: name the random draws, see `draw`.
-    iteration: how many iterations the run had done, for graders to know.
+    domain, retry, iteration: see `Occasion`.
     phase: (name, total, unit) -> a context around sampling and another around the wait for the
         last verdicts; the first yields a bar that is moved at each answer.
     """
+    occasion = Occasion(domain, retry, iteration)
+    groups = judge(collector, params, prompts, samples_per_prompt, occasion, phase=phase)
+    return shaped(collector, groups, samples_per_prompt)
+
+
+def shaped(
+    collector: Collector, groups: Sequence[Sequence[Judged]], samples_per_prompt: int
+) -> Rollout:
+    """The rollout of judged groups, with what the collector's shape makes of their verdicts."""
+    judged = [[(asked, sample.verdict) for sample, asked in group] for group in groups]
+    samples = [
+        sample._replace(verdict=verdict)
+        for group, verdicts in zip(groups, collector.shape(judged), strict=True)
+        for (sample, _), verdict in zip(group, verdicts, strict=True)
+    ]
+    return Rollout(samples, samples_per_prompt, collector.scorer.parts)
+
+
+def judge(
+    collector: Collector,
+    params: Any,
+    prompts: Sequence[Prompt],
+    samples_per_prompt: int,
+    occasion: Occasion,
+    *,
+    phase: Callable[..., contextlib.AbstractContextManager[Any]] = unwatched,
+    enough: Enough = never,
+) -> list[list[Judged]]:
+    """`collect` before verdicts are shaped: the judged samples of each prompt.
+
+    enough: is asked at each answer whether sampling may stop. The result then ends before the first
+        prompt of which not all is judged.
+    """
     G = samples_per_prompt
-    asked = [prompt for prompt in prompts for _ in range(G)]
-    with collector.scorer.begin() as grading:
-        with phase("sample", len(asked), "samples") as bar:
+    answers = _Answers([prompt for prompt in prompts for _ in range(G)], G)
+    with collector.scorer.begin(G) as grading:
+        with phase("sample", len(answers.asked), "samples") as bar:
 
-            def hand_in(c: Completion) -> None:
-                prompt = asked[c.request]
-                submission = Submission(
-                    kind=prompt.kind,
-                    text=collector.decode(c.tokens_T),
-                    answer=prompt.answer,
-                    is_finished=c.is_finished,
-                    response_tokens=len(c.tokens_T),
-                    prompt=prompt.text,
-                    identity=f"{domain} {prompt.draw} {c.request % G}",
-                    iteration=iteration,
-                )
-                grading.submit(c.request, submission)
+            def hand_in(c: Completion) -> bool:
+                grading.submit(c.request, answers.note(c, collector.decode(c.tokens_T), occasion))
                 bar.advance(tokens=len(c.tokens_T))
+                answers.are_enough = enough(lambda p: answers.group(p, grading.verdict))
+                return answers.are_enough
 
-            completions = draw(
-                collector.sampler, params, prompts, G, domain=domain, retry=retry, finished=hand_in
+            how = {"domain": occasion.domain, "retry": occasion.retry}
+            draw(collector.sampler, params, prompts, G, finished=hand_in, **how)
+        if not answers.are_enough and len(answers.given) < len(answers.asked):
+            raise ValueError(
+                f"the sampler gave {len(answers.given)} completions for {len(answers.asked)} "
+                "requests, expected one for each"
             )
         with phase("grade"):
-            judged = grading.results()
-    groups = [judged[start : start + G] for start in range(0, len(judged), G)]
-    verdicts = [verdict for group in collector.shape(groups) for verdict in group]
-    texts = [submission.text for submission, _ in judged]
-    return Rollout(list(map(Sample, asked, completions, texts, verdicts)), G)
+            if answers.are_enough:
+                grading.give_up()
+            else:
+                grading.results()
+    groups = []
+    for p in range(len(prompts)):
+        if (group := answers.group(p, grading.verdict)) is None:
+            break
+        groups.append(group)
+    return groups
+
+
+class _Answers:
+    """The answers to ``asked``, each prompt ``samples_per_prompt`` times, as they come in.
+
+    given: number of the request -> what there is. are_enough: no more are needed.
+    """
+
+    def __init__(self, asked: Sequence[Prompt], samples_per_prompt: int):
+        self.asked = asked
+        self.given: dict[int, tuple[Completion, Submission]] = {}
+        self.are_enough = False
+        self._samples = samples_per_prompt
+
+    def note(self, c: Completion, text: str, occasion: Occasion) -> Submission:
+        """Keep an answer; returns what its grader gets."""
+        prompt, g = self.asked[c.request], c.request % self._samples
+        submission = Submission(
+            kind=prompt.kind,
+            text=text,
+            answer=prompt.answer,
+            is_finished=c.is_finished,
+            response_tokens=len(c.tokens_T),
+            prompt=prompt.text,
+            identity=f"{occasion.domain} {prompt.draw} {g}",
+            iteration=occasion.iteration,
+            row=dict(prompt.columns),
+        )
+        self.given[c.request] = c, submission
+        return submission
+
+    def group(self, p: int, verdict: Callable[[int], Verdict | None]) -> list[Judged] | None:
+        """The samples of a prompt once every verdict is known."""
+        found: list[Judged] = []
+        for number in range(p * self._samples, (p + 1) * self._samples):
+            if (known := verdict(number)) is None:
+                return None
+            completion, submission = self.given[number]
+            found.append(
+                (Sample(self.asked[number], completion, submission.text, known), submission)
+            )
+        return found
 
 
 def draw(
@@ -150,8 +250,9 @@ def draw(
 ) -> list[Completion]:
     """Sample every prompt ``samples_per_prompt`` times; completions in the order of the prompts.
 
-    domain, retry: with the prompt and the number of the sample they name its random draws.
-    finished: is called with each completion as soon as it is there.
+    domain, retry: see `Occasion`.
+    finished: is called with each completion as soon as it is there; once it returns True, those
+        that are not there yet are given up.
     """
     requests = [
         Request(prompt.tokens, (domain, prompt.draw, retry, g))
@@ -161,8 +262,9 @@ def draw(
     completions = []
     sampler.start(params)
     for completion in sampler.sample(requests):
-        finished(completion)
         completions.append(completion)
+        if finished(completion) is True:
+            break
     sampler.release()
     return sorted(completions, key=lambda completion: completion.request)
 
@@ -183,86 +285,39 @@ def check_failures(rollout: Rollout, largest_share: float, peers: Peers = ALONE)
         )
 
 
-class BatchShape(NamedTuple):
-    """Fixed shapes of an iteration's updates.
+class Selection(NamedTuple):
+    """Which groups of a rollout train, in the order of the stream, as all processes see it.
 
-    minibatches: optimizer updates per pass over the rollout.
-    row_tokens, rows: T of a micro-batch and B, those of all processes, which fill equal shares.
-    microbatches: M, room for the worst case (every answer of the longest length).
-    is_packed: several sequences may share a row.
+    asked: prompts that were asked for. drawn: those of them that the rollout has, the first ones.
+    wanted: groups that a step may train on.
+    groups: numbers of those that do, at most ``wanted``.
     """
 
-    minibatches: int
-    microbatches: int
-    rows: int
-    row_tokens: int
-    is_packed: bool = True
+    asked: int
+    drawn: int
+    wanted: int
+    groups: np.ndarray
 
+    def advantages(
+        self, rule: Callable[..., Any], reward_PG: np.ndarray, is_valid_PG: np.ndarray
+    ) -> np.ndarray:
+        """A rule's advantages of the selected groups, 0 for the others.
 
-def batch_shape(
-    *,
-    prompts_per_step: int,
-    prompts_per_minibatch: int,
-    samples_per_prompt: int,
-    longest: int,
-    row_tokens: int,
-    rows: int,
-    is_packed: bool = True,
-    processes: int = 1,
-) -> BatchShape:
-    """Room for the groups of a mini-batch that one process may have to hold, all of ``longest``.
-
-    Of P prompts dealt over U mini-batches, one process of n can find ``ceil(P / (U + n - 1))`` of
-    its own in one: a of them in a row leave (n - 1)(a - 1) prompts of others between them, which
-    were dropped, so that the mini-batch of at most ceil((P - (n - 1)(a - 1)) / U) holds all a.
-
-    rows: a multiple of ``processes``.
-    """
-    minibatches = prompts_per_step // prompts_per_minibatch
-    groups = math.ceil(prompts_per_step / (minibatches + processes - 1))
-    per_row = row_tokens // longest if is_packed else 1
-    worst_rows = math.ceil(groups * samples_per_prompt / per_row)
-    return BatchShape(
-        minibatches=minibatches,
-        microbatches=math.ceil(worst_rows / (rows // processes)),
-        rows=rows,
-        row_tokens=row_tokens,
-        is_packed=is_packed,
-    )
-
-
-class Example(NamedTuple):
-    """One sequence of L tokens to train on: an answer, or a conversation of several.
-
-    is_response_L: True where the policy chose the token; of the first token it cannot be.
-    logp_L: log-probability of those when they were sampled; the others' are not read.
-    group: number of the prompt within its mini-batch.
-    """
-
-    tokens_L: np.ndarray
-    is_response_L: np.ndarray
-    logp_L: np.ndarray
-    advantage: float
-    group: int
-
-
-def answered(
-    prompt: Sequence[int],
-    response: Sequence[int] | np.ndarray,
-    logp_T: np.ndarray | float,
-    advantage: float,
-    group: int,
-) -> Example:
-    """The example of one prompt and one response; ``logp_T`` is of the response's tokens."""
-    tokens_L = np.concatenate([prompt, response]).astype(np.int32)
-    is_response_L = np.arange(len(tokens_L)) >= len(prompt)
-    logp_L = np.zeros(len(tokens_L), np.float32)
-    logp_L[is_response_L] = logp_T
-    return Example(tokens_L, is_response_L, logp_L, advantage, group)
+        The rule sees the selected groups alone, and masked ones up to ``wanted``: one shape.
+        """
+        count, room = len(self.groups), ((0, self.wanted - len(self.groups)), (0, 0))
+        reward, is_valid = (np.pad(x[self.groups], room) for x in (reward_PG, is_valid_PG))
+        advantage_PG = np.zeros(reward_PG.shape, np.float32)
+        advantage_PG[self.groups] = np.asarray(rule(reward, is_valid))[:count]
+        return advantage_PG
 
 
 def assemble(
-    rollout: Rollout, advantage: Callable[..., Any], shape: BatchShape, peers: Peers = ALONE
+    rollout: Rollout,
+    advantage: Callable[..., Any],
+    shape: BatchShape,
+    peers: Peers = ALONE,
+    selection: Selection | None = None,
 ) -> tuple[list[Minibatch], dict[str, float]]:
     """Advantages, then the groups that carry a signal dealt evenly over fixed-shape mini-batches.
 
@@ -271,10 +326,18 @@ def assemble(
     would have it; each then fills rows with its own groups and all adopt the largest number of
     micro-batches. Returns this process's mini-batches (arrays on the host) and the figures of the
     whole rollout.
+
+    selection: the only groups that may train; None: all.
     """
-    counted = gather(rollout, ROLLOUT, peers)
+    parts = part_figures(rollout.parts)
+    counted = gather(rollout, {**ROLLOUT, **parts}, peers, selection and selection.asked)
+    if selection is not None:
+        counted = {count: x_PG[: selection.drawn] for count, x_PG in counted.items()}
     reward_PG, is_valid_PG = counted[reward].astype(np.float32), counted[is_valid] > 0
-    advantage_PG = np.asarray(advantage(reward_PG, is_valid_PG))
+    if selection is None:
+        advantage_PG = np.asarray(advantage(reward_PG, is_valid_PG))
+    else:
+        advantage_PG = selection.advantages(advantage, reward_PG, is_valid_PG)
     if not np.isfinite(advantage_PG).all():
         raise ValueError("advantages are not finite; the advantage rule or a reward is at fault")
     retained = np.flatnonzero((advantage_PG != 0).any(axis=1))
@@ -283,13 +346,20 @@ def assemble(
     filled = [fill(share, shape, peers.count) for share in examples]
     minibatches, train_tokens = _agree(filled, peers)
     room = sum(int(m.count) for m in minibatches) * shape.rows * shape.row_tokens
+    drawn = asked = wanted = len(advantage_PG)
+    if selection is not None:
+        asked, wanted = selection.asked, selection.wanted
     made = figures(ROLLOUT, counted) | {
-        "valid_groups": len(retained) / len(advantage_PG),
+        "valid_groups": len(retained) / drawn,
+        "generation_multiplier": drawn / wanted,
+        "rounds": asked / wanted,
+        "surplus_groups": float(asked - drawn),
         "train_tokens": float(train_tokens),
     }
     if room:
         made["packing_waste"] = 1.0 - train_tokens / room
-    return minibatches, {f"rollout/{name}": value for name, value in made.items()}
+    rewards = {f"reward/{name}": x for name, x in figures(parts, counted).items()}
+    return minibatches, {f"rollout/{name}": x for name, x in made.items()} | rewards
 
 
 def gather(
@@ -297,7 +367,8 @@ def gather(
 ) -> dict[Count, np.ndarray]:
     """Rewards and what a table counts of every sample [P, G], of all processes in one exchange.
 
-    total: number of prompts; None: every process has as many as this one.
+    total: number of prompts, of which those that no process has count 0; None: every process has
+        as many as this one.
     """
     counts = dict.fromkeys((reward, is_valid, *(f.count for f in table.values() if f.count)))
     own = np.array([[count(group) for count in counts] for group in rollout.groups], np.float32)
@@ -335,58 +406,6 @@ def _examples(
     return examples
 
 
-def fill(examples: Sequence[Example], shape: BatchShape, processes: int = 1) -> Minibatch:
-    """Lay token sequences into rows, and these into one process's share of the micro-batches.
-
-    Raises:
-        ValueError: a sequence too long for a row, or one that begins with a token of the policy's,
-            which nothing predicts.
-    """
-    lengths = [len(e.tokens_L) - 1 for e in examples]
-    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])  # as `pack` has them
-    packed = pack(lengths, shape.row_tokens) if shape.is_packed else [[i] for i in longest_first]
-    own_rows = shape.rows // processes
-    rows = _empty_rows(shape.microbatches * own_rows, shape.row_tokens)
-    for row, contents in enumerate(packed):
-        start = 0
-        for sequence_id, index in enumerate(contents, start=1):
-            _write(rows, row, start, sequence_id, examples[index])
-            start += lengths[index]
-    stacked: dict[str, Any] = {
-        name: x.reshape(shape.microbatches, own_rows, shape.row_tokens) for name, x in rows.items()
-    }
-    return Minibatch(rows=Rows(**stacked), count=np.int32(math.ceil(len(packed) / own_rows)))
-
-
-def _empty_rows(rows: int, row_tokens: int) -> dict[str, np.ndarray]:
-    types = {"is_response_BT": bool, "advantage_BT": np.float32, "sampler_logp_BT": np.float32}
-    fields = Rows.__dataclass_fields__
-    return {name: np.zeros((rows, row_tokens), types.get(name, np.int32)) for name in fields}
-
-
-def _write(rows: dict[str, np.ndarray], row: int, start: int, sequence_id: int, e: Example):
-    """One sequence of L tokens into L-1 slots: inputs ``x[:-1]``, of all else ``x[1:]``."""
-    if e.is_response_L[0]:
-        raise ValueError(
-            f"a sequence of {len(e.tokens_L)} tokens begins with one that the policy chose, "
-            "expected one that was given, such as <bos>: nothing predicts the first"
-        )
-    slots, is_response_T = slice(start, start + len(e.tokens_L) - 1), e.is_response_L[1:]
-    values = {
-        "input_BT": e.tokens_L[:-1],
-        "target_BT": e.tokens_L[1:],
-        "position_BT": np.arange(len(is_response_T)),
-        "sequence_id_BT": sequence_id,
-        "response_position_BT": np.where(is_response_T, np.cumsum(is_response_T) - 1, 0),
-        "is_response_BT": is_response_T,
-        "advantage_BT": np.where(is_response_T, e.advantage, 0),
-        "sampler_logp_BT": np.where(is_response_T, e.logp_L[1:], 0),
-        "group_id_BT": e.group,
-    }
-    for name, x in values.items():
-        rows[name][row, slots] = x
-
-
 def held_out_transcripts(rollout: Rollout, count: int) -> list[dict[str, Any]]:
     """The first sample of each of the first ``count`` prompts, as plain JSON."""
     return [_transcript(group, 0) for group in rollout.groups[:count]]
@@ -404,6 +423,7 @@ def training_transcripts(rollout: Rollout, count: int) -> list[dict[str, Any]]:
 
 def _transcript(group: Sequence[Sample], g: int) -> dict[str, Any]:
     sample = group[g]
+    parts = {name: part.reward for name, part in sample.verdict.parts.items()}
     return {
         "id": sample.prompt.id,
         "draw": sample.prompt.draw,
@@ -415,4 +435,4 @@ def _transcript(group: Sequence[Sample], g: int) -> dict[str, Any]:
         "reason": sample.verdict.reason,
         "tokens": len(sample.completion.tokens_T),
         "ending": sample.completion.ending,
-    }
+    } | ({"parts": parts} if parts else {})

@@ -20,12 +20,18 @@ from aspo_jax.config import Config
 from aspo_jax.errors import writing
 from aspo_jax.files import write_text_atomic
 from aspo_jax.policy import parameter_count, save_policy
+from aspo_jax.refill import refill
 from aspo_jax.rollout import (
+    Enough,
+    Judged,
+    Occasion,
     Rollout,
+    Selection,
     assemble,
     check_failures,
     collect,
     held_out_transcripts,
+    judge,
     training_transcripts,
 )
 from aspo_jax.rounding import rounding_cost
@@ -37,7 +43,7 @@ from aspo_jax.run.metrics import Clock, Log, read_metrics, update_name
 from aspo_jax.run.records import before_and_after, next_command
 from aspo_jax.run.writers import JsonLines, Open, Start, rows_to
 from aspo_jax.sampler import TRAIN
-from aspo_jax.structs import Mean, Minibatch, TrainState, merge_metrics
+from aspo_jax.structs import Mean, Minibatch, Prompt, TrainState, merge_metrics
 
 
 class Run(NamedTuple):
@@ -92,26 +98,16 @@ def resumed(run: Run, done: int) -> str:
     return f"going on after {done} of {total} iterations (checkpoint of {when})"
 
 
-def roll_out(run: Run, state: TrainState) -> tuple[list[Minibatch], dict[str, Any]]:
+def roll_out(run: Run, state: TrainState, iteration: int) -> tuple[list[Minibatch], dict[str, Any]]:
     """This iteration's prompts, answers, verdicts, advantages and old log-probabilities.
 
     Each process samples and grades its own share; the mini-batches and figures are those of all.
     """
-    m, train = run.machines, run.config.train
-    prompts = next(m.parts.prompts)
-    iteration = prompts[0].draw // train.prompts_per_step
-    rollout = collect(
-        m.collector,
-        state.params,
-        prompts,
-        train.samples_per_prompt,
-        domain=TRAIN,
-        iteration=iteration,
-        phase=run.phase,
-    )
+    m = run.machines
+    rollout, selection = sample(run, state, iteration)
     keep_transcripts(run, "train", iteration, training_transcripts, rollout)
     check_failures(rollout, run.config.reward.max_failures, m.peers)
-    assembled, figures = assemble(rollout, m.parts.advantage, m.shape, m.peers)
+    assembled, figures = assemble(rollout, m.parts.advantage, m.shape, m.peers, selection)
     minibatches = [part for part in assembled if part.count]  # counts are the same on all processes
     with run.phase("score", len(minibatches), "minibatches") as bar:
         placed = [m.learner.place(part) for part in minibatches]
@@ -120,6 +116,28 @@ def roll_out(run: Run, state: TrainState) -> tuple[list[Minibatch], dict[str, An
             jax.block_until_ready(part)
             bar.advance()
     return minibatches, figures | check_agreement(run.config, minibatches, figures)
+
+
+def sample(run: Run, state: TrainState, iteration: int) -> tuple[Rollout, Selection | None]:
+    """The samples of one round of prompts, or with refill of several and which groups train."""
+    m, train = run.machines, run.config.train
+
+    def draw_prompts() -> Sequence[Prompt]:
+        with run.clock("data"):
+            return next(m.parts.prompts)
+
+    asked = (m.collector, state.params)
+    if not train.refill_rounds:
+        when = {"domain": TRAIN, "iteration": iteration}
+        prompts = draw_prompts()
+        return collect(*asked, prompts, train.samples_per_prompt, phase=run.phase, **when), None
+
+    def ask(prompts: Sequence[Prompt], enough: Enough) -> list[list[Judged]]:
+        how = (train.samples_per_prompt, Occasion(TRAIN, iteration=iteration))
+        return judge(*asked, prompts, *how, phase=run.phase, enough=enough)
+
+    rounds = 1 + train.refill_rounds
+    return refill(m.collector, ask, draw_prompts, rounds, m.parts.advantage, m.peers)
 
 
 def check_agreement(
@@ -181,7 +199,8 @@ def update(
 
 def speeds(config: Config, figures: dict[str, float], laps: dict[str, float]) -> dict[str, float]:
     """Tokens per second of sampling, and of training where there was any."""
-    samples = config.train.prompts_per_step * config.train.samples_per_prompt
+    groups = config.train.prompts_per_step * figures["rollout/generation_multiplier"]
+    samples = groups * config.train.samples_per_prompt
     sampled = figures["rollout/response_length"] * samples
     trained = figures["rollout/train_tokens"] * config.train.epochs
     shown = {"speed/sample": sampled / laps["seconds/sample"]}
@@ -195,14 +214,16 @@ _gap_metrics = jax.jit(gap_metrics)
 
 
 def evaluate(run: Run, state: TrainState, iteration: int) -> None:
-    """Score the policy on the held-out prompts."""
-    scores, rollout = run.machines.evaluate(
-        state.params, lambda _, *size: run.phase("evaluate", *size)
-    )
-    figures = {f"evaluate/{k}": v for k, v in scores.items()}
-    run.log.write(iteration, figures)
-    run.console.evaluation(iteration, figures)
-    keep_transcripts(run, "held_out", iteration, held_out_transcripts, rollout)
+    """Score the policy on the held-out prompts, and on the sets of ``Evaluate.suites``."""
+    m = run.machines
+    for name, score in {"": m.evaluate, **m.evaluate_sets}.items():
+        scores, rollout = score(state.params, lambda _, *size: run.phase("evaluate", *size))
+        figures = {f"evaluate/{k}": v for k, v in scores.items()}
+        prefix = f"evaluate/{name}/" if name else "evaluate/"
+        run.log.write(iteration, {f"{prefix}{k}": v for k, v in scores.items()})
+        run.console.evaluation(iteration, figures, name)
+        kind = f"held_out_{name}" if name else "held_out"
+        keep_transcripts(run, kind, iteration, held_out_transcripts, rollout)
 
 
 def keep_transcripts(

@@ -93,6 +93,7 @@ class Prompt:
     text, tokens: what the model reads, chat template already applied, and its ids.
     answer: what the grader needs (a gold answer, the numbers of a puzzle, ...); opaque to others.
     kind: which grader judges it.
+    columns: what else its row holds, for graders that ask for it.
     """
 
     id: str
@@ -101,6 +102,7 @@ class Prompt:
     tokens: tuple[int, ...]
     answer: Any
     kind: str
+    columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 INTEGERS = {"dtype": "int32"}

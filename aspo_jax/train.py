@@ -22,6 +22,7 @@ from aspo_jax.agreement import SamplingError
 from aspo_jax.build import build_machines, check_inputs
 from aspo_jax.config import Config, read_config
 from aspo_jax.errors import run_command
+from aspo_jax.origin import fetch_weights, locate
 from aspo_jax.parts import FACTORIES, Parts
 from aspo_jax.parts import parts as parts_of
 from aspo_jax.rewards import RewardError
@@ -75,9 +76,10 @@ def train(config: Config, parts: Parts | None = None) -> int:
             with stop.interruptible():
                 here = config.runtime
                 runtime.join(here.coordinator, here.num_processes, here.process_id)
+                console = Console(is_quiet=not runtime.is_main())
+                config = locate(config, config.run_folder, console.note)
                 sizes = config.derived() if parts else check_inputs(config)
             stop.agree = None if runtime.is_alone() else runtime.any_of
-            console = Console(is_quiet=not runtime.is_main())
             compilations = runtime.compilations(console.compiling, console.compiled)
             with lock_folder(config) as lock, console, compilations:
                 console.title(config, sizes)
@@ -95,7 +97,8 @@ def _train(
     folder = check_config(config)
     mesh = runtime.start(**dataclasses.asdict(config.runtime))
     with stop.interruptible():
-        model_folder = config.model.path or warm_start(config, mesh, folder, console)
+        fetch_weights(config, console.note)
+        model_folder = config.model_folder or warm_start(config, mesh, folder, console)
     with stop.interruptible():
         m = build_machines(config, parts or parts_of(config, mesh), model_folder, mesh)
     introduce(m, console)
@@ -123,7 +126,7 @@ def _train(
                     with stop.interruptible():
                         if i % (config.evaluate.every or config.train.iterations) == 0:
                             evaluate(run, state, i)
-                        minibatches, figures = roll_out(run, state)
+                        minibatches, figures = roll_out(run, state, i)
                     state, report = update(run, state, minibatches)
                 done, position = i + 1, prompts.state()
                 laps = run.clock.lap()

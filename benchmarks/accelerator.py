@@ -32,7 +32,7 @@ from aspo_jax.parts import build_goal, build_limits, build_optimizer, build_samp
 from aspo_jax.planning.flops import causal_pairs, forward_flops
 from aspo_jax.planning.programs import read_shape
 from aspo_jax.policy import build_network, parameter_count
-from aspo_jax.rollout import BatchShape, Example, fill
+from aspo_jax.rows import BatchShape, Example, fill
 from aspo_jax.sampler import EVALUATE, PagedSampler, Request, make_publish
 from aspo_jax.structs import OldPolicy
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 GIB = 2**30
 CONFIG = """
-Data.kind = 'jsonl'
+Data.source = 'files'
 Data.train_path = '{folder}/prompts.jsonl'
 Data.eval_path = '{folder}/prompts.jsonl'
 Model.path = '{model}'
@@ -32,7 +32,7 @@ Sampler.slots = 16
 Sampler.page = 16
 Objective.name = 'aspo'
 Objective.aggregate = 'token_mean'
-Reward.function = 'memory:score'
+Reward.functions = ('memory:score',)
 Optim.learning_rate = 1e-6
 Train.iterations = {iterations}
 Train.prompts_per_step = 4

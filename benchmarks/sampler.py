@@ -47,9 +47,9 @@ from train_step import SHAPE
 from aspo_jax import runtime
 from aspo_jax.head import Head
 from aspo_jax.learner import forward
-from aspo_jax.model import Model, build_model, save_model
+from aspo_jax.model import Model, ModelConfig, build_model, save_model
 from aspo_jax.planning.flops import attention_flops, causal_pairs, head_flops, layer_weights
-from aspo_jax.rollout import BatchShape, answered, fill
+from aspo_jax.rows import BatchShape, answered, fill
 from aspo_jax.sampler import TRAIN, Completion, Limits, PagedSampler, Request, make_publish
 
 PAD, STOP = 0, 1
@@ -92,17 +92,27 @@ def requests(schedule: Schedule) -> list[Request]:
 
 
 class Ours:
-    """A network with a sampler over it."""
+    """A network with a sampler over it; ``published``: another's weights, to be shared."""
 
-    def __init__(self, params: Any, limits: Limits = LIMITS, dtype: str = "float32"):
+    def __init__(
+        self,
+        params: Any,
+        limits: Limits = LIMITS,
+        dtype: str = "float32",
+        shape: ModelConfig = SHAPE,
+        published: Any = None,
+    ):
         mesh = runtime.make_mesh(data=1)
-        self.model: Model = build_model(SHAPE, dtype=jnp.dtype(dtype), mesh=mesh)
-        layered = build_model(SHAPE, dtype=jnp.dtype(dtype), mesh=mesh, is_stacked=False)
-        is_allowed_V = np.arange(SHAPE.vocab_size) > STOP
+        self.model: Model = build_model(shape, dtype=jnp.dtype(dtype), mesh=mesh)
+        layered = build_model(shape, dtype=jnp.dtype(dtype), mesh=mesh, is_stacked=False)
+        is_allowed_V = np.arange(shape.vocab_size) > STOP
         self.head = Head(1.0, is_allowed_V, mesh=mesh)
         publish = make_publish(layered, mesh, mesh, dtype)
         self.sampler = PagedSampler(layered, self.head, limits, mesh, seed=0, publish=publish)
-        self.sampler.start(params)
+        if published is None:
+            self.sampler.start(params)
+        else:
+            self.sampler.params = published
 
     def draw(self, schedule: Schedule) -> list[Completion]:
         """The completions, in the order of the schedule."""
@@ -130,7 +140,8 @@ def rivals(params: Any, pythons: dict[str, tuple[str, str]]) -> Iterator[dict[st
         folder = Path(name, "model")
         save_model(folder, params, SHAPE, lambda _: None, eos_token_id=STOP)
         task = {"rows": ROWS, "prompt": PROMPT, "cap": CAP, "pad": PAD, "stop": STOP}
-        (folder / "task.json").write_text(json.dumps(task | {"threads": os.cpu_count()}))
+        more = {"threads": os.cpu_count(), "forbidden": [PAD, STOP]}
+        (folder / "task.json").write_text(json.dumps(task | more))
         started = {who: Rival(script, folder, python) for who, (python, script) in pythons.items()}
         try:
             yield started

@@ -4,7 +4,7 @@
 
 `AutoModelForCausalLM.generate` as it comes (dynamic cache, sdpa attention), float32, sampling from
 the whole softmax. A batch runs until its longest answer ends, which is just where the schedule says
-(``max_new_tokens``; the stop id is never drawn). Files, commands and answers are those of
+(``max_new_tokens``; nobody heeds a stop id). Files, commands and answers are those of
 `sampler_tunix_worker.py`.
 """
 # pyright: reportMissingImports=false
@@ -39,7 +39,7 @@ def main(folder: str) -> int:
     pad = task["pad"]
     for line in sys.stdin:
         (requests,) = json.loads(line)
-        start = time.perf_counter()
+        start, worked = time.perf_counter(), time.process_time()
         for first in range(0, len(requests), task["rows"]):
             batch = requests[first : first + task["rows"]]
             size = max(len(prompt) for prompt, _ in batch)
@@ -53,11 +53,12 @@ def main(folder: str) -> int:
                     temperature=1.0,
                     top_k=0,
                     top_p=1.0,
-                    suppress_tokens=[pad, task["stop"]],
+                    suppress_tokens=task["forbidden"],
                     pad_token_id=pad,
                 )
         seconds = time.perf_counter() - start
-        say({"seconds": seconds, "peak_mib": peak_mib()})
+        worked = time.process_time() - worked
+        say({"seconds": seconds, "cpu_seconds": worked, "peak_mib": peak_mib()})
     return 0
 
 

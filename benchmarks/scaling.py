@@ -30,7 +30,7 @@ from aspo_jax.learner import Goal, Learner, build_learner
 from aspo_jax.losses import aspo, sequence_mean
 from aspo_jax.model import Model, ModelConfig, build_model, choose_attention
 from aspo_jax.model.sharding import MESH_AXES
-from aspo_jax.rollout import BatchShape, answered, fill
+from aspo_jax.rows import BatchShape, answered, fill
 from aspo_jax.structs import Minibatch
 
 SHAPE = ModelConfig(

@@ -41,7 +41,7 @@ from aspo_jax.learner import Goal, build_learner
 from aspo_jax.losses import grpo, sequence_mean
 from aspo_jax.model import ModelConfig, build_model, choose_attention, save_model
 from aspo_jax.optimizers import adamw, clipped, learning_rate_schedule
-from aspo_jax.rollout import BatchShape, Example, answered, fill
+from aspo_jax.rows import BatchShape, Example, answered, fill
 from aspo_jax.runtime import make_mesh
 from aspo_jax.structs import Mean, Minibatch
 

@@ -251,7 +251,8 @@ command line. Each is a file of `examples/` and runs as it stands. What the name
 [Python names](api.md). The notebook `examples/aspo_in_ten_minutes.ipynb` has the equation, the
 weights as a picture and one small run; its outputs are kept in it.
 
-Those that read a folder `model` take any Hugging Face folder of [these families](scale.md#models).
+Those that read a folder `model` take any Hugging Face folder, or name, of [these
+families](models.md).
 The embedded task leaves one:
 
     python -m aspo_jax.train --config countdown_tiny

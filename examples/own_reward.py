@@ -20,7 +20,7 @@ def questions():
 
 
 if __name__ == "__main__":
-    config = configure("countdown_tiny", "Reward.function=own_reward:short")
+    config = configure("countdown_tiny", "Reward.functions=['own_reward:short']")
     own = parts(config, start(config))
     step = config.train.prompts_per_step
     prompts = generated(

@@ -16,6 +16,7 @@ CACHE = Path("~/.cache/aspo_jax/tests").expanduser()
 MOST_WORKERS = 8  # each holds about 1.5 GiB; the longest files take as long with more
 LONG = ("test_export.py", "test_learner.py", "test_sampler.py", "test_hosts.py", "test_resume.py")
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the real hub; read when it is imported
 # JAX does not lock its cache: what another process is writing cannot be read and is compiled anew.
 os.environ["PYTHONWARNINGS"] = "ignore:Error reading persistent compilation cache entry"
 jax.config.update("jax_num_cpu_devices", 4)

@@ -64,19 +64,24 @@ class FakeSampler:
 class FakeScorer:
     """Knows its verdicts beforehand; submissions may come in any order."""
 
+    parts = ()
+
     def __init__(self, verdicts):
         self.verdicts = verdicts
         self.submissions = {}
 
     @contextlib.contextmanager
-    def begin(self):
+    def begin(self, group):
         yield self
 
     def submit(self, number, submission):
         self.submissions[number] = submission
 
+    def verdict(self, number):
+        return self.verdicts[number] if number in self.submissions else None
+
     def results(self):
-        return [(s, self.verdicts[n]) for n, s in sorted(self.submissions.items())]
+        return [(s, self.verdict(n)) for n, s in sorted(self.submissions.items())]
 
 
 def judged(verdicts, prompts, answers, shape=unshaped, **more) -> tuple[Rollout, FakeScorer]:

@@ -29,14 +29,17 @@ def config_of(*settings: str):
 def jsonl(folder, rows, *settings: str):
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = ("Data.kind=jsonl", f"Data.train_path={path}", f"Data.eval_path={path}")
+    data = ("Data.source=files", f"Data.train_path={path}", f"Data.eval_path={path}")
     return config_of(*data, "Model.path=somewhere", *settings)
 
 
 def test_the_kinds_of_the_data_are_opened(tmp_path, monkeypatch):
-    (tmp_path / "own_rewards.py").write_text("def f(p, c, a): return float(a['word'] in c)")
+    (tmp_path / "own_rewards.py").write_text(
+        "def f(completion, answer, kind): return float(kind == 'custom' and answer['word'] == "
+        "completion)"
+    )
     monkeypatch.chdir(tmp_path)
-    config = jsonl(tmp_path, [ROWS[0], ROWS[2]], "Reward.function=own_rewards:f")
+    config = jsonl(tmp_path, [ROWS[0], ROWS[2]], "Reward.functions=['own_rewards:f']")
     assert data_kinds(config) == {"math", "custom"}
     assert data_kinds(config_of()) == {"countdown"}
     with open_scorer(config) as scorer:
@@ -46,11 +49,24 @@ def test_the_kinds_of_the_data_are_opened(tmp_path, monkeypatch):
                 Submission("custom", "yes", ROWS[2]["answer"], True, 1),
             ]
         )
-    assert verdicts == [Verdict(1.0, "match")] * 2
+    right, wrong = Verdict(1.0, "match"), Verdict(0.0, "mismatch")
+    assert verdicts == [
+        Verdict(1.0, "match", parts={"math": right, "f": wrong}),
+        Verdict(1.0, "match", parts={"f": right}),
+    ]
+
+
+def test_weights_are_of_functions():
+    two = "Reward.functions=['own:f', 'own:g']"
+    assert config_of(two, "Reward.weights=[1, -0.5]").reward.weights == (1.0, -0.5)
+    with pytest.raises(
+        ConfigError, match=r"Reward.weights = \(1.0,\) has 1 of 2 weights; expected"
+    ):
+        config_of(two, "Reward.weights=[1.0]")
 
 
 def test_a_mistake_in_the_function_shows_at_the_start(tmp_path):
-    config = jsonl(tmp_path, ROWS[2:], "Reward.function=no_such_module:f")
+    config = jsonl(tmp_path, ROWS[2:], "Reward.functions=['no_such_module:f']")
     with pytest.raises(RewardError, match="cannot import no_such_module"):
         open_scorer(config)
 
@@ -105,7 +121,7 @@ def write_rows(path, prompts, **changes):
 
 def own_data(model, train, evaluation, *settings):
     data = (f"Model.path={model}", f"Data.train_path={train}", f"Data.eval_path={evaluation}")
-    return config_of("Data.kind=jsonl", *data, *settings)
+    return config_of("Data.source=files", *data, *settings)
 
 
 def test_the_start_table_counts_the_prompts_that_there_are(model, tmp_path):
@@ -146,14 +162,16 @@ def test_prompts_are_spelled_once_for_the_check_and_the_stream(model, tmp_path, 
     train = write_rows(tmp_path / "train.jsonl", ["1+1="])
     config = own_data(model, train, train)
     check_inputs(config)
-    monkeypatch.setattr("aspo_jax.inputs.check_prompts", lambda *_, **__: pytest.fail("again"))
+    monkeypatch.setattr("aspo_jax.inputs.fitting_rows", lambda *_, **__: pytest.fail("again"))
     assert len(next(build_prompts(config, load_tokenizer(model)))) == 32
 
 
 def test_bad_answers_are_counted_and_found_before_anything_is_loaded(model, tmp_path):
     train = write_rows(tmp_path / "train.jsonl", ["1+1="])
     evaluation = write_rows(tmp_path / "eval.jsonl", ["1", "2", "3"], answer={"a": 1})
-    with pytest.raises(DataError, match=r"eval.jsonl:1 \(id 1\): .* \(and 2 more rows of 3\)$"):
+    with pytest.raises(
+        DataError, match=r"eval.jsonl:1 \(id 1\): .* \(and 2 more rows of 3\); correct"
+    ):
         check_inputs(own_data(model, train, evaluation))
 
 

@@ -41,6 +41,7 @@ def _adamw(learning_rate, axes):
 
 
 FACTORIES = {
+    "source": SHIPPED["source"],
     "objective": {"aspo": _aspo, "kl_penalty": _kl_penalty},
     "advantage": {"group_zscore": _none},
     "aggregate": {"sequence_mean": _none, "token_mean": _none, "fixed_length": _fixed_length},
@@ -67,11 +68,14 @@ def test_default_is_the_embedded_run():
     config = _read()
     assert config.name == "countdown_cpu"
     assert config.run_folder == "runs/countdown_cpu-aspo-seed0"
-    assert config.data.kind == "countdown" and config.model.hidden_size == 64
+    assert config.data.source == "countdown" and config.model.hidden_size == 64
     assert config.factories["aspo"] == {"clip_low": 0.2, "clip_high": 0.2, "cap": 3.0}
     rows = dict(config.derived())
     assert rows["sequences per step"] == "32 prompts x 16 samples = 512"
     assert rows["updates per step"] == "4 minibatches x 2 epochs = 8"
+    assert "refill" not in rows
+    rows = dict(_read("--set", "Train.refill_rounds=3").derived())
+    assert rows["refill"] == "up to 3 more rounds of 32 prompts: at most 4 x 512 = 2,048 sequences"
 
 
 def test_packaged_configs_are_named():
@@ -237,8 +241,8 @@ BAD_FLAGS = [
     (["Model.hidden_size=60"], "--set #1: Model.hidden_size = 60 must give each of Model.heads = 4"
      " an even width; set Model.hidden_size to a multiple of 8"),
     (["Model.layers=None"], "a new model needs its shape: set Model.layers, or Model.path to a"
-     " folder"),
-    (["Run.seed=1", "Data.kind=jsonl", "Model.path=model"], "--set #2: Data.kind = 'jsonl'"
+     " folder or hub name"),
+    (["Run.seed=1", "Data.source=files", "Model.path=model"], "--set #2: Data.source = 'files'"
      " needs Data.train_path and Data.eval_path"),
     (["Countdown.low=12"], "--set #1: Countdown.low = 12 is above Countdown.high = 9; set"
      " Countdown.low to at most 9"),

@@ -17,7 +17,7 @@ from aspo_jax.config import Config, packaged, parse_config, read_config, section
 from aspo_jax.config.reading import config_folder
 from aspo_jax.data import build_character_tokenizer
 from aspo_jax.model import AttentionError, build_model, choose_attention, parse_model_config
-from aspo_jax.model.qwen import REMAT
+from aspo_jax.model.decoder import REMAT
 from aspo_jax.model.sharding import abstract_mesh
 from aspo_jax.parts import FACTORIES
 from aspo_jax.planning.programs import SCORE, UPDATE, programs, read_shape

@@ -21,6 +21,7 @@ METRICS = {
     "rollout/valid_groups": 0.75,
     "rollout/solve_all": 0.0,
     "rollout/solve_none": 0.25,
+    "rollout/generation_multiplier": 1.0,
     "rollout/response_length": 8123.4,
     "update/clip_share": 0.012,
     "speed/sample": 1234567.0,
@@ -53,6 +54,7 @@ def _aspo(clip_low: float = 0.2, clip_high: float = 0.2, cap: float = 3.0):
 
 
 FACTORIES = {
+    "source": {"countdown": _nothing},
     "objective": {"aspo": _aspo},
     "advantage": {"group_zscore": _nothing},
     "aggregate": {"token_mean": _nothing},
@@ -135,8 +137,26 @@ def test_a_dense_reward_is_shown_as_a_mean():
     console, out = _console()
     console.evaluation(20, SCORES)
     assert "20/80   held out   avg@16 0.500 +- 0.020   pass@16 0.900" in out.getvalue()
-    console.evaluation(40, SCORES | {"evaluate/avg": 0.0, "evaluate/reward_mean": 0.05})
-    assert "40/80   held out   reward 0.050   avg@16 0.000" in out.getvalue()
+    thin = {"evaluate/avg": 0.0, "evaluate/reward_mean": 0.05, "evaluate/reward_stderr": 0.002}
+    console.evaluation(40, SCORES | thin)
+    assert "40/80   held out   reward 0.050 +- 0.002   avg@16 0.000" in out.getvalue()
+
+
+def test_a_reward_that_is_no_share_has_no_avg():
+    console, out = _console()
+    right = {"evaluate/avg", "evaluate/avg_stderr", "evaluate/pass_any", "evaluate/distinct_right"}
+    scores = {name: x for name, x in SCORES.items() if name not in right}
+    before = scores | {"evaluate/reward_mean": -3.7, "evaluate/reward/style": 0.25}
+    after = before | {"evaluate/reward_mean": 2.5, "evaluate/reward/style": 0.75}
+    console.evaluation(40, before)
+    console.final(before, after, {}, "")
+    assert "held out   reward -3.700   length 13.0   cut 1.0%" in out.getvalue()
+    assert "reward mean           -3.700     2.500    +6.200" in out.getvalue()
+    assert "reward/style           0.250     0.750    +0.500" in out.getvalue()
+    assert "avg@" not in out.getvalue().partition("held out")[2]
+    bare = {name: x for name, x in NO_SIGNAL.items() if "solve" not in name}
+    console.iteration(4, bare)
+    assert "all answers to each prompt had one reward, or were masked" in out.getvalue()
 
 
 # --- progress -----------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import pytest
 
 from aspo_jax.config import packaged
 from aspo_jax.config.sections import SECTIONS, fields
+from aspo_jax.model.hf_config import FAMILIES, SUPPORTED
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -59,6 +60,16 @@ def test_every_page_is_in_the_navigation():
     assert [page.name for page in DOCS.glob("*.md") if f": {page.name}\n" not in text] == []
 
 
+def test_the_page_of_models_lists_every_family():
+    text = (DOCS / "models.md").read_text()
+    rows = re.findall(r"^\| ([^|]+) \| `(\w+)` \|", text, re.MULTILINE)
+    assert [model_type for _, model_type in rows[1:]] == list(FAMILIES)
+    for title in SUPPORTED.replace(" or ", ", ").split(", "):
+        assert any(title in titles for titles, _ in rows)
+        for page in ("index.md", "own_data.md", "scale.md"):
+            assert title in (DOCS / page).read_text(), f"{page} does not name {title}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_lead_to_files(page):
     links = re.findall(r"\]\((?!\w+:)([^)#\s]+)", page.read_text())
@@ -68,7 +79,7 @@ def test_links_lead_to_files(page):
 @pytest.mark.parametrize("page", sorted({*PAGES} - {DOCS / "api.md"}), ids=name)
 def test_settings_that_are_named_exist(page):
     text = re.sub(r"^ *error: .*$", "", page.read_text(), flags=re.MULTILINE)
-    named = set(re.findall(r"\b([A-Z]\w+)\.([a-z]\w*)", text))
+    named = set(re.findall(r"\b([A-Z]\w+)(?:\.[a-z]\w*)?\.([a-z]\w*)", text))
     settings = {(owner, field) for owner, field in named if owner in SECTIONS}
     assert {(owner, field) for owner, field in settings if field not in fields(owner)} == set()
 

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import statistics
 from typing import Any
 
 import pytest
-from rollout_toy import RIGHT, WRONG, FakeSampler, FakeScorer, completion, decode, in_step, prompt
+from rollout_toy import (
+    FAILED,
+    RIGHT,
+    WRONG,
+    FakeSampler,
+    FakeScorer,
+    completion,
+    decode,
+    in_step,
+    prompt,
+)
 
 from aspo_jax.config import ConfigError
 from aspo_jax.evaluation import Scores, evaluator
 from aspo_jax.outcomes import EVALUATE as TABLE
 from aspo_jax.rewards import Verdict
+from aspo_jax.rewards.verdict import weighted
 from aspo_jax.rollout import ALONE, Collector, Peers
 from aspo_jax.sampler import EVALUATE
 
@@ -46,6 +59,7 @@ def test_by_hand():
             # sample variance of (9, 0, 6)/12 about 5/12: (16 + 25 + 1)/144 / 2, over 3 prompts
             "avg_stderr": math.sqrt(42 / 144 / 2 / 3),
             "reward_mean": 5.5 / 12,
+            "reward_stderr": statistics.stdev([0.75, 0.125, 0.5]) / math.sqrt(3),
             "pass_any": 2 / 3,
             "distinct_right": (2 + 0 + 1) / 3,
             "truncated": 3 / 12,
@@ -55,6 +69,26 @@ def test_by_hand():
     )
     assert all(type(x) is float for x in scores_of().values())
     assert list(scores_of()) == list(TABLE)
+
+
+def test_what_is_neither_right_nor_wrong_has_a_mean_and_no_share():
+    scored = [[(RIGHT, "a"), (Verdict(3.7, "scored"), "b")] * 2, *ROWS[1:]]
+    got = scores_of(rows=scored)
+    assert got["reward_mean"] == pytest.approx((2 * 4.7 + 0.5 + 2) / 12)
+    assert got.keys() == set(TABLE) - {"avg", "avg_stderr", "pass_any", "distinct_right"}
+
+
+def test_the_parts_of_a_reward_have_means(monkeypatch):
+    def made_of(**parts: Verdict) -> Verdict:
+        return weighted(parts, [1.0] * len(parts))
+
+    rows = [[(made_of(exact=RIGHT, style=HALF), "a")] * 4, [(made_of(style=WRONG), "b")] * 4]
+    rows[1][0] = (made_of(style=FAILED), "c")
+    monkeypatch.setattr(FakeScorer, "parts", ("code", "exact", "style"))
+    got = scores_of(rows=rows)
+    assert got["reward/exact"] == 1.0 and got["reward/style"] == pytest.approx(2 / 7)
+    assert "reward/code" not in got and got["avg"] == 0.5 and got["reward_mean"] == 0.75
+    assert in_step([functools.partial(scores_of, rows=rows)] * 2) == [got] * 2
 
 
 def test_one_prompt_has_no_error_estimate():

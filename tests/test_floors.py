@@ -14,21 +14,23 @@ import aspo_jax
 
 PACKAGE = Path(aspo_jax.__file__).parent
 FLOORS = [  # top to bottom; strangers on one floor do not import each other
-    ["train", "plan", "export", "check", "library"],
-    ["plot", "steps", "warmstart", "planning"],
+    ["evaluate"],
+    ["train", "plan", "export", "check", "library", "overlap", "scoring"],
+    ["plot", "steps", "warmstart", "planning", "loading"],
     ["rounding"],
     ["build"],
     ["parts"],
     ["policy"],
-    ["evaluation"],
+    ["evaluation", "refill", "origin"],
+    ["suites"],
     ["inputs", "rollout", "learner", "run"],
     ["runtime", "sampler", "agreement"],
-    ["head", "optimizers", "outcomes"],
+    ["head", "optimizers", "outcomes", "rows", "hub"],
     ["losses", "model", "rewards", "data"],
     ["structs", "config", "files"],
     ["paths"],
     ["errors"],
-    ["streams", "allocator", "imports"],
+    ["streams", "allocator", "imports", "statistics"],
 ]
 FLOOR = {room: len(FLOORS) - i for i, rooms in enumerate(FLOORS) for room in rooms}
 NARROW = {
@@ -70,6 +72,8 @@ def test_imports_go_down(path):
         ("aspo_jax", "jax numpy flax transformers grain orbax optax pydantic tensorboardX"),
         ("aspo_jax.losses", "flax transformers grain orbax optax pydantic tensorboardX"),
         ("aspo_jax.config", "jax numpy flax transformers grain orbax optax"),
+        ("aspo_jax.config.suites", "jax numpy flax transformers grain orbax optax"),
+        ("aspo_jax.statistics", "jax flax transformers grain orbax optax pydantic pyarrow"),
         ("aspo_jax.rewards.pool.worker", "jax numpy pydantic"),
     ],
 )

@@ -32,9 +32,9 @@ from aspo_jax.losses import (
     sequence_mean,
     token_mean,
 )
-from aspo_jax.model.qwen import REMAT
+from aspo_jax.model.decoder import REMAT
 from aspo_jax.optimizers import adamw, clipped, muon, sgd
-from aspo_jax.structs import Max, Minibatch, TrainState, merge_metrics
+from aspo_jax.structs import Max, Minibatch, OldPolicy, TrainState, merge_metrics
 
 MODEL = toy.toy_model(layers=1)
 GOAL = Goal(chain(aspo(), kl_penalty(beta=0.1)), sequence_mean, entropy_bonus=0.02)
@@ -517,3 +517,19 @@ def test_golden_first_training_step(params, behaviour, reference):
         "change (an equation, a default of aspo, kl_penalty, sequence_mean or AdamW): say so in "
         "CHANGELOG.md and put the new numbers here. A refactoring must leave them alone."
     )
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+
+def test_an_update_needs_little_more_than_one_set_of_gradients():
+    """Several micro-batches, and AdamW; gradients are 4 of the bytes a parameter."""
+    model = toy.toy_model(layers=8, hidden_size=128, intermediate_size=1024, head_dim=32)
+    optimizer = clipped(adamw(lambda _: 1e-3, model.axes()), 1.0)
+    learner = toy.toy_learner(model, GOAL, optimizer)
+    part = toy.minibatch(EXAMPLES, 3, 2, 32)
+    like = part.rows.advantage_BT
+    part = dataclasses.replace(part, old=OldPolicy(like, like, like))
+    stats = learner.step.lower(learner.state, part).compile().memory_analysis()
+    count = sum(x.size for x in jax.tree.leaves(learner.state.params))
+    assert stats.temp_size_in_bytes < 8 * count  # 10.7 with two sets and all new moments at once

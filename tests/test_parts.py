@@ -38,6 +38,10 @@ def halves():
     return lambda reward_PG, is_valid_PG: reward_PG[:, :1] / 2
 
 
+def others():
+    return lambda reward_PG, is_valid_PG: reward_PG - reward_PG[1]
+
+
 def stranger():
     return lambda reward_PG, is_valid_PG: reward_PG.missing
 """
@@ -81,6 +85,10 @@ def test_an_optimizer_of_anyones_updates_behind_the_clip(module):
         (["Optim.name=muon", "muon.momentum=2"], "muon.momentum = 2.0; expected a number from 0"),
         (["Objective.advantage={m}:halves"], "Objective.advantage: found advantages (2, 1) for"),
         (["Objective.advantage={m}:stranger"], "Objective.advantage: the rule fails: Attribute"),
+        (
+            ["Objective.advantage={m}:others", "Train.refill_rounds=1"],
+            "Objective.advantage: the rule fails: IndexError",
+        ),
         (["Reward.shapes=['{m}:lion']"], "the shape '{m}:lion' fails: TypeError: lion() missing"),
         (["adamw.b1=0.5"], "--set #1: adamw.b1 = 0.5: adamw.b1 is set as Optim.b1; write that"),
     ],

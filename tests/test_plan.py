@@ -68,8 +68,9 @@ def test_what_lies_beside_a_program_is_added(tiny):
 
 
 def test_calls_of_an_iteration(tiny):
-    # 32 prompts x 16 samples in 512 slots; 4 mini-batches x 2 epochs; 24 positions.
-    assert [row.budget.work.calls for row in tiny.rows] == [8, 4, 1, 24]
+    # 32 prompts x 16 samples in 512 slots; 4 mini-batches x 2 epochs; 24 positions. A CPU reads
+    # 256 tokens of prompts at once: 2 prompts of a page of 24 on each of 4 devices.
+    assert [row.budget.work.calls for row in tiny.rows] == [8, 4, 4, 24]
 
 
 def _estimated(*flags: str) -> Plan:
@@ -112,6 +113,20 @@ def test_report_is_a_markdown_table(tiny):
     assert len(table) == 2 + 4 and len({line.count("|") for line in table}) == 1
     assert "attention: dense" in text and text.splitlines()[-1] == tiny.verdict
     assert "Sampler.slots = 512" in text
+
+
+def test_report_says_what_refill_may_cost(tiny):
+    """Three rounds more: an iteration that samples four times. Of a CPU no speed is known."""
+    assert "\nrefill: " not in report(tiny)
+    found = plan(_read("Train.refill_rounds=3"), "h100:1", lower_only=True)
+    lines = [line for line in report(found).splitlines() if " h " in line]
+    assert [line.partition(": ")[0] for line in lines] == ["an iteration", "refill"]
+    assert "where all 3 more rounds are sampled" in lines[1]
+    seconds = {row.program: row.seconds * row.budget.work.calls for row in found.rows}
+    total = sum(seconds.values()) + 3 * (seconds[PREFILL] + seconds[DECODE])
+    assert f"refill: {total / 3600:.2f} h" in lines[1]
+    on_cpu = plan(_read("Train.refill_rounds=3"), "cpu:1", lower_only=True)
+    assert "refill: an iteration may sample 4 times as much" in report(on_cpu)
 
 
 # --- does not fit -----------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from rollout_toy import (
     RIGHT,
     WRONG,
     FakeSampler,
+    FakeScorer,
     completion,
     in_step,
     judged,
@@ -24,20 +26,17 @@ from rollout_toy import (
 
 from aspo_jax.losses import count_totals, group_mean, group_zscore
 from aspo_jax.rewards import RewardError, Submission, Verdict, mask_truncated
+from aspo_jax.rewards.verdict import weighted
 from aspo_jax.rollout import (
-    BatchShape,
-    Example,
     Peers,
     Rollout,
-    answered,
     assemble,
-    batch_shape,
     check_failures,
     draw,
-    fill,
     held_out_transcripts,
     training_transcripts,
 )
+from aspo_jax.rows import BatchShape, Example, answered, batch_shape, fill, own_groups
 from aspo_jax.sampler import LENGTH, NONFINITE, STOP, TRAIN, Completion
 from aspo_jax.structs import Rows
 
@@ -46,8 +45,8 @@ def shape_of(rollout: Rollout, minibatches: int, **changes) -> BatchShape:
     sizes: dict[str, Any] = {"row_tokens": 24, "rows": 2, "longest": 16} | changes
     prompts = len(rollout.samples) // rollout.samples_per_prompt
     return batch_shape(
-        prompts_per_step=minibatches * math.ceil(prompts / minibatches),
-        prompts_per_minibatch=math.ceil(prompts / minibatches),
+        minibatches=minibatches,
+        groups=math.ceil(prompts / minibatches),
         samples_per_prompt=rollout.samples_per_prompt,
         **sizes,
     )
@@ -73,6 +72,12 @@ def test_every_prompt_is_drawn_by_its_identity_and_answers_come_back_in_order():
     ]
     assert [r.tokens for r in sampler.requests] == [p.tokens for p in prompts for _ in range(3)]
     assert sampler.calls == [("start", "params"), "sample", "release"]
+
+
+def test_a_sampler_that_loses_an_answer_is_an_error():
+    answers = [completion(0, "one"), completion(1, "two"), completion(2, "x"), completion(3, "y")]
+    with pytest.raises(ValueError, match="gave 3 completions for 4 requests, expected one"):
+        judged([RIGHT] * 4, [prompt(0), prompt(1)], [*answers[:3], answers[2]])
 
 
 def test_sampling_and_the_wait_for_graders_are_phases_and_every_answer_moves_the_bar():
@@ -109,6 +114,32 @@ def test_graders_see_the_text_the_answer_and_how_it_ended():
         (prompt(1), answers[0], "one", RIGHT),
         (prompt(1), answers[1], "two!", WRONG),
     ]
+
+
+def test_a_grader_sees_the_other_columns_of_the_row():
+    asked = dataclasses.replace(prompt(0), columns={"source": "gsm8k", "level": 3})
+    _, scorer = judged([RIGHT], [asked], [completion(0, "one")])
+    assert scorer.submissions[0].row == {"source": "gsm8k", "level": 3}
+    _, scorer = judged([RIGHT], [prompt(0)], [completion(0, "one")])
+    assert json.loads(json.dumps(scorer.submissions[0].row)) == {}
+
+
+def test_the_parts_of_a_reward_are_recorded_one_by_one(monkeypatch):
+    monkeypatch.setattr(FakeScorer, "parts", ("countdown", "style"))
+    parts = [{"countdown": v, "style": Verdict(r, "scored")} for v, r in ((RIGHT, 2.0), (WRONG, 7))]
+    rollout = rollout_of([[weighted(part, [1.0, 0.5]) for part in parts]])
+    _, made = assemble(rollout, group_mean(), shape_of(rollout, 1))
+    assert made["reward/countdown"] == 0.5 and made["reward/style"] == 4.5
+    assert made["rollout/reward_mean"] == 0.5 + 0.5 * 4.5 and made["rollout/solve_none"] == 0
+    (shown,) = held_out_transcripts(rollout, 1)
+    assert shown["reward"] == 2.0 and shown["parts"] == {"countdown": 1.0, "style": 2.0}
+
+
+def test_what_is_neither_right_nor_wrong_solves_nothing():
+    rollout = rollout_of([[RIGHT, Verdict(-3.0, "scored")], [WRONG, WRONG]])
+    _, made = assemble(rollout, group_mean(), shape_of(rollout, 1))
+    assert made["rollout/reward_mean"] == -0.5 and made["rollout/valid_groups"] == 0.5
+    assert not {"rollout/solve_all", "rollout/solve_none"} & made.keys()
 
 
 def test_a_shape_may_mask_a_sample_without_calling_its_grader_a_failure():
@@ -209,8 +240,8 @@ def test_the_worst_case_fits_whatever_the_lengths(seed):
     longest = int(rng.integers(2, 30))
     per_minibatch, samples = int(rng.integers(1, 6)), int(rng.integers(1, 9))
     shape = batch_shape(
-        prompts_per_step=3 * per_minibatch,
-        prompts_per_minibatch=per_minibatch,
+        minibatches=3,
+        groups=own_groups(3 * per_minibatch, 3),
         samples_per_prompt=samples,
         longest=longest,
         row_tokens=longest + int(rng.integers(0, 40)),
@@ -306,6 +337,9 @@ def test_figures_by_hand():
             "solve_none": 1 / 3,
             "solve_all": 1 / 3,
             "valid_groups": 1 / 3,
+            "generation_multiplier": 1,
+            "rounds": 1,
+            "surplus_groups": 0,
             "response_length": 21 / 6,
             "truncated": 1 / 6,
             "repetition": 0.0,
@@ -334,6 +368,9 @@ def test_figures_of_what_went_wrong():
             "solve_none": 0,
             "solve_all": 0,
             "valid_groups": 1 / 2,
+            "generation_multiplier": 1,
+            "rounds": 1,
+            "surplus_groups": 0,
             "response_length": (4 * 4 + 2 * 5) / 6,
             "truncated": 2 / 6,
             "repetition": 0,

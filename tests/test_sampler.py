@@ -25,7 +25,7 @@ from toy import (
 from aspo_jax.head import logits
 from aspo_jax.learner import forward
 from aspo_jax.model import build_model
-from aspo_jax.rollout import BatchShape, answered, fill
+from aspo_jax.rows import BatchShape, answered, fill
 from aspo_jax.sampler import (
     EVALUATE,
     EVERYTHING,
@@ -120,6 +120,19 @@ def test_number_of_slots_changes_no_token(params, completions):
     assert_same(by_identity(build(params, LIMITS._replace(slots=7))), completions, 1e-5)
 
 
+def test_prompts_are_read_together_as_far_as_their_tokens_go(params, completions):
+    sampler = build(params, LIMITS._replace(prefill=7))
+    read, shapes = sampler.prefill, set()
+
+    def noted(params, cache, token_AT, *rest):
+        shapes.add(token_AT.shape)
+        return read(params, cache, token_AT, *rest)
+
+    sampler.prefill = noted
+    assert_same(by_identity(sampler), completions, 1e-5)
+    assert shapes == {(2, 3), (1, 6)}
+
+
 @pytest.mark.parametrize("sizes", [{"data": 4}, {"fsdp": 2, "tensor": 2}], ids=str)
 def test_devices_change_no_token(params, completions, sizes):
     assert_same(by_identity(build(params, mesh=toy_mesh(**sizes))), completions, 1e-5)
@@ -134,6 +147,13 @@ def test_seed_and_every_part_of_the_identity_name_the_draw(params, sampler, comp
     other_seed = by_identity(build(params, seed=4))
     same = [other_seed[i].tokens_T.tolist() == c.tokens_T.tolist() for i, c in completions.items()]
     assert sum(same) <= 1  # two short answers may agree by chance
+
+
+def test_what_is_given_up_in_the_middle_changes_nothing_that_comes_after(sampler, completions):
+    begun = sampler.sample(REQUESTS)
+    next(begun)
+    del begun
+    assert_same(by_identity(sampler), completions)
 
 
 def test_start_uses_the_new_parameters(params, completions):

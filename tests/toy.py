@@ -14,7 +14,7 @@ from aspo_jax.head import Head
 from aspo_jax.learner import Goal, Learner, build_learner
 from aspo_jax.model import Model, ModelConfig, build_model, choose_attention
 from aspo_jax.model.sharding import MESH_AXES
-from aspo_jax.rollout import BatchShape, Example, answered, fill
+from aspo_jax.rows import BatchShape, Example, answered, fill
 from aspo_jax.structs import Histogram, Max, Mean, Metrics, Minibatch
 
 PAD, BOS, EOS = 0, 1, 2

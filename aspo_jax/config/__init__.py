@@ -19,11 +19,12 @@ No other package reads config files; below `policy` and `parts` every function t
 
 from aspo_jax.config.gin import ConfigError, diff_text
 from aspo_jax.config.reading import config_flags, packaged, parse_config, read, read_config
-from aspo_jax.config.sections import Config, command
+from aspo_jax.config.sections import Config, Origin, command
 
 __all__ = [
     "Config",
     "ConfigError",
+    "Origin",
     "command",
     "config_flags",
     "diff_text",

@@ -48,7 +48,7 @@ Problem = tuple[str, str]  # a setting, or "" for none, and what stands behind i
 def cross_checks(config: Config, places: Mapping[str, str]) -> Iterator[str]:
     """Settings that contradict each other, with both numbers and the remedy."""
     values = config.bindings()
-    for check in (_runtime, _launch, _objective, _sizes, _sampler, _model, _data):
+    for check in (_runtime, _launch, _objective, _sizes, _sampler, _reward, _model, _data):
         for key, problem in check(config):
             yield f"{at(key, places)}{key} = {values[key]!r}{problem}" if key else problem
 
@@ -150,6 +150,13 @@ def _sampler(config: Config) -> Iterator[Problem]:
         )
 
 
+def _reward(config: Config) -> Iterator[Problem]:
+    functions, weights = config.reward.functions, config.reward.weights
+    if weights and len(weights) != len(functions):
+        expected = f"expected one for each of Reward.functions = {functions!r}, or none: 1 each"
+        yield "Reward.weights", f" has {len(weights)} of {len(functions)} weights; {expected}"
+
+
 def _model(config: Config) -> Iterator[Problem]:
     model = config.model
     if model.path is not None:
@@ -157,7 +164,7 @@ def _model(config: Config) -> Iterator[Problem]:
     shape = ("hidden_size", "layers", "heads", "kv_heads", "intermediate_size")
     unset = ", ".join(f"Model.{name}" for name in shape if getattr(model, name) is None)
     if unset:
-        yield "", f"a new model needs its shape: set {unset}, or Model.path to a folder"
+        yield "", f"a new model needs its shape: set {unset}, or Model.path to a folder or hub name"
         return
     width, heads, kv_heads = model.hidden_size or 0, model.heads or 1, model.kv_heads or 1
     if heads % kv_heads:
@@ -169,15 +176,20 @@ def _model(config: Config) -> Iterator[Problem]:
 
 
 def _data(config: Config) -> Iterator[Problem]:
-    if config.data.kind == "jsonl":
-        unset = [f"Data.{n}" for n in ("train_path", "eval_path") if not getattr(config.data, n)]
-        if unset:
-            yield "Data.kind", f" needs {' and '.join(unset)}"
+    yield from _labels(config)
+    sources = {f"Data.{label}": data for label, data in config.mixture.items()}
+    for section, data in (sources or {"Data": config.data}).items():
+        paths = [f"{section}.{n}" for n in ("train_path", "eval_path") if not getattr(data, n)]
+        if data.source == "files" and paths:
+            yield f"{section}.source" if not sources else "", f" needs {' and '.join(paths)}"
+        if data.answer_pattern is not None and (problem := pattern_problem(data.answer_pattern)):
+            yield f"{section}.answer_pattern", problem
+    if not config.is_countdown:
         if not config.model.path:
             yield (
-                "Data.kind",
+                "Data.source",
                 " needs Model.path: only Countdown has worked examples to warm-start a new model"
-                " on; set it to a model folder",
+                " on; set it to a model folder or hub name",
             )
         return
     puzzle = config.countdown
@@ -187,6 +199,24 @@ def _data(config: Config) -> Iterator[Problem]:
     used = puzzle.operations
     if not used or set(used) - set("+-*") or len(set(used)) < len(used):
         yield "Countdown.operations", "; expected some of + - *, each once, such as '+-'"
+
+
+def _labels(config: Config) -> Iterator[Problem]:
+    labels = config.data.mixture
+    for label in labels:
+        if not label.isidentifier() or label in vars(config.data):
+            yield "Data.mixture", f": {label!r} cannot be a label; take a word that is no setting"
+        if labels.count(label) > 1:
+            yield "Data.mixture", f" names {label!r} twice; name it once, with a greater weight"
+
+
+def pattern_problem(pattern: str) -> str | None:
+    """What is wrong with a regular expression of which one group counts, behind its text."""
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        return f" is no regular expression ({error}); correct it"
+    return f" has {groups} groups, expected at most one; write (?:...)" if groups > 1 else None
 
 
 def at(key: str, places: Mapping[str, str]) -> str:

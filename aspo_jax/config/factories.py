@@ -14,11 +14,14 @@ from typing import Any, Literal, NamedTuple
 
 from aspo_jax.config.gin import ConfigError, nearest
 from aspo_jax.config.sections import SECTIONS, fields, section_of
-from aspo_jax.imports import NotFound, load_callable
+from aspo_jax.errors import UserError
+from aspo_jax.imports import NotFound, load_callable, raised_at
 
 Factory = Callable[..., Any]
 Factories = Mapping[str, Mapping[str, Factory]]  # kind -> name -> factory
 
+# Modules that the names of factories may be short for.
+_ALIASES = {"reasoning_gym": "aspo_jax.data.reasoning"}
 _NAME = re.compile(r"(?P<factory>([\w.]+:)?[A-Za-z_]\w*)(\.[A-Za-z_]\w*)?")
 
 
@@ -40,9 +43,9 @@ class Use(NamedTuple):
         return section_of(self.text)
 
 
-def uses(named: Callable[[str, str], Iterable[str]]) -> Iterator[Use]:
+def uses(sections: Iterable[str], named: Callable[[str, str], Iterable[str]]) -> Iterator[Use]:
     """Every factory that the settings name; named: (section, field) -> those that one names."""
-    for section in SECTIONS:
+    for section in sections:
         for field, info in fields(section).items():
             if kind := info.json_schema_extra["factory"]:
                 yield from (Use(kind, f"{section}.{field}", text) for text in named(section, field))
@@ -68,14 +71,40 @@ def find_factory(factories: Factories, kind: str, text: str) -> Factory:
             f"unknown {kind} {name!r}{nearest(name, factories[kind])}; expected one of"
             f" {', '.join(sorted(factories[kind]))}, or 'package.module:factory'"
         )
+    module, _, attribute = name.partition(":")
     try:
-        factory = load_callable(name)
+        factory = load_callable(f"{_ALIASES.get(module, module)}:{attribute}")
         arguments(factory)
     except NotFound as problem:
         raise ConfigError(str(problem)) from problem
     except (NameError, TypeError, ValueError) as error:
         raise ConfigError(f"its signature cannot be read ({error})") from error
     return factory
+
+
+def make(
+    factories: Factories,
+    kind: str,
+    text: str,
+    settings: Mapping[str, Mapping[str, Any]],
+    *given: Any,
+    **shared: Any,
+) -> Any:
+    """What a factory makes of its section of the settings, and of what else it is given.
+
+    Raises:
+        ConfigError: it refuses its arguments or fails.
+    """
+    factory, section = find_factory(factories, kind, text), section_of(text)
+    try:
+        return factory(*given, **shared, **settings.get(section, {}))
+    except UserError:
+        raise
+    except ValueError as error:
+        is_named = section.partition(".")[0] in str(error)
+        raise ConfigError(f"{'' if is_named else f'{text}: '}{error}") from error
+    except Exception as error:
+        raise ConfigError(f"the {kind} {text!r} fails: {raised_at(error)}") from error
 
 
 def factory_table(factories: Factories) -> dict[str, Factory]:

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import os
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,12 @@ def parse_config(text: str, factories: Factories, name: str = "text") -> Config:
     return _build(gin.read_text(text, name, None, ()), factories, name, name)
 
 
+def changed_config(changes: Mapping[str, Binding], factories: Factories) -> Config:
+    """The default config with other bindings, of which a message names the places."""
+    path = find_config(DEFAULT)
+    return _build({**gin.read_file(path, ()), **changes}, factories, shown(path), path.stem)
+
+
 def packaged() -> list[str]:
     """Names of the config files that come with the package."""
     return sorted(path.stem for path in config_folder().glob("*.gin"))
@@ -128,12 +134,14 @@ def _build(found: Mapping[str, Binding], factories: Factories, source: str, name
             values[key] = gin.evaluate(binding, macros, ())
         except ConfigError as error:
             problems.append(str(error))
-    used = list(uses(lambda section, field: _named(values, section, field)))
+    labelled = _labelled(values)
+    used = list(uses((*SECTIONS, *labelled), lambda *key: _named(values, *key)))
     table, wrong_names = used_table(factories, used, places)
     given: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
         owner, _, field = key.rpartition(".")
-        problem = _unknown(owner, field, table) or _wrong_type(owner, field, value, table)
+        known = (*SECTIONS, *labelled, *table)
+        problem = _unknown(owner, field, known, table) or _wrong_type(owner, field, value, table)
         if problem:
             problems.append(f"{places[key]}: {key} = {bindings[key].found}: {problem}")
         else:
@@ -144,16 +152,42 @@ def _build(found: Mapping[str, Binding], factories: Factories, source: str, name
     arguments = {
         n: types.MappingProxyType(_coerced(n, given[n], table)) for n in table if n in given
     }
-    config = Config(**sections, factories=types.MappingProxyType(arguments), name=name)
+    config = Config(
+        **sections,
+        factories=types.MappingProxyType(arguments),
+        mixture=_mixture(given, labelled),
+        name=name,
+    )
     _raise([*factory_problems(config, table, used, places), *cross_checks(config, places)])
     _raise([*argument_problems(config, table, places)])
     return config
 
 
+def _labelled(values: Mapping[str, Any]) -> dict[str, str]:
+    """The sections of the sources that a mixture names, and their labels."""
+    labels = values.get("Data.mixture", ())
+    listed = labels if isinstance(labels, tuple) else ()
+    return {f"Data.{label}": label for label in listed if isinstance(label, str)}
+
+
+def _mixture(
+    given: Mapping[str, Mapping[str, Any]], labelled: Mapping[str, str]
+) -> Mapping[str, Any]:
+    """Label -> its source; what its section leaves out is as Data says."""
+    shared = {k: v for k, v in given.get("Data", {}).items() if k != "mixture"}
+    parts = {
+        label: SECTIONS["Data"](**{**shared, **given.get(section, {})})
+        for section, label in labelled.items()
+    }
+    return types.MappingProxyType(parts)
+
+
 def _named(values: Mapping[str, Any], section: str, field: str) -> list[str]:
     """The factories that a setting names; what is no text is said elsewhere."""
     info = fields(section)[field]
-    value = values.get(f"{section}.{field}", () if info.is_required() else info.default)
+    shared = values.get(f"{section.partition('.')[0]}.{field}")
+    default = () if info.is_required() else info.default
+    value = values.get(f"{section}.{field}", default if shared is None else shared)
     listed = value if isinstance(value, tuple) else (value,)
     return [text for text in listed if isinstance(text, str) and text.strip()]
 
@@ -163,13 +197,15 @@ def _raise(problems: Sequence[str]) -> None:
         raise ConfigError("\n".join(problems))
 
 
-def _unknown(owner: str, field: str, table: Mapping[str, Factory]) -> str | None:
-    """What is wrong with the name of a binding."""
-    if owner not in SECTIONS and owner not in table:
-        return f"unknown section {owner}{nearest(owner, (*SECTIONS, *table))}"
-    known = fields(owner) if owner in SECTIONS else arguments(table[owner])
+def _unknown(
+    owner: str, field: str, owners: Collection[str], table: Mapping[str, Factory]
+) -> str | None:
+    """What is wrong with the name of a binding; owners: the sections there are."""
+    if owner not in owners:
+        return f"unknown section {owner}{nearest(owner, owners)}"
+    known = arguments(table[owner]) if owner in table else fields(owner)
     if field not in known:
-        kind = "field" if owner in SECTIONS else "argument"
+        kind = "argument" if owner in table else "field"
         return f"{owner} has no {kind} {field}{nearest(field, known)}"
     return None
 
@@ -177,12 +213,12 @@ def _unknown(owner: str, field: str, table: Mapping[str, Factory]) -> str | None
 def _wrong_type(owner: str, field: str, value: Any, table: Mapping[str, Factory]) -> str | None:
     """What is wrong with a value by itself."""
     unit, bounds = "", ()
-    if owner in SECTIONS:
+    if owner in table:
+        annotation = arguments(table[owner])[field].annotation
+    else:
         info = fields(owner)[field]
         unit, bounds = info.json_schema_extra["unit"], tuple(info.metadata)
         annotation = info.annotation
-    else:
-        annotation = arguments(table[owner])[field].annotation
     try:
         return value_problem(adapter(annotation, bounds).validate_python(value), unit)
     except ValidationError:

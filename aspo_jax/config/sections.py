@@ -6,7 +6,7 @@ import shlex
 import shutil
 import sys
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -58,13 +58,73 @@ class Run:
 
 @section
 class Data:
-    """Where the prompts come from."""
+    """Where the prompts come from: one source, or a mixture of labelled ones.
 
-    kind: Literal["countdown", "jsonl"] = setting(
-        ..., "", "puzzles made from the seed, or prompts of one's own"
+    ``Data.mixture = ('a', 'b')`` mixes two, set as ``Data.a.source``, ``Data.b.source`` and so on;
+    what a label leaves out is as Data says.
+    """
+
+    source: str = setting(
+        ...,
+        "",
+        "'countdown': puzzles made from the seed; 'files': prompts of one's own;"
+        " 'reasoning_gym:TASK'; or anyone's 'package.module:factory'",
+        factory="source",
     )
-    train_path: str | None = setting(None, "path", "training prompts (kind 'jsonl')")
-    eval_path: str | None = setting(None, "path", "held-out prompts (kind 'jsonl')")
+    mixture: tuple[str, ...] = setting((), "", "labels of the sources that are mixed; (): no mix")
+    weight: float = setting(
+        1.0, "", "how often a source of a mixture is drawn, to the others", gt=0
+    )
+    train_path: str | None = setting(
+        None,
+        "path",
+        "training prompts (source 'files'): a file, a folder, a pattern, or"
+        " 'hub:OWNER/NAME/SUBSET/SPLIT'",
+    )
+    eval_path: str | None = setting(None, "path", "held-out prompts, as Data.train_path")
+    layout: Literal["plain", "verl"] = setting(
+        "plain",
+        "",
+        "which fields the next ones name where they are None; 'verl': prompt,"
+        " reward_model.ground_truth, extra_info.index, and the grader that data_source implies",
+    )
+    id: str | None = setting(
+        None, "field", "a row's name; rows without it are numbered; None: 'id', or by the layout"
+    )
+    prompt: str | None = setting(
+        None,
+        "field",
+        "the question, a text or a chat; None: 'prompt' or 'messages', or by the layout",
+    )
+    answer: str | None = setting(
+        None,
+        "field",
+        "what the grader needs; a dot leads inside: 'reward_model.ground_truth'; '*': the whole"
+        " record; None: 'answer', or by the layout",
+    )
+    answer_pattern: str | None = setting(
+        None, "", "regular expression; its first group in the answer is taken: '#### (.*)'"
+    )
+    grader: str | None = setting(
+        None, "", "judges every row; None: the row's field 'kind' says, or by the layout"
+    )
+    template: str | None = setting(
+        None, "", "the user's message: '{prompt}' is the question, '{other}' another field"
+    )
+    system: str | None = setting(None, "", "a message of the system before the question")
+    overlap_words: int = setting(
+        0,
+        "words",
+        "leave out training rows whose question shares so many words in a row with a held-out one"
+        " (a shorter one: all its words); 0 = off",
+        ge=0,
+    )
+    bad_rows: Literal["stop", "skip"] = setting(
+        "stop", "", "rows that cannot be used: an error at the start, or left out and counted"
+    )
+    too_long: Literal["stop", "skip"] = setting(
+        "stop", "", "prompts above Sampler.max_prompt_tokens: an error, or left out and counted"
+    )
 
 
 @section
@@ -80,9 +140,13 @@ class Countdown:
 
 @section
 class Model:
-    """The policy: a Hugging Face folder, or a new Qwen2 model of the sizes given."""
+    """The policy: a Hugging Face folder or name, or a new Qwen2 model of the sizes given."""
 
-    path: str | None = setting(None, "path", "Hugging Face folder; None: new model + warm start")
+    path: str | None = setting(
+        None,
+        "path",
+        "Hugging Face folder, or owner/name[@revision] on its hub; None: new model + warm start",
+    )
     hidden_size: int | None = setting(None, "features", "width of the residual stream", ge=1)
     layers: int | None = setting(None, "blocks", "transformer blocks", ge=1)
     heads: int | None = setting(None, "heads", "query heads", ge=1)
@@ -161,13 +225,16 @@ class Reward:
 
     workers: int = setting(1, "processes", "grading processes", ge=1, le=4096)
     timeout_s: float = setting(
-        5.0, "seconds", "time allowed per answer (not programs)", gt=0, le=86_400
+        5.0, "seconds", "time allowed per answer and judge (not programs)", gt=0, le=86_400
     )
     grade_truncated: bool = setting(
         False, "", "mathematics: a text that was cut off may be judged by what stands last in it"
     )
-    function: str | None = setting(
-        None, "", "judges answers of kind 'custom': 'package.module:function'"
+    functions: tuple[str, ...] = setting(
+        (), "", "functions of one's own, 'package.module:function', added to the grader's reward"
+    )
+    weights: tuple[float, ...] = setting(
+        (), "", "what the reward of each function is multiplied with; none: 1"
     )
     sandbox: Literal["auto", "namespaces", "landlock", "rlimits"] = setting(
         "auto", "", "for programs; auto: the safest that holds; rlimits stops accidents only"
@@ -241,6 +308,13 @@ class Train:
     prompts_per_step: int = setting(..., "prompts", "prompts sampled per iteration", ge=1)
     samples_per_prompt: int = setting(..., "samples", "completions per prompt, a group", ge=1)
     prompts_per_minibatch: int = setting(..., "prompts", "prompts per optimizer update", ge=1)
+    refill_rounds: int = setting(
+        0,
+        "rounds",
+        "dynamic sampling: while groups with a signal are missing, draw prompts_per_step prompts "
+        "more, so many times at most; 0: train on the groups that have one",
+        ge=0,
+    )
     epochs: int = setting(1, "epochs", "passes over an iteration's samples", ge=1)
     row_tokens: int = setting(..., "tokens", "length of a training row", ge=1)
     pack: bool = setting(True, "", "several sequences may share a row")
@@ -264,6 +338,13 @@ class Evaluate:
     min_p: float = setting(
         0.0, "share", "draw from tokens this share as likely as the likeliest; 0 = off", ge=0, le=1
     )
+    suites: tuple[str, ...] = setting(
+        (),
+        "",
+        "more held-out sets: packaged suites or .gin files (docs/evaluation.md), each set with its"
+        " own sampling and at most Evaluate.prompts prompts",
+    )
+    data_folder: str = setting("data", "path", "where the files of the suites are")
 
 
 @section
@@ -313,12 +394,20 @@ SECTIONS: dict[str, type[Any]] = {
 }
 
 
+class Origin(typing.NamedTuple):
+    """Where a model's files are, and its commit on the hub; None: it is a folder of one's own."""
+
+    folder: str
+    commit: str | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """All settings of a run.
 
     Not part of its identity: ``name``, the config file's stem; ``source``, how the command line
-    named that file ("": the default's); ``settings``, its ``--set``.
+    named that file ("": the default's); ``settings``, its ``--set``; ``origin``, what
+    `aspo_jax.origin.locate` found of ``Model.path``.
     """
 
     run: Run
@@ -336,15 +425,27 @@ class Config:
     metrics: Metrics
     runtime: Runtime
     factories: Mapping[str, Mapping[str, Any]]  # factory -> the keyword arguments that were set
+    mixture: Mapping[str, Data]  # label -> a source of the mixture; empty without one
     name: str = dataclasses.field(compare=False)
     source: str = dataclasses.field(default="", compare=False)
     settings: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+    origin: Origin | None = dataclasses.field(default=None, compare=False)
+
+    @property
+    def model_folder(self) -> str | None:
+        """The folder of the policy's files; None: a new model. Names of the hub: once located."""
+        return self.origin.folder if self.origin else self.model.path
 
     @property
     def run_folder(self) -> str:
         """Where the run is kept."""
         default = f"runs/{self.name}-{section_of(self.objective.name)}-seed{self.run.seed}"
         return self.run.folder or default
+
+    def policy_source(self) -> str:
+        """``Model.path``, and the commit that it means where that is known."""
+        commit = self.origin and self.origin.commit
+        return f"{self.model.path}, commit {commit[:12]}" if commit else str(self.model.path)
 
     def command(self, module: str, *settings: str, without: str = "") -> str:
         """The shell command that runs ``aspo_jax.MODULE`` with this config and more settings.
@@ -365,6 +466,12 @@ class Config:
                 f"{name}.{field}": value
                 for field, value in vars(getattr(self, attribute(name))).items()
                 if not field.startswith("__")
+            }
+        for label, part in self.mixture.items():
+            values |= {
+                f"Data.{label}.{field}": value
+                for field, value in vars(part).items()
+                if value != getattr(self.data, field)
             }
         for name in sorted(self.factories):
             values |= {f"{name}.{key}": v for key, v in sorted(self.factories[name].items())}
@@ -409,6 +516,7 @@ class Config:
             ("objective", f"{rule}, {self.objective.advantage}, {self.objective.aggregate}"),
             ("iterations", f"{train.iterations:,} ({train.iterations * updates:,} updates)"),
             ("sequences per step", _product(train.prompts_per_step, group)),
+            *self._refill(),
             ("updates per step", f"{minibatches} minibatches x {train.epochs} epochs = {updates}"),
             ("sequences per update", _product(train.prompts_per_minibatch, group)),
             (
@@ -421,10 +529,32 @@ class Config:
             ("checkpoints", f"every {saved.every} iterations, newest {saved.keep} kept"),
         ]
 
+    def _refill(self) -> list[tuple[str, str]]:
+        train = self.train
+        if not train.refill_rounds:
+            return []
+        times, one = 1 + train.refill_rounds, train.prompts_per_step * train.samples_per_prompt
+        rounds = f"up to {train.refill_rounds} more rounds of {train.prompts_per_step:,} prompts"
+        most = f"at most {times} x {one:,} = {times * one:,} sequences"
+        return [("refill", f"{rounds}: {most}")]
+
+    @property
+    def sources(self) -> Sequence[Data]:
+        """Where the prompts come from, one by one."""
+        return list(self.mixture.values()) or [self.data]
+
+    @property
+    def is_countdown(self) -> bool:
+        """Whether every prompt is one of the embedded puzzles."""
+        return all(data.source == "countdown" for data in self.sources)
+
     def _prompts(self, rows: int | None) -> str:
-        if self.data.kind == "jsonl":
-            path = str(self.data.train_path)
-            return path if rows is None else f"{path}, {rows:,} rows"
+        if not self.is_countdown:
+            names = " + ".join(
+                str(data.train_path) if data.source == "files" else data.source
+                for data in self.sources
+            )
+            return names if rows is None else f"{names}, {rows:,} rows"
         puzzle = self.countdown
         operations = " ".join(puzzle.operations)
         return f"Countdown, {puzzle.numbers} numbers {puzzle.low}-{puzzle.high}, {operations}"
@@ -442,7 +572,7 @@ class Config:
 
     def _policy(self) -> str:
         if self.model.path:
-            return self.model.path
+            return self.policy_source()
         m = self.model
         return (
             f"new Qwen2: width {m.hidden_size}, {m.layers} layers, {m.heads}/{m.kv_heads} heads,"
@@ -475,4 +605,7 @@ def attribute(name: str) -> str:
 
 
 def fields(name: str) -> dict[str, Any]:
-    return typing.cast(Any, SECTIONS[name]).__pydantic_fields__
+    """The settings of a section, or of a labelled one such as Data.a."""
+    section, _, label = name.partition(".")
+    found = typing.cast(Any, SECTIONS[section]).__pydantic_fields__
+    return {n: info for n, info in found.items() if not label or n != "mixture"}

@@ -18,7 +18,7 @@ import random
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-from aspo_jax.data.jsonl import DataError
+from aspo_jax.data.rows import DataError
 
 Split = Literal["train", "held_out"]
 
@@ -179,7 +179,7 @@ def max_response_tokens(spec: CountdownSpec) -> int:
 class CountdownSource:
     """The problems of one split as a sequence of rows, each made when it is asked for.
 
-    Rows hold ``id``, ``prompt``, ``answer`` and ``kind``, as those of a file do (`read_jsonl`).
+    Rows hold ``id``, ``prompt``, ``answer`` and ``kind``, as those of a file do (`read_rows`).
     """
 
     def __init__(self, spec: CountdownSpec, seed: int, split: Split, size: int = 2**31 - 1):

@@ -16,8 +16,8 @@ import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from aspo_jax.data.jsonl import DataError, Place, check_values, read_row
-from aspo_jax.data.prompts import PromptStream, Row, check_prompts, share
+from aspo_jax.data.prompts import PromptStream, Row, fitting_rows, share
+from aspo_jax.data.rows import DataError, Place, checked_row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -35,7 +35,7 @@ def generated(
 ) -> PromptStream:
     """An endless stream of the rows that ``make()`` yields, ``prompts_per_step`` at a time.
 
-    A row has the fields of a line of a data file (`read_jsonl`); without ``id`` its id is its
+    A row has the fields of a line of a data file (`read_rows`); without ``id`` its id is its
     number, from 1. A generator that ends is made again and starts from its beginning.
 
     The stream's state is one integer, as that of `prompts`: `PromptStream.restore` makes the
@@ -51,7 +51,7 @@ def generated(
     """
 
     def check(rows: list[Row]) -> None:
-        check_prompts(rows, tokenizer=tokenizer, max_prompt_tokens=max_prompt_tokens)
+        fitting_rows(rows, tokenizer=tokenizer, max_prompt_tokens=max_prompt_tokens)
 
     draws = share(prompts_per_step, process, processes)
     return PromptStream(_Steps(make, kinds, check, draws), tokenizer, draws)
@@ -80,7 +80,10 @@ class _Steps:
             self._rows, reached = self._endless(), 0
         many = self._draws.stop
         collections.deque(itertools.islice(self._rows, (step - reached) * many), maxlen=0)
-        rows = [self._read(number, row) for number, row in itertools.islice(self._rows, many)]
+        rows: list[Row] = [
+            checked_row(Place(f"row {number} of the generator", number), row, self._kinds)
+            for number, row in itertools.islice(self._rows, many)
+        ]
         self._check(rows)
         self._step = step + 1
         return [rows[draw] for draw in self._draws]
@@ -96,14 +99,3 @@ class _Steps:
                     f"found no row in generator {times} of the stream, expected at least one; "
                     "return a new generator from every call"
                 )
-
-    def _read(self, number: int, row: Any) -> Row:
-        place = Place(f"row {number} of the generator", number)
-        if not isinstance(row, dict):
-            place.fail(
-                f"a {type(row).__name__}",
-                "a dict",
-                'yield {"prompt": ..., "answer": ..., "kind": ...}',
-            )
-        check_values(place, row)
-        return read_row(place, row, self._kinds)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from aspo_jax.data.countdown import CountdownSource
-from aspo_jax.data.jsonl import DataError
+from aspo_jax.data.rows import DataError
+from aspo_jax.data.sources import Mixture
 from aspo_jax.data.tokenizer import encode, render
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
     from aspo_jax.structs import Prompt
 
-# id, prompt (a string) or messages (a chat), answer, kind, and where (file:line) if it has one
+# id, prompt (a string) or messages (a chat), answer, kind; where (file:line) and columns if any
 Row = Mapping[str, Any]
 
 
@@ -23,16 +24,18 @@ def _render(row: Row, tokenizer: PreTrainedTokenizerFast) -> str:
     return render(tokenizer, messages)
 
 
-def check_prompts(
+def fitting_rows(
     source: Sequence[Row] | CountdownSource,
     *,
     tokenizer: PreTrainedTokenizerFast,
     max_prompt_tokens: int,
     remedy: Callable[[int], str] = "set Sampler.max_prompt_tokens = {} or drop the rows".format,
-) -> None:
-    """Every prompt can be spelled and fits, said at the start rather than in hour five.
+    too_long: list[str] | None = None,
+) -> list[Row]:
+    """The rows whose prompts fit, found out at the start rather than in hour five.
 
     remedy: what to do, from the length of the longest prompt in tokens.
+    too_long: takes the names of the rows that do not fit; None: there may be none.
 
     Raises:
         DataError: no rows; a prompt that the vocabulary cannot spell; prompts that are longer than
@@ -42,14 +45,18 @@ def check_prompts(
         raise DataError("found no prompts, expected at least one; check Data.train_path")
     rows = source.longest if isinstance(source, CountdownSource) else source
     lengths = [_length(row, tokenizer) for row in rows]
+    fits = [length <= max_prompt_tokens for length in lengths]
     longest = max(lengths)
-    if longest > max_prompt_tokens:
-        many = sum(length > max_prompt_tokens for length in lengths)
+    if not any(fits) or (too_long is None and not all(fits)):
+        many = sum(not fit for fit in fits)
         raise DataError(
             f"{_named(rows[lengths.index(longest)])}: found a prompt of {longest} tokens, the "
             f"longest of {many} (of {len(rows)}) that are too long, expected at most "
             f"{max_prompt_tokens}; {remedy(longest)}"
         )
+    if too_long is not None:
+        too_long += [_named(row) for row, fit in zip(rows, fits, strict=True) if not fit]
+    return [row for row, fit in zip(rows, fits, strict=True) if fit]
 
 
 def _length(row: Row, tokenizer: PreTrainedTokenizerFast) -> int:
@@ -88,6 +95,7 @@ class PromptStream(Iterator["list[Prompt]"]):
                 tokens=tuple(encode(self._tokenizer, text)),
                 answer=row["answer"],
                 kind=row["kind"],
+                columns=row.get("columns", {}),
             )
             for draw, row, text in zip(self._draws, rows, texts, strict=True)
         ]
@@ -104,7 +112,7 @@ class PromptStream(Iterator["list[Prompt]"]):
 
 
 def prompts(
-    source: Sequence[Row] | CountdownSource,
+    source: Sequence[Row] | CountdownSource | Mixture,
     *,
     tokenizer: PreTrainedTokenizerFast,
     seed: int,
@@ -113,28 +121,39 @@ def prompts(
     process: int = 0,
     processes: int = 1,
 ) -> PromptStream:
-    """An endless stream over ``source``, ``prompts_per_step`` at a time; see `check_prompts`.
+    """An endless stream over ``source``, ``prompts_per_step`` at a time; see `fitting_rows`.
 
     One process of several reads its share of each step, prompts ``process::processes``; `draw` and
     the stream's state are those of the whole, so that a run may go on with another number.
 
-    Every epoch holds each row once, with ``shuffle`` in an order of its own drawn from ``seed``;
-    a step may span two epochs. `Prompt.draw` counts the prompts of the stream from 0.
+    Every epoch holds each row once, with ``shuffle`` in an order of its own drawn from ``seed``
+    (puzzles are drawn at random anyhow and keep theirs); a step may span two epochs. Of a `Mixture`
+    each source has epochs of its own. `Prompt.draw` counts the prompts of the stream from 0.
 
     Raises:
         DataError: a step that the processes cannot share equally.
     """
-    import grain
-
     draws = share(prompts_per_step, process, processes)
-    rows = grain.MapDataset.source(source).seed(seed)
-    if shuffle:
-        rows = rows.shuffle()
+    rows = _endless(source, seed, shuffle)
     # Indexed directly: grain's iterator adds threads and a state object, of which the only
     # content is this index.
-    own = rows.repeat()[process::processes] if processes > 1 else rows.repeat()
+    own = rows[process::processes] if processes > 1 else rows
     batches = own.batch(prompts_per_step // processes, batch_fn=list)
     return PromptStream(batches, tokenizer, draws)
+
+
+def _endless(source: Any, seed: int, shuffle: bool) -> Any:
+    """The rows of all epochs, from 0."""
+    import grain
+
+    if isinstance(source, Mixture):
+        sources = [
+            _endless(each, seed + number, shuffle) for number, each in enumerate(source.sources)
+        ]
+        return grain.MapDataset.mix(sources, weights=source.weights)
+    rows = grain.MapDataset.source(source).seed(seed)
+    is_drawn = isinstance(source, CountdownSource)  # in an order of its own already
+    return (rows.shuffle() if shuffle and not is_drawn else rows).repeat()
 
 
 def share(prompts_per_step: int, process: int, processes: int) -> range:

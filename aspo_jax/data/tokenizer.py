@@ -1,20 +1,21 @@
 """Tokenizers and chat templates, in the Hugging Face folder format.
 
-Any tokenizer is loaded with `PreTrainedTokenizerFast`: for Qwen2 folders `AutoTokenizer` puts
-another pre-tokenizer in place of the one in tokenizer.json, which changes ids. The chat template
-is always rendered to text first (it contains the <bos>), and text is encoded without adding
-special tokens, so there is one place where they come from.
+Any tokenizer is loaded with `PreTrainedTokenizerFast`, which does what tokenizer.json says:
+`AutoTokenizer` puts pre-tokenizers of its own in place of those of Qwen2 and Llama folders, which
+may change ids. The chat template is always rendered to text first (it contains the <bos>), and text
+is encoded without adding special tokens, so there is one place where they come from.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from aspo_jax.data.jsonl import DataError
+from aspo_jax.data.rows import DataError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,10 +26,13 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
+    *("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json"),
 )
 
 _PAD, _BOS, _EOS = "<pad>", "<bos>", "<eos>"
+# Of these `AutoTokenizer` of transformers 5 spells what follows a special token otherwise than
+# tokenizer.json; of the generic one it does not.
+_REBUILT, _GENERIC = ("LlamaTokenizer", "LlamaTokenizerFast"), "PreTrainedTokenizerFast"
 _MARK = ">"  # ends the question
 _UNKNOWN = "<unknown>"  # in no vocabulary: where it is asked for, tokenizers raises
 
@@ -104,14 +108,15 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise DataError(
-            f"{folder}: no such folder; expected a model folder with tokenizer.json "
+            f"{folder}: no such folder; expected a model folder with tokenizer.json, or a name on "
+            "the Hugging Face hub such as Qwen/Qwen2.5-0.5B-Instruct "
             "(set Model.path, or leave it out to build a model)"
         )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
             raise DataError(
                 f"{folder}: {name} is missing; expected a tokenizer written by save_pretrained "
-                "(copy the file from where the model came from)"
+                f"({_remedy(folder)})"
             )
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
@@ -133,12 +138,32 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     return _refusing(tokenizer)
 
 
+def _remedy(folder: Path) -> str:
+    """How to come by a file of a tokenizer."""
+    if (folder / "tokenizer.model").is_file():
+        return (
+            "transformers makes it of tokenizer.model, with sentencepiece installed: "
+            f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+        )
+    return "copy the file from where the model came from"
+
+
 def copy_tokenizer(source: str | Path, target: str | Path) -> None:
-    """Carry the tokenizer of one folder over to another, file by file and unchanged."""
+    """Carry the tokenizer of one folder over to another, file by file.
+
+    Unchanged but for the name of a Llama class: any loader of the copy gives the ids that
+    `load_tokenizer` gives here.
+    """
+    target = Path(target)
     for name in FILES:
         path = Path(source).expanduser() / name
         if path.is_file():
-            shutil.copyfile(path, Path(target) / name)
+            shutil.copyfile(path, target / name)
+    path = target / "tokenizer_config.json"
+    raw = json.loads(path.read_text()) if path.is_file() else {}
+    if raw.get("tokenizer_class") in _REBUILT:
+        raw["tokenizer_class"] = _GENERIC
+        path.write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n")
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:

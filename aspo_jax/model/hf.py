@@ -77,7 +77,7 @@ def _open_tensors(folder: Path, config: ModelConfig, stack: contextlib.ExitStack
     """Name -> lazy slice of each tensor that we need, after checking them all."""
     place, index = _index(folder)
     problems, found = [], {}
-    for file in sorted(set(index.values()) if index else {WEIGHTS_FILE}):
+    for file in weight_files(folder):
         path = folder / file
         if not path.is_file():
             problems.append(f"missing file {file}")
@@ -104,6 +104,15 @@ def _open_tensors(folder: Path, config: ModelConfig, stack: contextlib.ExitStack
             f"  {shown}"
         )
     return found
+
+
+def weight_files(folder: Path) -> list[str]:
+    """The files that hold a folder's weights, there or not.
+
+    Raises:
+        ModelFolderError: neither one file nor a readable index is there.
+    """
+    return sorted(set(_index(folder)[1].values()) or {WEIGHTS_FILE})
 
 
 def _index(folder: Path) -> tuple[Path, dict[str, str]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aspo_jax.errors import UserError
-from aspo_jax.model.parameters import ModelConfig, Yarn
+from aspo_jax.model.parameters import Llama3, ModelConfig, Yarn
 
 CONFIG_FILE = "config.json"
 
@@ -21,30 +21,38 @@ class ModelFolderError(UserError):
 class Family(NamedTuple):
     """What a published ``model_type`` fixes.
 
+    titles: what people call it.
     head_dim: the head width where config.json names none; None: hidden_size / heads.
+    max_position: the longest context where config.json names none.
     """
 
     architecture: str
+    titles: tuple[str, ...]
     qkv_bias: bool
     qk_norm: bool
     head_dim: int | None
+    max_position: int
 
 
 FAMILIES = {
-    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, qk_norm=False, head_dim=None),
-    "qwen3": Family("Qwen3ForCausalLM", qkv_bias=False, qk_norm=True, head_dim=128),
+    "qwen2": Family("Qwen2ForCausalLM", ("Qwen2", "Qwen2.5"), True, False, None, 32_768),
+    "qwen3": Family("Qwen3ForCausalLM", ("Qwen3",), False, True, 128, 32_768),
+    "llama": Family("LlamaForCausalLM", ("Llama",), False, False, None, 2048),
 }
+_TITLES = [title for family in FAMILIES.values() for title in family.titles]
+SUPPORTED = f"{', '.join(_TITLES[:-1])} or {_TITLES[-1]}"
 
 # --- config.json in ---------------------------------------------------------------------------
 
+_COPY = "copy the file again from where the model came from"
 _NOTHING = object()  # no default: the field must be there
-_ANOTHER = "use a dense Qwen2, Qwen2.5 or Qwen3 model"
+_ANOTHER = f"use a dense {SUPPORTED} model"
+_PLAIN = ("type", "rope_type", "rope_theta")
+_STRETCHED = (*_PLAIN, "factor", "original_max_position_embeddings")
 _ROPE_FIELDS = {
-    "default": ("type", "rope_type", "rope_theta"),
-    "yarn": (
-        *("type", "rope_type", "rope_theta", "factor", "original_max_position_embeddings"),
-        *("beta_fast", "beta_slow", "attention_factor", "truncate"),
-    ),
+    "default": _PLAIN,
+    "yarn": (*_STRETCHED, "beta_fast", "beta_slow", "attention_factor", "truncate"),
+    "llama3": (*_STRETCHED, "low_freq_factor", "high_freq_factor"),
 }
 
 
@@ -69,7 +77,7 @@ class _Fields:
         if value is None and default is not _NOTHING:
             return default
         if not is_good(value):
-            raise self.error(field, expected, "copy the file again from where the model came from")
+            raise self.error(field, expected, _COPY)
         return value
 
     def whole(self, field: str, default: Any = _NOTHING) -> int:
@@ -99,7 +107,7 @@ def read_model_config(folder: str | Path) -> ModelConfig:
     if not path.is_file():
         raise ModelFolderError(
             f"{path}: not found; Model.path must be a Hugging Face model folder with config.json, "
-            "safetensors weights and tokenizer.json"
+            "safetensors weights and tokenizer.json, or a name on the Hugging Face hub"
         )
     return parse_model_config(read_json(path), str(path))
 
@@ -116,7 +124,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_model_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
-    """The fields of a ``config.json`` of model type qwen2 or qwen3, as ours.
+    """The fields of a ``config.json`` whose model type is one of `FAMILIES`, as ours.
 
     Absent fields have `transformers`' defaults where those are the published models' too; both
     places of the rotary settings are read (``rope_theta`` and ``rope_scaling`` of transformers 4,
@@ -126,14 +134,17 @@ def parse_model_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
 
     Raises:
         ModelFolderError: what the config asks for and we lack (another model type, experts, a
-            sliding window that a layer uses, other rotary scalings than YaRN's, biases in Qwen3,
-            quantised weights), or a field that is missing or of the wrong type.
+            sliding window that a layer uses, other rotary scalings than YaRN's and Llama 3's,
+            biases in Qwen3 or Llama, quantised weights), or a field that is missing or of the
+            wrong type.
     """
     fields = _Fields(raw, where)
     family = _family(fields)
     fields.must_be("hidden_act", "silu")
     if not family.qkv_bias:  # Qwen2 has biases whatever this field says
         fields.must_be("attention_bias", False)
+    fields.must_be("mlp_bias", False)
+    fields.must_be("pretraining_tp", 1, "set it to 1: the weights are the same")
     fields.must_be("use_mrope", False)
     fields.must_be("partial_rotary_factor", 1.0)
     fields.must_be("quantization_config", None, "use the folder of the weights in bfloat16")
@@ -146,8 +157,8 @@ def parse_model_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
     head_dim = fields.whole("head_dim", family.head_dim or width // heads)
     if head_dim % 2:
         raise fields.error("head_dim", f"an even width, found {head_dim}", _ANOTHER)
-    max_position = fields.whole("max_position_embeddings", 32_768)
-    theta, yarn = _rotary(fields, max_position)
+    max_position = fields.whole("max_position_embeddings", family.max_position)
+    theta, scaling = _rotary(fields, max_position)
     return ModelConfig(
         vocab_size=fields.whole("vocab_size"),
         hidden_size=width,
@@ -162,7 +173,7 @@ def parse_model_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
         max_position=max_position,
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
-        yarn=yarn,
+        rope_scaling=scaling,
     )
 
 
@@ -199,8 +210,8 @@ def _refuse_sliding_window(fields: _Fields, layers: int) -> None:
             )
 
 
-def _rotary(fields: _Fields, max_position: int) -> tuple[float, Yarn | None]:
-    """rope_theta, and YaRN's settings if the config asks for it."""
+def _rotary(fields: _Fields, max_position: int) -> tuple[float, Yarn | Llama3 | None]:
+    """rope_theta, and how the angles are stretched if the config asks for it."""
     name = "rope_scaling" if fields.raw.get("rope_scaling") else "rope_parameters"
     rope = fields.part(name)
     theta = rope.real("rope_theta", fields.real("rope_theta", 10_000.0))
@@ -215,14 +226,26 @@ def _rotary(fields: _Fields, max_position: int) -> tuple[float, Yarn | None]:
     if kind == "default":
         return theta, None
     within = rope.whole("original_max_position_embeddings", max_position)
-    return theta, Yarn(
+    within = fields.whole("original_max_position_embeddings", within)
+    return theta, (_yarn if kind == "yarn" else _llama3)(rope, within)
+
+
+def _yarn(rope: _Fields, within: int) -> Yarn:
+    return Yarn(
         factor=rope.real("factor"),
-        original_max_position=fields.whole("original_max_position_embeddings", within),
+        original_max_position=within,
         beta_fast=rope.real("beta_fast", 32.0),
         beta_slow=rope.real("beta_slow", 1.0),
         attention_factor=rope.real("attention_factor", None),
         truncate=rope.flag("truncate", True),
     )
+
+
+def _llama3(rope: _Fields, within: int) -> Llama3:
+    low, high = rope.real("low_freq_factor"), rope.real("high_freq_factor")
+    if low >= high:
+        raise rope.error("high_freq_factor", f"above low_freq_factor = {low}", _COPY)
+    return Llama3(rope.real("factor"), low, high, within)
 
 
 # --- config.json out --------------------------------------------------------------------------
@@ -291,10 +314,17 @@ def _new_config(config: ModelConfig) -> dict[str, Any]:
         "rms_norm_eps": config.rms_norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
         "max_position_embeddings": config.max_position,
-        "use_sliding_window": False,
     }
-    if yarn := config.yarn:
-        known = {name: x for name, x in dataclasses.asdict(yarn).items() if x is not None}
-        known["original_max_position_embeddings"] = known.pop("original_max_position")
-        raw["rope_scaling"] = {"rope_type": "yarn", **known}
-    return raw
+    return raw | ({"rope_scaling": _scaling(config.rope_scaling)} if config.rope_scaling else {})
+
+
+def _scaling(ours: Yarn | Llama3) -> dict[str, Any]:
+    """``rope_scaling`` as `transformers` reads it."""
+    theirs = {
+        "original_max_position": "original_max_position_embeddings",
+        "low_turns": "low_freq_factor",
+        "high_turns": "high_freq_factor",
+    }
+    kind = "yarn" if isinstance(ours, Yarn) else "llama3"
+    known = {theirs.get(k, k): x for k, x in dataclasses.asdict(ours).items() if x is not None}
+    return {"rope_type": kind, **known}

@@ -1,6 +1,6 @@
 """The network as a Flax Linen module, for code that speaks Flax; the trainer calls its functions.
 
-module = Qwen(build_model(config))
+module = Decoder(build_model(config))
 logits_BTV = module.apply({"params": load_params(folder, config)}, token_BT)
 """
 
@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from aspo_jax.model.qwen import Model
+from aspo_jax.model.decoder import Model
 
 
-class Qwen(nn.Module):
-    """A Qwen2, Qwen2.5 or Qwen3 language model whose params are those of `Model.init`.
+class Decoder(nn.Module):
+    """A language model of any family that is read, whose params are those of `Model.init`.
 
     model: the functions, from `build_model`.
     """

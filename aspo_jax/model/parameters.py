@@ -41,11 +41,27 @@ class Yarn:
 
 
 @dataclasses.dataclass(frozen=True)
+class Llama3:
+    """Rotary angles stretched as Llama 3.1 and later do (its published ``rope_type``).
+
+    factor: stretch of the slow angles.
+    low_turns, high_turns: turns over the original context up to which an angle is divided by
+        ``factor``, and from which it stays as it is; linear in the turns between.
+    original_max_position: tokens of the longest context before the stretch.
+    """
+
+    factor: float
+    low_turns: float
+    high_turns: float
+    original_max_position: int
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Shape of the network, as `config.json` of a Hugging Face folder gives it.
 
     What tells the families apart: Qwen2 has biases on q, k and v (``qkv_bias``), Qwen3 has none
-    and normalises each head of q and k (``qk_norm``).
+    and normalises each head of q and k (``qk_norm``), Llama has neither.
     """
 
     vocab_size: int
@@ -61,7 +77,7 @@ class ModelConfig:
     max_position: int = 32_768
     qkv_bias: bool = True
     qk_norm: bool = False
-    yarn: Yarn | None = None
+    rope_scaling: Yarn | Llama3 | None = None
 
 
 Dim = tuple[str, int]  # a logical axis and its size

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from aspo_jax.build import build_shape
-from aspo_jax.model.qwen import REMAT
+from aspo_jax.model.decoder import REMAT
 from aspo_jax.model.sharding import row_shards
 from aspo_jax.planning.flops import (
     attention_flops,
@@ -210,7 +210,8 @@ def _sampling_work(of: Programs) -> dict[str, Work]:
     waves = math.ceil(t.prompts_per_step * t.samples_per_prompt / s.slots)
     weights, per_sequence = shard_bytes(of.weights), cache_bytes(of)
     # Prompts are read once each, and by every host some of them at once.
-    together = of.limits.prompts * chips // of.local.size
+    together = of.limits.together(of.limits.buckets[-1], row_shards(of.local))
+    together *= chips // of.local.size
     share = of.local.shape["tensor"] / chips  # of a sequence that a chip holds
 
     def layers(tokens: float, pairs: float) -> float:

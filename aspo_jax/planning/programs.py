@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aspo_jax import losses
+from aspo_jax import hub, losses
 from aspo_jax.build import build_shape, check_shares
 from aspo_jax.config import Config, ConfigError
 from aspo_jax.config.reading import config_folder
@@ -31,9 +31,10 @@ from aspo_jax.model import (
     read_model_config,
 )
 from aspo_jax.model.sharding import placed
+from aspo_jax.origin import locate
 from aspo_jax.parts import build_goal, build_limits, build_optimizer, build_sampling_network
 from aspo_jax.policy import build_network, new_shape
-from aspo_jax.rollout import BatchShape, fill
+from aspo_jax.rows import BatchShape, fill
 from aspo_jax.sampler import Limits, PagedSampler, cast_matrices
 from aspo_jax.structs import Minibatch, OldPolicy, TrainState
 
@@ -98,27 +99,37 @@ class Programs(NamedTuple):
 
 
 def read_shape(config: Config) -> Shape:
-    """The shape of ``Model.path``: from its folder, else the packaged one of the same name.
+    """The shape of ``Model.path``: from its folder or the hub, else the packaged one of its name.
 
     Raises:
-        ConfigError: neither exists; lists the packaged ones.
+        ConfigError: none of them has it; lists the packaged ones.
         ModelFolderError: a config.json that asks for what we lack.
     """
     if config.model.path is None:
         vocabulary = len(build_character_tokenizer(CHARACTERS))
         return Shape(new_shape(config, vocabulary), "the config's own sizes")
-    folder = Path(config.model.path).expanduser()
+    path = config.model.path
+    folder = Path(path).expanduser()
     if (folder / "config.json").is_file():
         return Shape(read_model_config(folder), str(folder / "config.json"))
-    packaged = config_folder() / "shapes" / f"{folder.name}.json"
+    name, doubt = None if folder.exists() else hub.parse_name(path), f"{folder} has no config.json"
+    if name:
+        try:
+            config = locate(config, config.run_folder)
+            source = f"{config.policy_source()} of the hub"
+            return Shape(read_model_config(str(config.model_folder)), source)
+        except hub.HubError as error:
+            doubt = str(error)
+    stem = name.repo.partition("/")[2] if name else folder.name
+    packaged = config_folder() / "shapes" / f"{stem}.json"
     if packaged.is_file():
-        raw = json.loads(packaged.read_text())
-        source = f"the packaged shape {packaged.name}, since {folder} has no config.json"
-        return Shape(parse_model_config(raw, str(packaged)), source)
+        shape = parse_model_config(json.loads(packaged.read_text()), str(packaged))
+        return Shape(shape, f"the packaged shape {packaged.name}, since {doubt}")
     known = ", ".join(sorted(path.stem for path in packaged.parent.glob("*.json")))
     raise ConfigError(
-        f"Model.path = {config.model.path!r}: no config.json there, and no packaged shape is named "
-        f"{folder.name!r}; set it to a model folder, or to a folder named as one of {known}"
+        f"Model.path = {path!r}: no config.json there, and no packaged shape is named {stem!r}; "
+        "set it to a model folder, to a name on the hub, or to a folder named as one of "
+        f"{known}{f'. {doubt}' if name else ''}"
     )
 
 
@@ -179,7 +190,7 @@ def _head(config: Config, shape: ModelConfig, mesh: Any) -> Head:
 
 
 def _minibatch(batch: BatchShape, mesh: Any) -> Minibatch:
-    """Shapes of one update's rows, of the types that `aspo_jax.rollout` writes."""
+    """Shapes of one update's rows, of the types that `aspo_jax.rows` writes."""
     rows = batch_sharding(mesh, leading=1)
     size = (batch.microbatches, batch.rows, batch.row_tokens)
 

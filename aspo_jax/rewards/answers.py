@@ -207,14 +207,20 @@ def _boxed(text: str) -> str | None:
     return (_phrased(_WRAPPER.sub(" ", said)) or said) if said and "nswer" in said else said
 
 
-def _tagged(text: str) -> str | None:
-    """What stands in the last ``<answer>...</answer>``; of a sentence in it, its answer."""
+def last_tagged(text: str) -> str | None:
+    """What stands in the last ``<answer>...</answer>``; None without one."""
     start, inner = None, None
     for tag in _TAG.finditer(text):
         if not tag[1]:
             start = tag.end()
         elif start is not None:
             inner, start = text[start : tag.start()].strip(), None
+    return inner
+
+
+def _tagged(text: str) -> str | None:
+    """`last_tagged`; of a sentence in it, its answer."""
+    inner = last_tagged(text)
     if not inner or _whole(inner) is not None:
         return inner
     return _phrased(inner) or _last_math(inner) or _last_number(inner) or inner

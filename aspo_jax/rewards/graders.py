@@ -1,20 +1,25 @@
 """The graders: one record per kind of answer.
 
 They run in worker processes (`aspo_jax.rewards.pool.worker`), which open them before they say that
-they are ready. What a grader needs that is slow to import is imported when it is opened.
+they are ready. What a grader needs that is slow to import is imported when it is opened. Functions
+of the user's (`aspo_jax.rewards.custom`) are opened beside them.
 """
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from aspo_jax.rewards import countdown, exact
+from aspo_jax.rewards import countdown, custom, exact, reasoning
 from aspo_jax.rewards.code import code_tests
-from aspo_jax.rewards.verdict import Rules, Submission, Verdict
+from aspo_jax.rewards.verdict import RewardError, Rules, Submission, Verdict
+
+CUSTOM = "custom"  # rows without a grader of their own
 
 Grade = Callable[[Submission], Verdict]
+Judge = Callable[[Sequence[Submission]], list[Verdict]]  # of one submission, or of a whole group
 
 
 class Grader(NamedTuple):
@@ -63,11 +68,16 @@ def _open_code(rules: Rules) -> Grade:
     return lambda s: programs.grade(s, box, rules)
 
 
-def _open_custom(rules: Rules) -> Grade:
-    from aspo_jax.rewards import custom
+def _open_reasoning(rules: Rules) -> Grade:
+    reasoning.warm_up()
+    return lambda s: reasoning.grade(s.text, s.answer, s.is_finished, rules.timeout_s)
 
-    function = custom.load_function(rules.function or "")
-    return lambda s: custom.grade(s, function)
+
+def _open_custom(rules: Rules) -> Grade:
+    raise RewardError(
+        "answers of kind 'custom' are judged by Reward.functions, which names none; set "
+        "Reward.functions = ('package.module:function',)"
+    )
 
 
 GRADERS = {
@@ -95,11 +105,44 @@ GRADERS = {
         limit_s=lambda rules: rules.program_timeout_s + 10.0,
         chunk=1,
     ),
-    "custom": Grader(
-        "a function of one's own, Reward.function", _open_custom, lambda answer: None, chunk=1
+    "reasoning_gym": Grader(
+        "the final answer is right for the scorer of a reasoning-gym task",
+        _open_reasoning,
+        reasoning.find_problem,
+        limit_s=lambda rules: rules.timeout_s + 1.0,
+        chunk=8,
+    ),
+    CUSTOM: Grader(
+        "functions of one's own and nothing else, Reward.functions",
+        _open_custom,
+        lambda answer: None,
     ),
 }
 KINDS = tuple(GRADERS)
+
+
+def open_judges(kinds: Iterable[str], rules: Rules) -> tuple[dict[str, Judge], list[str]]:
+    """What judges, by the names of kinds and functions, and which of them want whole groups.
+
+    Raises:
+        RewardError: one cannot work here.
+    """
+    of_kinds = {
+        kind: each(GRADERS[kind].open(rules))
+        for kind in kinds
+        if kind != CUSTOM or not rules.functions
+    }
+    names = custom.names(rules.functions, KINDS)
+    functions = dict(zip(names, map(custom.load_function, rules.functions), strict=True))
+    of_functions = {
+        name: functools.partial(custom.judge, function) for name, function in functions.items()
+    }
+    return of_kinds | of_functions, [n for n, f in functions.items() if f.is_of_group]
+
+
+def each(grade: Grade) -> Judge:
+    """A judge of one submission after the other."""
+    return lambda submissions: [grade(s) for s in submissions]
 
 
 def find_problem(kind: str, answer: Any) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from aspo_jax.errors import UserError
@@ -16,6 +17,7 @@ Tier = Literal["namespaces", "landlock", "rlimits"]
 Reason = Literal[
     "match",  # the answer is right
     "mismatch",  # a well-formed answer, but another value than the one asked for
+    "scored",  # a reward that is no share, as 3.7 or -1: it says neither right nor wrong
     "invalid",  # not a well-formed answer: wrong form, false arithmetic, numbers not given
     "no_answer",  # nothing was written, or no answer is found in it
     "truncated",  # the text did not end itself within the token limit
@@ -35,7 +37,8 @@ class Rules:
     timeout_s: seconds for an answer of any kind but ``code``.
     grade_truncated: a ``math`` text that was cut off may be judged by the formula or number that
         stands last in it, and not only by what it calls its answer.
-    function: ``package.module:function`` of the kind ``custom``.
+    functions: those of one's own, each ``package.module:function``.
+    weights: what the reward of each is multiplied with; none: 1.
     sandbox: tier that programs run in; ``auto`` is the safest that withstands the probe's attacks.
     test_timeout_s, test_memory_mib: limits of each test of a program.
     program_timeout_s: seconds for all tests of a program.
@@ -44,7 +47,8 @@ class Rules:
 
     timeout_s: float = 5.0
     grade_truncated: bool = False
-    function: str | None = None
+    functions: Sequence[str] = ()
+    weights: Sequence[float] = ()
     sandbox: Literal["auto"] | Tier = "auto"
     test_timeout_s: float = 6.0
     test_memory_mib: int = 1024
@@ -65,6 +69,7 @@ class Submission:
     prompt: what was asked, as the policy saw it.
     identity: names this sample in its run; whatever a grader draws by chance, it draws by this.
     iteration: how many iterations the run had done.
+    row: the other columns of its data row; JSON values only.
     """
 
     kind: str
@@ -75,6 +80,7 @@ class Submission:
     prompt: str = ""
     identity: str = ""
     iteration: int = 0
+    row: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,15 +90,27 @@ class Verdict:
     is_valid: False where the sample may not be learned from: its grader failed, or a shape took it
         out (`mask_truncated`). It is counted and masked, it never enters an advantage. An answer
         that hangs its grader is wrong and stays: its reward is 0.
+    parts: of a reward that is made of several, what each says, by its name and not weighted.
     """
 
     reward: float
     reason: Reason
     is_valid: bool = True
+    parts: Mapping[str, Verdict] = dataclasses.field(default_factory=dict, hash=False)
 
     @property
     def is_right(self) -> bool:
         return self.reason == "match"
+
+    @property
+    def is_score(self) -> bool:
+        """Neither right nor wrong."""
+        return self.reason == "scored"
+
+    @property
+    def is_late(self) -> bool:
+        """The grading, or that of a part, took too long."""
+        return self.reason == "timeout" or any(part.is_late for part in self.parts.values())
 
     @property
     def is_failed(self) -> bool:
@@ -107,3 +125,19 @@ BAD_GOLD = Verdict(0.0, "bad_gold", is_valid=False)
 def compared(is_right: bool) -> Verdict:
     """The verdict on a well-formed answer that is the one asked for, or is not."""
     return Verdict(1.0, "match") if is_right else Verdict(0.0, "mismatch")
+
+
+def weighted(parts: Mapping[str, Verdict], weights: Sequence[float]) -> Verdict:
+    """The verdict of several: the weighted sum, right or wrong as the first says.
+
+    A part that failed fails the whole, and one that is masked masks it.
+    """
+    failed = next((part for part in parts.values() if part.is_failed), None)
+    if failed is not None:
+        return dataclasses.replace(failed, parts=parts)
+    return Verdict(
+        reward=sum(w * part.reward for w, part in zip(weights, parts.values(), strict=True)),
+        reason=next(iter(parts.values())).reason,
+        is_valid=all(part.is_valid for part in parts.values()),
+        parts=parts,
+    )

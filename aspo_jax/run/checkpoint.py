@@ -236,7 +236,7 @@ class Checkpoints:
             the user's decision), or the state has other leaves, shapes or dtypes than this run's
             (Orbax itself would cast dtypes silently).
         """
-        step = self._newest()
+        step = self.newest_step()
         if step is None:
             return None
         path = self._path(step)
@@ -268,7 +268,7 @@ class Checkpoints:
             other leaves or shapes.
         """
         if step is None:
-            step = self._newest()
+            step = self.newest_step()
         elif problem := self._problem(step):
             raise CheckpointError(f"checkpoint {self._path(step)} cannot be used: {problem}")
         if step is None:
@@ -287,8 +287,12 @@ class Checkpoints:
         with _named(path), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             return step, reader.restore(path / "state", args=asked)["params"]
 
-    def _newest(self) -> int | None:
-        """The newest step that verifies; see `restore`."""
+    def newest_step(self) -> int | None:
+        """The newest step that verifies; None if none was ever completed.
+
+        Raises:
+          CheckpointError: there are some, and all are damaged.
+        """
         self.wait()
         step = _broadcast(self._newest_good() if jax.process_index() == 0 else _NONE_COMPLETE)
         if step == _ALL_DAMAGED:

@@ -52,7 +52,10 @@ _HELD_OUT = (
     _Column("length", "evaluate/response_length", "{:,.1f}"),
     _Column("cut", "evaluate/truncated", "{:.1%}"),
 )
-_REWARD = _Column("reward", "evaluate/reward_mean", "{:.3f}")
+_REWARD = (
+    _Column("reward", "evaluate/reward_mean", "{:.3f}"),
+    _Column("+-", "evaluate/reward_stderr", "{:.3f}"),
+)
 
 
 class Bar:
@@ -190,17 +193,22 @@ class Console:
         """A sentence."""
         self._print(Text(text, style))
 
-    def evaluation(self, iteration: int, scores: Mapping[str, float]) -> None:
+    def evaluation(self, iteration: int, scores: Mapping[str, float], name: str = "") -> None:
         """The held-out scores of the policy after so many iterations, as soon as they are there.
 
+        name: of a set of ``Evaluate.suites``; its k is its own.
+
         Rewards that are not all 0 or 1 have a mean that says more than the share of right answers:
-        it comes first then.
+        it comes first then. Where a reward says neither right nor wrong there is no such share.
         """
-        is_dense = abs(scores[_REWARD.metric] - scores["evaluate/avg"]) > 1e-6
-        columns = (_REWARD, *_HELD_OUT) if is_dense else _HELD_OUT
-        words = "   ".join(f"{self._label(c)} {_shown(c, scores)}" for c in columns)
+        columns = (*_REWARD, *_HELD_OUT) if _is_dense(scores) else _HELD_OUT
+        k = f"{scores['evaluate/samples']:.0f}"
+        words = "   ".join(
+            f"{c.label.format(k=k)} {_shown(c, scores)}" for c in columns if c.metric in scores
+        )
         words = words.replace("   +-", " +-")
-        self._print(Text(f"{iteration:>4}/{self._total:<4} held out   {words}", "bold"))
+        shown = name or "held out"
+        self._print(Text(f"{iteration:>4}/{self._total:<4} {shown}   {words}", "bold"))
 
     def iteration(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """One line, and a sentence where the iteration had nothing to learn from.
@@ -223,10 +231,13 @@ class Console:
         self._lines += 1
 
     def _why_nothing(self, metrics: Mapping[str, float]) -> str:
-        right = round(metrics["rollout/solve_all"] * self._prompts)
-        wrong = round(metrics["rollout/solve_none"] * self._prompts)
+        if "rollout/solve_all" not in metrics:  # the reward says neither right nor wrong
+            return "all answers to each prompt had one reward, or were masked"
+        groups = round(metrics["rollout/generation_multiplier"] * self._prompts)
+        right = round(metrics["rollout/solve_all"] * groups)
+        wrong = round(metrics["rollout/solve_none"] * groups)
         counts = f"all right: {right} groups, all wrong: {wrong}"
-        if rest := self._prompts - right - wrong:
+        if rest := groups - right - wrong:
             return f"no group had a signal ({counts}, masked or equal in reward: {rest})"
         return f"no group had both right and wrong answers ({counts})"
 
@@ -241,13 +252,17 @@ class Console:
         self._print(
             Text(f"\n{'Held-out result':<20}{'before':>10}{'after':>10}{'change':>10}", "bold")
         )
-        for column in (*_HELD_OUT, _REWARD):
+        is_dense = any("evaluate/samples" in s and _is_dense(s) for s in (before, after))
+        columns = (*_REWARD, *_HELD_OUT) if is_dense else (*_HELD_OUT, *_REWARD)
+        parts = [name for name in after if name.startswith("evaluate/reward/")]
+        sets = [name for name in after if name.count("/") == 2 and name.endswith("/avg")]
+        for column in (*columns, *(_Column("", name, "") for name in (*parts, *sets))):
             name = column.metric
             if name in before and name in after:
                 old, new = before[name], after[name]
                 cells = f"{old:>10.3f}{new:>10.3f}{new - old:>+10.3f}"
                 # avg@16 by its label, evaluate/avg_stderr as avg stderr
-                own = name.rpartition("/")[2].replace("_", " ")
+                own = name.removeprefix("evaluate/").replace("_", " ")
                 label = self._label(column) if "{k}" in column.label else own
                 self._print(Text.assemble((f"  {label:<18}", "dim"), cells))
         self.table("Where things are", list(paths.items()))
@@ -319,6 +334,12 @@ class Console:
     def _print(self, text: Text) -> None:
         self._spoke = time.monotonic()
         self._console.print(text)
+
+
+def _is_dense(scores: Mapping[str, float]) -> bool:
+    """The mean reward is not the share of right answers, or there is no such share."""
+    reward, right = scores["evaluate/reward_mean"], scores.get("evaluate/avg")
+    return right is None or abs(reward - right) > 1e-6
 
 
 def _shown(column: _Column, metrics: Mapping[str, float]) -> str:

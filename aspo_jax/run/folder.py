@@ -20,6 +20,7 @@ import logging
 import os
 import socket
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 from etils import epath
@@ -132,18 +133,32 @@ def lock_run(folder: epath.PathLike) -> RunLock:
         RunFolderError: the folder cannot be made or written, or something in it is not what a
             run keeps under that name.
     """
+    return lock_folder(folder, "run folder", "Run.folder", check_contents)
+
+
+def lock_folder(
+    folder: epath.PathLike,
+    what: str,
+    setting: str,
+    check: Callable[[epath.Path], None] = lambda folder: None,
+) -> RunLock:
+    """`lock_run` of a folder of another kind.
+
+    what, setting: for the message: what it is, and what names it.
+    check: raises if something in it is not what is kept there.
+    """
     folder = absolute(folder)
     if not is_local(folder):
         _logger.warning("%s is not a local folder: a second writer is not detected", folder)
         return RunLock()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        check_contents(folder)
-        return _lock(folder)
+        check(folder)
+        return _lock(folder, what)
     except OSError as error:
         raise RunFolderError(
-            f"run folder {folder} cannot be used: {describe(error, error.filename) or error}; "
-            "expected a folder that can be made and written, set Run.folder to another one"
+            f"{what} {folder} cannot be used: {describe(error, error.filename) or error}; "
+            f"expected a folder that can be made and written, set {setting} to another one"
         ) from error
 
 
@@ -175,7 +190,7 @@ def _kind(path: Path) -> str | None:
     return kinds.get(stat.S_IFMT(mode), "socket or device")
 
 
-def _lock(folder: epath.Path) -> RunLock:
+def _lock(folder: epath.Path, what: str) -> RunLock:
     lock = RunLock()
     try:
         lock.hold(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -188,7 +203,7 @@ def _lock(folder: epath.Path) -> RunLock:
         if not isinstance(error, BlockingIOError):
             raise
         raise RunLocked(
-            f"run folder {folder} is being written by {_holder(folder / LOCK)}: "
+            f"{what} {folder} is being written by {_holder(folder / LOCK)}: "
             "wait for that run, stop it, or choose another folder"
         ) from None
     if not lock.held:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -105,6 +106,7 @@ _SPEED = {
 }
 
 _SECONDS = {
+    "data": Info("seconds", "waiting for prompts: read, rendered by the chat template, tokenized"),
     "sample": Info("seconds", "drawing completions"),
     "grade": Info("seconds", "waiting for graders after sampling"),
     "score": Info("seconds", "log-probabilities under the old and the reference policy"),
@@ -114,7 +116,10 @@ _SECONDS = {
     "iteration": Info("seconds", "the whole iteration"),
 }
 _GROUPS: Mapping[str, tuple[str, Mapping[str, Info | Figure]]] = {
-    "rollout": ("The samples of an iteration, all of them, before any is dropped.", ROLLOUT),
+    "rollout": (
+        "The samples of an iteration, all of them, before groups without a signal are dropped.",
+        ROLLOUT,
+    ),
     "update": (
         "The optimizer updates of an iteration, over all minibatches and epochs.",
         _UPDATE,
@@ -123,6 +128,9 @@ _GROUPS: Mapping[str, tuple[str, Mapping[str, Info | Figure]]] = {
     "speed": ("Throughput, over all devices.", _SPEED),
     "seconds": ("Wall-clock time per phase.", _SECONDS),
 }
+
+# Followed by the names of what the reward is made of.
+_HELD_OUT_PARTS = re.compile(r"evaluate/(\w+/)?reward/.+")
 
 METRICS: Mapping[str, Info | Figure] = {
     f"{group}/{name}": info for group, (_, infos) in _GROUPS.items() for name, info in infos.items()
@@ -146,6 +154,13 @@ def metrics_page() -> str:
             definition = info.definition.replace("|", "\\|")
             lines.append(f"| `{group}/{name}` | {info.unit or '-'} | {definition} |")
     lines += [
+        *("", "## evaluate/SET", ""),
+        "The same figures of each set of `Evaluate.suites`, k being the set's own:"
+        " `evaluate/gsm8k/avg`, `evaluate/gsm8k/truncated` and so on.",
+        *("", "## reward", ""),
+        "`reward/NAME`, and `evaluate/reward/NAME` of the held-out samples: where rewards are made"
+        " of several, the mean of each, not weighted and not shaped. NAME is a kind of answers or a"
+        " function of `Reward.functions`.",
         *("", "## rule", ""),
         "What a loss rule of one's own reports, under the names that it gives: a `Mean` or `Max`"
         " over the updates of an iteration, or the quantiles of a `Histogram` of weights.",
@@ -190,7 +205,8 @@ class Log:
         """
         for name, value in values.items():
             probe = f"{name}_q50" if isinstance(value, Histogram) else name
-            if probe not in METRICS and name.partition("/")[0] in _GROUPS:
+            is_ours = name.partition("/")[0] in _GROUPS and not _HELD_OUT_PARTS.fullmatch(name)
+            if is_ours and _of_set(probe) not in METRICS:
                 raise ValueError(f"unknown metric {probe!r}{nearest(probe, METRICS)}; see METRICS")
         if iteration < self._iteration:
             raise ValueError(f"iteration {iteration} after iteration {self._iteration}")
@@ -235,6 +251,12 @@ class Log:
                     writer.close()
             self._writers = ()
             raise
+
+
+def _of_set(name: str) -> str:
+    """A figure of a set of ``Evaluate.suites`` as that of the held-out prompts."""
+    group, *inner = name.split("/")
+    return f"evaluate/{inner[1]}" if group == "evaluate" and len(inner) == 2 else name
 
 
 def update_name(metric: str) -> str:

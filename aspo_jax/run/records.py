@@ -16,6 +16,8 @@ from aspo_jax.config.gin import LAUNCH
 from aspo_jax.config.sections import section_of
 from aspo_jax.errors import UserError, WriteError, refusal
 from aspo_jax.files import Damaged, digests, read_sealed, sealed_text, write_text_atomic
+from aspo_jax.hub import SETTINGS
+from aspo_jax.model.hf import weight_files
 from aspo_jax.run.checkpoint import MANIFEST, CheckpointError, Checkpoints
 from aspo_jax.run.folder import CHECKPOINTS, CONFIG, METRICS, MODEL_FILES, RunLock, lock_run
 
@@ -100,25 +102,49 @@ def claim_folder(config: Config, model_folder: str | Path) -> None:
     source, folder = Path(model_folder).expanduser(), Path(config.run_folder)
 
     def claim() -> None:
-        found = digests(source, lambda name: "/" not in name and name.endswith(_READ_AT_START))
+        commit = config.origin and config.origin.commit
+        # Of the hub's cache our own files alone: other programs put more beside them.
+        ours = {*SETTINGS, *weight_files(source)} if commit else None
+        found = digests(source, lambda name: name in ours if ours else _is_read_at_start(name))
         if has_results(folder) and not config.run.accept_changes:
             _check_model_files(folder / MODEL_FILES, source, found)
-        write_text_atomic(folder / MODEL_FILES, sealed_text({"files": found}))
+        origin = {"model": config.model.path, "commit": commit} if commit else {}
+        write_text_atomic(folder / MODEL_FILES, sealed_text({"files": found, **origin}))
         write_text_atomic(folder / CONFIG, config.text())
 
     runtime.on_main(claim)
 
 
+def recorded_commit(folder: Path, model: str) -> str | None:
+    """The commit on the hub that a run with results began with, if it began with this model.
+
+    Raises:
+        ModelChanged: what the run wrote of it is damaged.
+    """
+    path = folder / MODEL_FILES
+    record = _read_model_record(path, model) if has_results(folder) and path.exists() else {}
+    return record.get("commit") if record.get("model") == model else None
+
+
+def _is_read_at_start(name: str) -> bool:
+    return "/" not in name and name.endswith(_READ_AT_START)
+
+
+def _read_model_record(path: Path, model: str | Path) -> dict[str, Any]:
+    try:
+        record = read_sealed(path)
+        return record | {"files": record["files"]}
+    except (Damaged, KeyError) as error:
+        raise ModelChanged(
+            f"{path} is not what the run wrote ({error}); if {model} is unchanged since the run "
+            "began, delete the file"
+        ) from None
+
+
 def _check_model_files(path: Path, model_folder: Path, found: Mapping[str, Any]) -> None:
     if not path.exists():
         return
-    try:
-        expected = read_sealed(path)["files"]
-    except (Damaged, KeyError) as error:
-        raise ModelChanged(
-            f"{path} is not what the run wrote ({error}); if {model_folder} is unchanged since the "
-            "run began, delete the file"
-        ) from None
+    expected = _read_model_record(path, model_folder)["files"]
     if changed := [x for x in sorted({*expected, *found}) if expected.get(x) != found.get(x)]:
         raise ModelChanged(
             f"{model_folder} is not what this run started from: {', '.join(changed)} changed, came "
@@ -189,7 +215,7 @@ def before_and_after(rows: Sequence[Mapping[str, Any]]) -> tuple[Scores, Scores]
     scores = {
         row["iteration"]: {k: v for k, v in row.items() if k.startswith("evaluate/")}
         for row in rows
-        if "evaluate/avg" in row
+        if "evaluate/samples" in row
     }
     return scores.get(0, {}), scores.get(max(scores, default=0), {})
 

@@ -35,6 +35,9 @@ class Limits(NamedTuple):
 
     max_prompt_tokens, max_response_tokens: longest prompt and response.
     slots: rows decoded at once. prompts: prompts read at once, both on all devices together.
+    prefill: with it no more prompts are read at once than are so many tokens: a CPU, whose products
+        are no faster with more, then reads little padding in the place of prompts that are not
+        there.
     stop_ids: ids that end a response.
     page: positions in a page of the cache. cache_tokens: positions in all pages; None: room for
         every row at full length. With fewer, sequences that find no page are drawn again later.
@@ -49,6 +52,7 @@ class Limits(NamedTuple):
     slots: int
     stop_ids: tuple[int, ...]
     prompts: int = 8
+    prefill: int | None = None
     page: int = 64
     cache_tokens: int | None = None
     cache_type: str | None = None
@@ -65,6 +69,12 @@ class Limits(NamedTuple):
         unit = self.page if longest <= 128 else math.lcm(self.page, 128)
         sizes = (longest // 4, longest // 2, longest)
         return tuple(sorted({max(-(-size // unit), 1) * unit for size in sizes}))
+
+    def together(self, bucket: int, shards: int) -> int:
+        """Prompts of a bucket that are read at once, the same number on each shard."""
+        if self.prefill is None:
+            return self.prompts
+        return min(self.prompts, max(self.prefill // bucket // shards, 1) * shards)
 
     def pages(self, tokens: int) -> int:
         return -(-tokens // self.page)
@@ -205,7 +215,8 @@ class PagedSampler:
     def shapes(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Shapes and shardings of what `prefill` and `decode` are given after the weights."""
         limits, shape = self.limits, jax.ShapeDtypeStruct
-        A, T = limits.prompts, limits.buckets[-1]
+        T = limits.buckets[-1]
+        A = limits.together(T, self.shard_count)
         rows = placed(limits.no_rows(), self.row_shardings)
         cache = placed(jax.eval_shape(self.empty), self._cache)
         prompts = [
@@ -261,6 +272,10 @@ class _Session:
 
     # --- prompts ------------------------------------------------------------------------------
 
+    def _together(self, bucket: int) -> int:
+        """Prompts of a bucket that one call reads."""
+        return self.limits.together(bucket, len(self.shards))
+
     def _fill(self) -> Iterator[Completion]:
         """Fill the free rows; yields the completions of requests for no token at all."""
         while True:
@@ -277,7 +292,9 @@ class _Session:
     def _admit(self) -> list[tuple[int, Group]]:
         """Take prompts of one bucket for which there are free rows and pages; with their shards."""
         admitted: list[tuple[int, Group]] = []
-        for _ in range(self.limits.prompts // len(self.shards)):
+        for count in range(self.limits.prompts // len(self.shards)):
+            if admitted and count == self._together(admitted[0][1].bucket) // len(self.shards):
+                break
             for e, shard in enumerate(self.shards):
                 bucket = admitted[0][1].bucket if admitted else None
                 group = self.queue.take(bucket) if shard.unclaimed_rows > 0 else None
@@ -288,7 +305,8 @@ class _Session:
         return admitted
 
     def _prefill(self, admitted: list[tuple[int, Group]]) -> None:
-        A, T = self.limits.prompts, admitted[0][1].bucket
+        T = admitted[0][1].bucket
+        A = self._together(T)
         token_AT = np.zeros((A, T), np.int32)
         length_A = np.zeros(A, np.int32)
         page_AJ = np.zeros((A, T // self.limits.page), np.int32)

@@ -71,5 +71,8 @@ class Sampler(Protocol):
         ...
 
     def sample(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        """Yield one completion per request, in the order in which they finish."""
+        """Yield one completion per request, in the order in which they finish.
+
+        Whoever wants no more of them drops the iterator.
+        """
         ...

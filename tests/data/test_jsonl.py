@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from aspo_jax.data import DataError, read_jsonl
+from aspo_jax.data import DataError, read_rows
 
 GOOD = {"id": "p1", "prompt": "2+2", "answer": "4", "kind": "exact"}
 
@@ -23,21 +23,33 @@ def test_rows(tmp_path, name):
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "né 😀"}]
     without_id = {"messages": chat, "answer": {"x": [1]}, "kind": "code", "level": 3}
     path = write(tmp_path / name, GOOD, without_id, GOOD | {"id": 7})
-    assert read_jsonl(path, kinds={"exact", "code"}) == [
+    assert read_rows(path, kinds={"exact", "code"}) == [
         {
             "id": "p1",
+            "question": "2+2",
             "messages": [{"role": "user", "content": "2+2"}],
             "answer": "4",
             "kind": "exact",
             "where": f"{path}:1",
+            "columns": {},
         },
-        {"id": "2", "messages": chat, "answer": {"x": [1]}, "kind": "code", "where": f"{path}:2"},
+        {
+            "id": "2",
+            "question": "né 😀",
+            "messages": chat,
+            "answer": {"x": [1]},
+            "kind": "code",
+            "where": f"{path}:2",
+            "columns": {"level": 3},
+        },
         {
             "id": "7",
+            "question": "2+2",
             "messages": [{"role": "user", "content": "2+2"}],
             "answer": "4",
             "kind": "exact",
             "where": f"{path}:3",
+            "columns": {},
         },
     ]
 
@@ -46,7 +58,7 @@ def test_windows_line_ends_and_no_last_newline(tmp_path):
     path = tmp_path / "mine.jsonl"
     line = json.dumps({k: v for k, v in GOOD.items() if k != "id"})
     path.write_bytes(f"{line}\r\n{line}".encode())
-    assert [row["id"] for row in read_jsonl(path)] == ["1", "2"]
+    assert [row["id"] for row in read_rows(path)] == ["1", "2"]
 
 
 def without(name):
@@ -72,9 +84,9 @@ BAD = {
     b"  \t": "found an empty line",
     b"\xef\xbb\xbf{}": "found a byte-order mark, expected plain UTF-8; save the file as",
     b'{"prompt": "\xff"}': "bytes that are not UTF-8",
-    b'{"prompt":"\\ud800","answer":"4","kind":"exact"}': "half a surrogate pair, expected",
-    b'{"prompt":"a","answer":{"x":["\\udfff"]},"kind":"exact"}': "half a surrogate pair, expected",
-    b'{"prompt":"a","answer":"4","\\udfff":1,"kind":"exact"}': "half a surrogate pair, expected",
+    b'{"prompt":"\\ud800","answer":"4","kind":"exact"}': "half a surrogate pair in '",
+    b'{"prompt":"a","answer":{"x":["\\udfff"]},"kind":"exact"}': "half a surrogate pair in '",
+    b'{"prompt":"a","answer":"4","\\udfff":1,"kind":"exact"}': "pair in a field's name",
     b'{"prompt":"a","answer":"4","answer":"5","kind":"exact"}': "the key 'answer' is given twice",
     b'{"prompt":"a","answer":{"x":1,"x":2},"kind":"exact"}': "the key 'x' is given twice",
     b'{"prompt":"a","answer":1e999,"kind":"exact"}': "the number 1e999 is too large",
@@ -96,7 +108,7 @@ BAD_ROWS = [
     (GOOD | {"id": ""}, "found an empty 'id'"),
     (GOOD | {"id": None}, "found null for 'id', expected a string; .* leave the field out"),
     (GOOD | {"id": True}, "'id' of type bool"),
-    (GOOD | {"id": "first"}, r"found id 'first' again \(first on line 1\)"),
+    (GOOD | {"id": "first"}, r"found id 'first' again \(first at .*mine.jsonl:1\)"),
     (chat(), r"found 'messages' = \[\]"),
     (without("prompt") | {"messages": "hi"}, "found 'messages' = 'hi'"),
     (chat("hi"), "found a message 'hi', expected an object"),
@@ -113,49 +125,47 @@ BAD_ROWS = [
 def test_a_bad_line_is_named(tmp_path, line, message):
     path = write(tmp_path / "mine.jsonl", GOOD | {"id": "first"}, line, GOOD | {"id": "last"})
     with pytest.raises(DataError, match="mine.jsonl:2: found .*, expected .*; .*") as error:
-        read_jsonl(path, kinds=["exact"])
+        read_rows(path, kinds=["exact"])
     error.match(message)
 
 
 def test_a_line_number_taken_as_an_id(tmp_path):
     path = write(tmp_path / "mine.jsonl", GOOD | {"id": "2"}, without("id"))
-    with pytest.raises(DataError, match=r":2: found id '2' again \(first on line 1\)"):
-        read_jsonl(path)
+    with pytest.raises(DataError, match=r":2: found id '2' again \(first at .*mine.jsonl:1\)"):
+        read_rows(path)
 
 
 def test_bad_files(tmp_path):
     with pytest.raises(DataError, match="nowhere.jsonl: cannot be read: No such file.*; check"):
-        read_jsonl(tmp_path / "nowhere.jsonl")
-    with pytest.raises(DataError, match="cannot be read"):
-        read_jsonl(tmp_path)
+        read_rows(tmp_path / "nowhere.jsonl")
     for content in (b"", b"\n\n"):
         (tmp_path / "empty.jsonl").write_bytes(content)
         with pytest.raises(DataError, match="empty.jsonl: found an empty file"):
-            read_jsonl(tmp_path / "empty.jsonl")
+            read_rows(tmp_path / "empty.jsonl")
     whole = gzip.compress(json.dumps(GOOD).encode() * 50)
     for content in (b"plain", whole[:-9], whole[:15] + b"\0\xff\0" + whole[18:]):
         (tmp_path / "bad.jsonl.gz").write_bytes(content)
         with pytest.raises(DataError, match="bad.jsonl.gz: cannot be read as gzip"):
-            read_jsonl(tmp_path / "bad.jsonl.gz")
+            read_rows(tmp_path / "bad.jsonl.gz")
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (gzip.compress(b"{}"), ":1: found gzip, expected plain UTF-8 text; .* end in .gz"),
-        (b"PAR1\x15\x04", ":1: found Parquet, .*; convert it: pandas"),
+        (gzip.compress(b"{}", mtime=0), ":1: found gzip, expected plain UTF-8 text; .* end in .gz"),
+        (b"PAR1\x15\x04", ":1: found Parquet, .* end in .parquet"),
         ('{"a": 1}'.encode("utf-16"), ":1: found UTF-16, .*; convert it: iconv"),
         ('{"a": 1}'.encode("utf-16-le"), ": found NUL bytes, .* UTF-16"),
         (b"\xef\xbb\xbf{}", ":1: found a byte-order mark, .*; save it as UTF-8 without BOM"),
         (b'{\n  "prompt": "a"\n}\n', r":1: found '{' alone on a line, .* jq -c \. OLD"),
-        (b'[\n  {"prompt": "a"}\n]\n', r":1: found '\[' alone on a line, .* jq -c '\.\[\]' OLD"),
-        (b'[{"prompt": "a"}]', r":1: found a JSON list, expected a JSON object; .*jq -c '\.\[\]'"),
+        (b'[\n  {"prompt": "a"}\n]\n', r":1: found '\[' alone on a line, .* end in .json"),
+        (b'[{"prompt": "a"}]', r":1: found a JSON list, expected a JSON object; .*end in .json"),
     ],
 )
 def test_other_formats_are_named_with_the_remedy(tmp_path, content, message):
     (tmp_path / "mine.jsonl").write_bytes(content)
     with pytest.raises(DataError, match=f"mine.jsonl{message}"):
-        read_jsonl(tmp_path / "mine.jsonl")
+        read_rows(tmp_path / "mine.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -173,13 +183,13 @@ def test_other_formats_are_named_with_the_remedy(tmp_path, content, message):
 )
 def test_paths_that_are_none(path, message):
     with pytest.raises(DataError, match=message):
-        read_jsonl(path)
+        read_rows(path)
 
 
 def test_a_pipe_is_refused_rather_than_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(DataError, match="pipe: cannot be read: a pipe or a device"):
-        read_jsonl(tmp_path / "pipe")
+        read_rows(tmp_path / "pipe")
 
 
 def test_a_file_in_the_current_folder_is_named_relative_to_it(tmp_path, monkeypatch):
@@ -187,4 +197,4 @@ def test_a_file_in_the_current_folder_is_named_relative_to_it(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     for spelled in (path, "mine.jsonl", "./mine.jsonl", f"../{tmp_path.name}/mine.jsonl"):
         with pytest.raises(DataError, match=r"^mine\.jsonl:2: found no field 'kind'"):
-            read_jsonl(spelled)
+            read_rows(spelled)

@@ -10,8 +10,8 @@ from aspo_jax.data import (
     CountdownSpec,
     DataError,
     build_character_tokenizer,
-    check_prompts,
     encode,
+    fitting_rows,
     max_prompt_tokens,
     prompts,
 )
@@ -123,7 +123,7 @@ def test_messages_are_rendered(stream):
 
 @pytest.fixture
 def check(tokenizer):
-    return lambda source, limit=12, **remedy: check_prompts(
+    return lambda source, limit=12, **remedy: fitting_rows(
         source, tokenizer=tokenizer, max_prompt_tokens=limit, **remedy
     )
 

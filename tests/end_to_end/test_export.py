@@ -96,7 +96,7 @@ def test_what_is_not_measured_is_said(finished, tmp_path, capsys, monkeypatch):
     assert "was not measured (" in (out := capsys.readouterr().out)
     assert "parameters take long on a CPU, --measure takes them)" in out
     config = run / "config.gin"
-    text = config.read_text().replace("Data.kind = 'countdown'", "Data.kind = 'jsonl'")
+    text = config.read_text().replace("Data.source = 'countdown'", "Data.source = 'files'")
     for name in ("train", "eval"):
         text = text.replace(f"Data.{name}_path = None", f"Data.{name}_path = '{tmp_path}/gone'")
     source = run / "initial_model"

@@ -19,6 +19,7 @@ from trainer_runs import (
 )
 
 from aspo_jax.run.folder import FILES, FOLDERS, RunLocked, lock_run
+from aspo_jax.run.metrics import read_metrics
 from aspo_jax.run.stop import EXIT_SAVED
 
 
@@ -38,6 +39,11 @@ def complete(folder: Path) -> set[int]:
 
 def test_a_run_leaves_what_it_says(finished):
     assert {path.name for path in finished.folder.iterdir()} <= {*FILES, *FOLDERS}
+
+
+def test_a_run_says_how_long_it_waited_for_prompts(finished):
+    for row in read_metrics(finished.folder / "metrics.jsonl")[:ITERATIONS]:
+        assert 0 < row["seconds/data"] < row["seconds/iteration"]
 
 
 def test_a_console_that_goes_away_ends_nothing(runs, finished, half):

@@ -155,3 +155,16 @@ def test_one_process_of_two_is_killed_and_both_go_on_bit_for_bit(flags, abstract
     assert found.step == expected.step == ITERATIONS
     assert bits(found.state) == bits(expected.state)
     assert metrics(folder) == metrics(undisturbed)
+
+
+@pytest.mark.slow
+def test_two_processes_refill_a_step_as_one_does(flags, tmp_path):
+    """They agree on the rounds and on the groups, wherever their prompts were sampled."""
+    alone, two = tmp_path / "alone", tmp_path / "two"
+    refill = "Train.refill_rounds=2"
+    own = (sys.executable, "-m", "aspo_jax.train", *flags(alone, refill))
+    finish(start(*own, count=4, **QUICK))
+    finish(two_processes(*flags(two, refill), **QUICK))
+    assert_same_trajectory(two, alone)
+    rounds = {row["rollout/rounds"] for row in metrics(two)[:ITERATIONS]}
+    assert len(rounds) > 1 and max(rounds) > 1

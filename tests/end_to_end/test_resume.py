@@ -105,3 +105,33 @@ def test_a_damaged_checkpoint_is_passed_over(runs, finished, assert_same_run, tm
     _, err = runs.run(folder)
     assert f"{newest} skipped: {payload.relative_to(newest)} is damaged" in err
     assert_same_run(folder)
+
+
+def test_a_run_that_refills_its_steps_is_killed_and_stopped_and_goes_on(
+    runs, abstract_state, tmp_path
+):
+    """How many prompts an iteration drew is in the checkpoint, as the place in the stream."""
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    settings = ("Train.refill_rounds=2", "Train.iterations=4")
+    runs.run(whole, *settings)
+    rounds = [int(row["rollout/rounds"]) for row in metrics(whole)[:4]]
+    assert max(rounds[:2]) > 1 and max(rounds[2:]) > 1 and len(set(rounds)) > 1
+    shown = [f"train_{i:06d}.jsonl" for i in range(4)]  # by iteration, not by prompts drawn
+    assert [name for name in transcripts(whole) if name.startswith("train")] == shown
+
+    def interrupted(trap: str, status: int) -> None:
+        runs.run(folder, *settings, program=(*TRAP, trap), expect=status)
+
+    interrupted("aspo_jax.train:update:4:SIGKILL", -signal.SIGKILL)  # it had saved 2 iterations
+    last = max(i for i in (2, 3) if rounds[i] > 1)
+    draws = 1 + sum(rounds[2:last]) + 2  # an evaluation, iterations, and into a second round
+    interrupted(f"aspo_jax.rollout:draw:{draws}:SIGINT", EXIT_SAVED)
+    stopped = last_checkpoint(folder, abstract_state)
+    assert (stopped.step, stopped.meta["data_position"]) == (last, sum(rounds[:last]))
+
+    runs.run(folder, *settings)
+    expected, found = (last_checkpoint(f, abstract_state) for f in (whole, folder))
+    assert found.step == expected.step == 4
+    assert bits(found.state) == bits(expected.state)
+    assert metrics(folder) == metrics(whole) and transcripts(folder) == transcripts(whole)
+    assert found.meta["data_position"] == expected.meta["data_position"] == sum(rounds)

@@ -114,7 +114,7 @@ def test_own_model_and_own_prompts(runs, finished, tmp_path):
     data, folder = tmp_path / "rows.jsonl", tmp_path / "run"
     flags = (
         f"Model.path='{finished.folder / 'model'}'",
-        "Data.kind='jsonl'",
+        "Data.source='files'",
         f"Data.train_path='{data}'",
         f"Data.eval_path='{data}'",
         "Train.iterations=2",
@@ -135,26 +135,36 @@ def test_own_model_and_own_prompts(runs, finished, tmp_path):
 def test_nothing_to_learn_from_is_said_and_a_dense_reward_is_a_mean(
     runs, finished, tmp_path, monkeypatch
 ):
-    """Every sample earns 0.05: no group has a signal, and none of the samples is right."""
-    (tmp_path / "thin.py").write_text("def reward(prompt, completion, answer):\n    return 0.05\n")
+    """Every sample earns 0.07: no group has a signal, and none of the samples is right."""
+    (tmp_path / "thin.py").write_text(
+        "def reward(completion): return 0.05\n"
+        "def judge(completions, row): return [row['worth']] * len(completions)\n"
+    )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     data, folder = tmp_path / "rows.jsonl", tmp_path / "run"
-    data.write_text('{"prompt": "1 2:3", "answer": "3", "kind": "custom"}\n')
+    data.write_text('{"prompt": "1 2:3", "answer": "3", "kind": "custom", "worth": 0.01}\n')
     flags = (
         f"Model.path='{finished.folder / 'model'}'",
-        "Data.kind='jsonl'",
+        "Data.source='files'",
         f"Data.train_path='{data}'",
         f"Data.eval_path='{data}'",
-        "Reward.function='thin:reward'",
+        "Reward.functions=['thin:reward', 'thin:judge']",
+        "Reward.weights=[1, 2]",
         "Train.iterations=2",
     )
     out, _ = runs.run(folder, *flags)
     assert out.count("no group had both right and wrong answers (all right: 0 groups") == 2
     assert "2 of 2 iterations had no group to learn from" in out
-    assert "held out   reward 0.050   avg@4 0.000" in out
+    assert "held out   reward 0.070 +- 0.000   avg@4 0.000" in out
     assert not re.search(r"\b(nan|inf)\b", out)
     rows = read_metrics(folder / "metrics.jsonl")
     assert all(value is not None for row in rows for value in row.values())
+    parts = {"reward/reward": 0.05, "reward/judge": 0.01, "evaluate/reward/judge": 0.01}
+    assert {name: rows[0][name] for name in parts} == pytest.approx(parts)
+    assert (
+        '"parts": {"reward": 0.05, "judge": 0.01}'
+        in (folder / "transcripts" / "train_000001.jsonl").read_text()
+    )
     assert rows[0]["update/skipped_empty"] == 1 and "update/learning_rate" not in rows[0]
     assert {"seconds/save", "seconds/evaluate"} <= rows[-1].keys()
 

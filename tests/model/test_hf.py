@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 from toy import CONFIG, bits, random_params, toy_mesh, toy_model
 
 from aspo_jax.model import (
+    Llama3,
     ModelConfig,
     ModelFolderError,
     Yarn,
@@ -32,21 +33,30 @@ from aspo_jax.model import (
 )
 
 QWEN3: dict[str, Any] = {"qkv_bias": False, "qk_norm": True}
+LLAMA: dict[str, Any] = {"qkv_bias": False}
 SHAPES = {
     "tied, one key head per query head": ModelConfig(23, 16, 28, 2, 4, 4, 4),
     "untied, grouped, head width not hidden / heads": ModelConfig(
         37, 20, 41, 3, 6, 2, 6, rope_theta=1e6, tie_embeddings=False, max_position=99
     ),
     "tied, one key head, odd widths": ModelConfig(19, 33, 17, 1, 3, 1, 10, rms_norm_eps=1e-5),
-    "YaRN": ModelConfig(23, 16, 28, 2, 4, 2, 16, rope_theta=1e6, yarn=Yarn(4.0, 64)),
+    "YaRN": ModelConfig(23, 16, 28, 2, 4, 2, 16, rope_theta=1e6, rope_scaling=Yarn(4.0, 64)),
     "YaRN, every setting": ModelConfig(
-        23, 16, 28, 2, 4, 2, 16, yarn=Yarn(8.0, 4096, 16.0, 2.0, 1.3, truncate=False)
+        23, 16, 28, 2, 4, 2, 16, rope_scaling=Yarn(8.0, 4096, 16.0, 2.0, 1.3, truncate=False)
     ),
     "Qwen3, untied, heads wider than hidden": ModelConfig(
         37, 20, 41, 3, 6, 2, 8, rope_theta=1e6, tie_embeddings=False, **QWEN3
     ),
     "Qwen3, YaRN": ModelConfig(
-        23, 16, 28, 2, 4, 1, 16, rope_theta=1e6, yarn=Yarn(4.0, 64), **QWEN3
+        23, 16, 28, 2, 4, 1, 16, rope_theta=1e6, rope_scaling=Yarn(4.0, 64), **QWEN3
+    ),
+    "Llama, tied": ModelConfig(23, 16, 28, 2, 4, 2, 4, rms_norm_eps=1e-5, **LLAMA),
+    "Llama, untied, its scaling": ModelConfig(
+        *(23, 16, 28, 2, 4, 2, 16),
+        rope_theta=5e5,
+        tie_embeddings=False,
+        rope_scaling=Llama3(8.0, 1.0, 4.0, 512),
+        **LLAMA,
     ),
 }
 TOKEN_BT = np.array([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
@@ -97,6 +107,8 @@ GOLDEN = {
     "YaRN, every setting": [2.58566, -2.00779, 0.453381, 1.35521, 0.160558],
     "Qwen3, untied, heads wider than hidden": [1.33215, -0.720714, -0.499541, -1.21449, -0.206564],
     "Qwen3, YaRN": [0.819204, -1.24853, 0.908488, 0.558264, -0.498861],
+    "Llama, tied": [1.0336, 1.88236, -0.350786, -0.218815, 0.0938908],
+    "Llama, untied, its scaling": [0.82132, 0.427066, -1.36091, -0.828714, 0.113246],
 }
 
 
@@ -120,10 +132,10 @@ def test_shards_have_at_most_the_size_asked_for_and_an_index(tmp_path):
     assert all(f"-of-{len(shards):05}.safetensors" in name for name in shards)
 
 
-@pytest.mark.parametrize("qwen3", [False, True])
+@pytest.mark.parametrize("family", [{}, QWEN3, LLAMA], ids=["Qwen2", "Qwen3", "Llama"])
 @pytest.mark.parametrize("sizes", [(4, 1, 1), (1, 2, 2), (2, 2, 1), (1, 1, 2)], ids=str)
-def test_sharded_arrays_in_and_out_on_any_mesh(tmp_path, sizes, qwen3):
-    model = toy_model(tie_embeddings=False, **(QWEN3 if qwen3 else {}))
+def test_sharded_arrays_in_and_out_on_any_mesh(tmp_path, sizes, family):
+    model = toy_model(tie_embeddings=False, **family)
     mesh = toy_mesh(*sizes)
     params = save(tmp_path / "model", model.config)
     wanted = model.shardings(mesh)
@@ -314,6 +326,12 @@ MINIMAL = {
 WINDOW = {"use_sliding_window": True, "sliding_window": 8}
 
 
+def llama3(**more: Any) -> dict[str, Any]:
+    rope = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64}
+    rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    return {"model_type": "llama", "rope_scaling": rope | more}
+
+
 def yarn(**more: Any) -> dict[str, Any]:
     return {"rope_scaling": {"type": "yarn", "factor": 4.0, **more}}
 
@@ -321,9 +339,23 @@ def yarn(**more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "change, problem",
     [
-        ({"model_type": "llama"}, "model_type is 'llama', expected 'qwen2' or 'qwen3'; use a"),
+        (
+            {"model_type": "gemma"},
+            "model_type is 'gemma', expected 'qwen2' or 'qwen3' or 'llama'; "
+            r"use a dense Qwen2, Qwen2\.5, Qwen3 or Llama model",
+        ),
         ({"model_type": "qwen3_moe"}, "model_type is 'qwen3_moe', .* mixtures of experts are not"),
         ({"model_type": None}, "model_type is None, expected 'qwen2' or 'qwen3'"),
+        ({"model_type": "llama", "mlp_bias": True}, "mlp_bias is True, expected False; use a"),
+        ({"model_type": "llama", "attention_bias": True}, "attention_bias is True, expected False"),
+        ({"model_type": "llama", "pretraining_tp": 2}, "pretraining_tp is 2, .*; set it to 1: the"),
+        (llama3(rope_type="longrope"), "rope_scaling.rope_type is 'longrope', expected 'default'"),
+        (llama3(high_freq_factor=1), "rope_scaling.high_freq_factor is 1, .* low_freq_factor = 1"),
+        (llama3(low_freq_factor=None), "rope_scaling.low_freq_factor is None, expected a number"),
+        (
+            llama3(beta_fast=32),
+            "rope_scaling.beta_fast is 32, expected nothing beside",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu'"),
         (
             WINDOW | {"max_window_layers": 1},
@@ -388,6 +420,9 @@ def test_what_is_left_out_has_the_published_default():
     assert config == ModelConfig(24, 16, 24, 2, 4, 2, 4, tie_embeddings=False)
     config = parse_model_config(MINIMAL | {"model_type": "qwen3"}, "x")
     assert config == ModelConfig(24, 16, 24, 2, 4, 2, 128, tie_embeddings=False, **QWEN3)
+    config = parse_model_config(MINIMAL | {"model_type": "llama"}, "x")
+    untied = {"tie_embeddings": False, "max_position": 2048}
+    assert config == ModelConfig(24, 16, 24, 2, 4, 2, 4, **untied, **LLAMA)
 
 
 def test_old_and_new_places_of_the_rotary_settings():
@@ -396,11 +431,20 @@ def test_old_and_new_places_of_the_rotary_settings():
     new = MINIMAL | {"rope_parameters": rope, "max_position_embeddings": 640}
     plain = parse_model_config(MINIMAL, "x")
     expected = dataclasses.replace(
-        plain, rope_theta=5e5, max_position=640, yarn=Yarn(4.0, original_max_position=640)
+        plain, rope_theta=5e5, max_position=640, rope_scaling=Yarn(4.0, original_max_position=640)
     )
     assert parse_model_config(old, "x") == parse_model_config(new, "x") == expected
     both = MINIMAL | {"rope_theta": 5e5, "rope_parameters": {"rope_theta": 7e5}}
     assert parse_model_config(both, "x").rope_theta == 7e5
+
+
+def test_the_scaling_of_llama_3_is_read_and_written_as_transformers_calls_it(tmp_path):
+    config = parse_model_config(MINIMAL | llama3(), "x")
+    assert config.rope_scaling == Llama3(8.0, 1.0, 4.0, 64)
+    save(tmp_path / "model", config)
+    raw = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert raw["rope_scaling"] == llama3()["rope_scaling"]
+    assert raw["architectures"] == ["LlamaForCausalLM"] and raw["model_type"] == "llama"
 
 
 def test_files_that_are_not_there(tmp_path):

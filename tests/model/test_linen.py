@@ -11,14 +11,14 @@ import optax
 from toy import CONFIG, random_params
 
 from aspo_jax.model import build_model
-from aspo_jax.model.linen import Qwen
+from aspo_jax.model.linen import Decoder
 
 TOKEN_BT = jnp.array([[3, 5, 8, 2], [7, 1, 4, 6]])
 
 
 def test_its_parameters_are_the_functions_own_and_so_are_its_logits():
     model = build_model(CONFIG)
-    variables: Any = jax.jit(Qwen(model).init)(jax.random.key(0), TOKEN_BT)
+    variables: Any = jax.jit(Decoder(model).init)(jax.random.key(0), TOKEN_BT)
     own = jax.eval_shape(model.init, jax.random.key(0))
     assert jax.tree.map(jnp.shape, variables["params"]) == jax.tree.map(jnp.shape, own)
 
@@ -26,11 +26,11 @@ def test_its_parameters_are_the_functions_own_and_so_are_its_logits():
     position_BT, one_BT = np.tile(np.arange(4), (2, 1)), np.ones((2, 4), np.int32)
     hidden_BTD, _ = model.apply(params, TOKEN_BT, position_BT, one_BT)
     expected_BTV = hidden_BTD @ model.unembedding(params).T
-    np.testing.assert_array_equal(Qwen(model).apply({"params": params}, TOKEN_BT), expected_BTV)
+    np.testing.assert_array_equal(Decoder(model).apply({"params": params}, TOKEN_BT), expected_BTV)
 
 
 def test_flax_code_trains_it():
-    module: Any = Qwen(build_model(CONFIG))
+    module: Any = Decoder(build_model(CONFIG))
     params = module.init(jax.random.key(0), TOKEN_BT)["params"]
 
     def loss(params):

@@ -63,12 +63,23 @@ def qwen3(**changes: Any) -> tuple[str, dict[str, Any]]:
     return "qwen3", BASE | {"head_dim": 4} | changes
 
 
+def llama(**changes: Any) -> tuple[str, dict[str, Any]]:
+    return "llama", BASE | {"eos_token_id": None} | changes  # its default is 2
+
+
+def llama3(factor: float, original: int, **more: Any) -> dict[str, Any]:
+    rope = {"rope_type": "llama3", "factor": factor, "rope_theta": 5e5}
+    rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    return rope | {"original_max_position_embeddings": original} | more
+
+
 TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
 EVERY_YARN_SETTING = yarn(
     *(8.0, 4096, 1e4), beta_fast=16.0, beta_slow=2.0, attention_factor=1.3, truncate=False
 )
 
-# In transformers' own names. Qwen2 has biases on q, k, v; Qwen3 norms of each head of q and k.
+# In transformers' own names. Qwen2 has biases on q, k, v; Qwen3 norms of each head of q and k;
+# Llama has neither.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "2 tied, a key head per query head": qwen2(num_key_value_heads=4, **TIED),
     "2 untied, grouped": qwen2(rope_parameters=plain(1e4), **UNTIED),
@@ -89,6 +100,21 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "3 YaRN": qwen3(
         head_dim=16, max_position_embeddings=256, rope_parameters=yarn(4.0, 64, 1e6), **TIED
     ),
+    "L tied, five layers, as SmolLM2": llama(
+        num_hidden_layers=5, rms_norm_eps=1e-5, rope_parameters=plain(1e5), **TIED
+    ),
+    "L untied, as TinyLlama": llama(max_position_embeddings=2048, **UNTIED),
+    "L odd sizes, head width given": llama(**widths(41, 33, 17, 3, 1, 10)),
+    "L its scaling, as Llama 3.1": llama(
+        head_dim=32, max_position_embeddings=131_072, rope_parameters=llama3(8.0, 8192), **UNTIED
+    ),
+    "L its scaling, other turns": llama(
+        num_key_value_heads=None,
+        head_dim=16,
+        rope_parameters=llama3(4.0, 64, low_freq_factor=0.5, high_freq_factor=7.0),
+        **TIED,
+    ),
+    "L YaRN": llama(head_dim=16, rope_parameters=yarn(4.0, 64, 1e4)),
 }
 
 
@@ -217,7 +243,10 @@ def test_what_we_export_is_what_they_saved(pair, tmp_path, keeps_source):
     np.testing.assert_array_equal(their_logits(again.eval(), input_ids=token_BT), expected)
 
 
-BFLOAT16 = ["2 untied, grouped", "3 tied, grouped, heads wider than hidden"]
+BFLOAT16 = [
+    *("2 untied, grouped", "3 tied, grouped, heads wider than hidden"),
+    "L its scaling, as Llama 3.1",
+]
 
 
 @pytest.mark.parametrize("name", BFLOAT16)

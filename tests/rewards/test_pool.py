@@ -18,7 +18,7 @@ CRASH = Verdict(0.0, "crash", is_valid=False)
 # The real worker with a grader that does what the text says.
 OBEDIENT = """
     import ctypes, os, signal, subprocess, sys, time
-    from aspo_jax.rewards import exact
+    from aspo_jax.rewards import exact, graders
     from aspo_jax.rewards.pool import worker
 
     def grade(s):
@@ -30,6 +30,7 @@ OBEDIENT = """
         if text == "hang in C": ctypes.PyDLL(None).sleep(1000)  # holds the interpreter's lock
         if text == "children":
             open(answer, "w").write(str(subprocess.Popen(["sleep", "1000"]).pid)); time.sleep(1e6)
+        if text == "pause": time.sleep(0.3)
         if text == "exit": os._exit(3)
         if text == "segfault": ctypes.string_at(0)
         if text == "kill": os.kill(os.getpid(), signal.SIGKILL)
@@ -41,7 +42,8 @@ OBEDIENT = """
         if text == "once": return exact.grade(text, text, is_finished)
         return exact.grade(text, answer, is_finished)
 
-    worker.serve({"exact": grade}, float(sys.argv[1] if sys.argv[1][0].isdigit() else sys.argv[-1]))
+    limit_s = float(sys.argv[1] if sys.argv[1][0].isdigit() else sys.argv[-1])
+    worker.serve({"exact": graders.each(grade)}, limit_s)
 """
 
 
@@ -215,6 +217,25 @@ def test_an_interrupted_call_leaves_nothing_for_the_next(obedient):
             scorer.score([say("right"), say("hang")])
         signal.signal(signal.SIGALRM, old)
         assert scorer.score([say("wrong")]) == [Verdict(0.0, "mismatch")]
+
+
+def test_what_is_given_up_costs_no_worker_and_no_wait(obedient):
+    """Verdicts can be asked for as they come; a worker finishes what it is at, and no more."""
+    with Scorer(1, Rules(30.0), command=obedient) as scorer:
+        scorer.score([say("right")])
+        own = pids(scorer)
+        with scorer.begin() as grading:
+            grading.submit(0, say("right"))
+            assert wait_until(lambda: grading.verdict(0) == Verdict(1.0, "match"))
+            assert grading.verdict(1) is None
+            grading.submit(1, say("pause", "pause"))
+            assert wait_until(lambda: scorer._workers[0].owed)
+            for number in range(2, 40):
+                grading.submit(number, say("hang"))
+            grading.give_up()
+            assert [grading.verdict(n) for n in (1, 2)] == [Verdict(1.0, "match"), None]
+        assert scorer.score([say("wrong")]) == [Verdict(0.0, "mismatch")]
+        assert pids(scorer) == own
 
 
 def test_close_leaves_no_process():

@@ -54,6 +54,13 @@ RIGHT = {
     "decimals": ({"inputs": ["1 3"], "outputs": ["0.3333333333"]}, "a, b = map(int, input().split())\nprint(a / b)"),
     "numpy-free imports": (SUM, "import array, bisect, collections, dataclasses, decimal, fractions, functools, heapq, itertools, math, re, statistics, typing\nprint(sum(map(int, input().split())))"),
     "no input": ({"inputs": [""], "outputs": ["hi"]}, "print('hi')"),
+    "functional": ({"functional": "def check(f):\n  assert f(1) == 2\n  assert f(x=2) == 3\n\ncheck(inc)"}, "def inc(x): return x + 1"),
+    "functional method": ({"functional": "def check(f):\n  assert f(1) == 2\ncheck(Solution().inc)"}, "class Solution:\n  def inc(self, x): return x + 1"),
+    "functional method, not split": (
+        {"functional": "def check(f):\n  for x in range(3):\n    assert f(x) == x + 1\ncheck(Solution().inc)"},
+        "class Solution:\n  def inc(self, x): return x + 1",
+    ),
+    "functional code": ({"functional": "import math\nfor x in range(3):\n  assert inc(x) == math.ceil(x + 1)"}, "def inc(x): return x + 1"),
     "function": (ADD, "def add(a, b): return a + b"),
     "method": (ADD, "class Solution:\n  def add(self, a: int, b: int) -> int:\n    return a + b"),
     "method without imports": (
@@ -98,6 +105,16 @@ RIGHT = {
 
 WRONG = {
     "other value": ("mismatch", SUM, "print(8)"),
+    "functional": (
+        "mismatch",
+        {"functional": "def check(f):\n  assert f(1) == 2\ncheck(inc)"},
+        "def inc(x): return x",
+    ),
+    "functional method": (
+        "mismatch",
+        {"functional": "def check(f):\n  for x in [1]: assert f(x) == 2\ncheck(Solution().inc)"},
+        "class Solution:\n  def inc(self, x): return x",
+    ),
     "second test": ("mismatch", SUM, "print(7)"),
     "other case": ("mismatch", {"inputs": [""], "outputs": ["YES"]}, "print('Yes')"),
     "one line less": ("mismatch", ECHO, "print(input())"),
@@ -457,6 +474,9 @@ def test_forms_of_tests():
         ({"test": "def test(): pass", "entry_point": "f"}, "no function 'check.candidate.'"),
         ({"test": "def check(): pass", "entry_point": "f"}, "no function 'check.candidate.'"),
         ({"test": "def check(c): assert c(1) == 1"}, "entry_point is missing, expected a string"),
+        ({"functional": "def check(c"}, "functional is not Python"),
+        ({"functional": ["check(f)"]}, "functional is ..check.f..., expected a string"),
+        ({"functional": "check(f)"}, "no function 'check.candidate.'"),
         ({**CHECK, "prompt": "Write a function."}, "prompt is not Python.*a function's head"),
         ({**CHECK, "prompt": 7}, "prompt is 7, expected a string"),
     ],
@@ -487,6 +507,7 @@ def test_no_answer_of_a_data_row_is_more_than_bad():
     odd = [None, True, 7, -0.5, 1e999, "", "x", "1\n2", "[" * 5000, "\ud800", "\0", [], {}, [None]]
     odd += [{"a": 1}, {"inputs": 1}, deep, "assert " + "-" * 5000 + "f(1)", 10**30]
     forms = [SUM, ADD, CHECK, {"asserts": ["assert f(1) == 2"], "setup": "x = 1"}]
+    forms += [{"functional": "def check(c): assert c(1) == 2\ncheck(f)"}]
     forms += [{"tests": [{"input": "1", "output": "2", "testtype": "stdin"}], "fn_name": "f"}]
     for answer in (changed for form in forms for o in odd for changed in _changed(form, o)):
         try:

@@ -7,6 +7,7 @@
     {"asserts": ["assert f(2) == 4", ...], "setup": "..."}          MBPP (or test_list,
                                                                     test_setup_code)
     {"test": "def check(candidate): ...", "entry_point": "f", "prompt": "..."}      HumanEval
+    {"functional": "def check(candidate): ...\ncheck(f)"}           the same, as Archer has it
 
 An assert is split into a call and a literal where that is possible; the rest is kept as code.
 """
@@ -149,9 +150,11 @@ def _read(answer: dict[str, Any]) -> list[Test]:
             return [_assertion(body, before) for body in bodies]
     if "test" in answer:
         return _check(answer)
+    if "functional" in answer:
+        return _functional(_field(answer, "functional", str))
     raise BadTests(
         f"an object with the fields {sorted(answer)}, expected 'inputs' and 'outputs', 'tests', "
-        "'asserts', or 'test' and 'entry_point'"
+        "'asserts', 'test' and 'entry_point', or 'functional'"
     )
 
 
@@ -233,8 +236,11 @@ def _plain(value: Any, field: str) -> Plain:
         raise BadTests(f"{field} is {error}, expected fewer") from None
 
 
-def _check(answer: dict[str, Any]) -> list[Test]:
-    """HumanEval: one test per assert where all of them can be split, else the code as a whole."""
+def _check(answer: dict[str, Any], called: str | None = None) -> list[Test]:
+    """HumanEval: one test per assert where all of them can be split, else the code as a whole.
+
+    called: how an assert that is split calls the entry point; None: by its name.
+    """
     source, entry_point = _field(answer, "test", str), _field(answer, "entry_point", str)
     _parse(entry_point, "entry_point")
     functions = [n for n in _parse(source, "test").body if isinstance(n, ast.FunctionDef)]
@@ -243,13 +249,25 @@ def _check(answer: dict[str, Any]) -> list[Test]:
         raise BadTests("test has no function 'check(candidate)'")
     for node in ast.walk(checks[0]):
         if isinstance(node, ast.Name) and node.id == checks[0].args.args[0].arg:
-            node.id = entry_point
+            node.id = called or entry_point
     steps = [node for node in checks[0].body if not _is_remark(node)]
     split = [_split([node]) for node in steps]
     if steps and None not in split:
         return [test for test in split if test is not None]
     head = whole_prompt(read_prompt(answer))
     return [CheckTest(f"{head}\n\n{source}\n\ncheck({entry_point})\n", [entry_point])]
+
+
+def _functional(source: str) -> list[Test]:
+    """Test code that ends in ``check(f)`` or ``check(Solution().f)`` is HumanEval's."""
+    *before, last = _parse(source, "functional").body or [ast.Pass()]
+    test = "\n".join(map(ast.unparse, before))
+    match last:
+        case ast.Expr(ast.Call(ast.Name("check"), [ast.Name(name)])):
+            return _check({"test": test, "entry_point": name})
+        case ast.Expr(ast.Call(ast.Name("check"), [ast.Attribute(owner, name)])):
+            return _check({"test": test, "entry_point": name}, f"{ast.unparse(owner)}.{name}")
+    return [CheckTest(source, _free_functions(source))]
 
 
 def whole_prompt(prompt: str) -> str:

@@ -25,9 +25,10 @@ _MEMORY = 2 * 2**30
 
 
 def in_child(
-    function: Callable[[], bool], limit_s: float
-) -> bool | Literal["timeout", "exhausted", "crash"]:
-    """What ``function`` returns, or why it did not: time, memory or depth, its own fault."""
+    function: Callable[[], float], limit_s: float
+) -> float | Literal["timeout", "exhausted", "crash"]:
+    """What ``function`` returns (a number or a bool), or why it did not: time, memory or depth, its
+    own fault."""
     incoming, outgoing = os.pipe()
     parent, child = os.getpid(), os.fork()
     if child == 0:
@@ -43,12 +44,12 @@ def in_child(
         os.close(incoming)
     if reply is None:
         return "timeout"
-    if reply in (b"true", b"false"):
+    if reply:
         return json.loads(reply)
     return "exhausted" if status in _OUT_OF_MEMORY else "crash"
 
 
-def _serve(function: Callable[[], bool], outgoing: int, parent: int, limit_s: float) -> None:
+def _serve(function: Callable[[], float], outgoing: int, parent: int, limit_s: float) -> None:
     status = _FAULT
     try:
         jail.die_with_parent(parent)

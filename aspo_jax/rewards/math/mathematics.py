@@ -107,9 +107,9 @@ def grade(
     if True in verdicts or not open_golds:
         return compared(True in verdicts)
     result = in_child(lambda: any(_means(gold, given) for gold in open_golds), limit_s)
-    if isinstance(result, bool):
-        return compared(result)
-    return CRASH if result == "crash" else Verdict(0.0, result)
+    if isinstance(result, str):
+        return CRASH if result == "crash" else Verdict(0.0, result)
+    return compared(bool(result))
 
 
 def compare_cheaply(gold: str, given: str) -> bool | None:

@@ -10,12 +10,14 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 
+from aspo_jax.rewards.pool.round import Task
+
 _PIPE_READ = 1 << 16
 _GRACE_S = 0.5
 
 
 class WorkerProcess:
-    """A child in its own session, with the items that it was sent and has not answered.
+    """A child in its own session, with the tasks that it was sent and has not answered.
 
     deadline: monotonic time by which its next line must have come; None while it owes none.
     """
@@ -37,7 +39,7 @@ class WorkerProcess:
         self._unsent = memoryview(b"")
         self._unread = b""
         self.is_ready = False
-        self.owed: deque[int] = deque()
+        self.owed: deque[Task] = deque()
         self.deadline: float | None = time.monotonic() + startup_s
 
     @property
@@ -48,9 +50,9 @@ class WorkerProcess:
     def wants_to_write(self) -> bool:
         return len(self._unsent) > 0
 
-    def send(self, items: Sequence[int], lines: bytes) -> None:
-        """Queue ``lines``, one for each of ``items``; `write` moves them."""
-        self.owed.extend(items)
+    def send(self, tasks: Sequence[Task], lines: bytes) -> None:
+        """Queue ``lines``, one for each of ``tasks``; `write` moves them."""
+        self.owed.extend(tasks)
         self._unsent = memoryview(lines)
 
     def write(self) -> None:

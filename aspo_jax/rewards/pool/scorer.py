@@ -1,8 +1,8 @@
 """Scoring in a small pool of worker processes that can be killed.
 
-One selector drives all workers. Each is sent a chunk of lines at a time and answers line by line,
+One selector drives all workers. Each is sent a chunk of tasks at a time and answers line by line,
 so cheap answers cost no round trip each, and yet a late or broken answer has one name: the first
-line that its worker still owes. That one alone is judged ``timeout`` or, at its second try,
+task that its worker still owes. That one alone is judged ``timeout`` or, at its second try,
 ``crash``; the worker is replaced and the rest of its chunk goes back into the queue.
 
 `Scorer.begin` judges in a thread what is submitted while more is still being sampled; verdicts are
@@ -20,14 +20,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from aspo_jax.errors import nearest
-from aspo_jax.rewards.graders import GRADERS
+from aspo_jax.rewards import custom
+from aspo_jax.rewards.graders import CUSTOM, GRADERS, KINDS
 from aspo_jax.rewards.pool.process import WorkerProcess
+from aspo_jax.rewards.pool.round import Round, Task
 from aspo_jax.rewards.verdict import CRASH, REASONS, RewardError, Rules, Submission, Verdict
 
 # -P: a file of the user's folder named like a module of the standard library is not that module
@@ -52,23 +53,25 @@ def _environment() -> dict[str, str]:
     }
 
 
-def _decode(line: bytes) -> Verdict | None:
-    """The verdict of a reply; None if it is no reply."""
+def _decode(line: bytes, count: int) -> list[Verdict] | None:
+    """So many verdicts of a reply; None if it is no such reply."""
     try:
-        reward, reason, is_valid = json.loads(line)
-        verdict = Verdict(float(reward), reason, bool(is_valid))
+        verdicts = [
+            Verdict(float(r), reason, bool(is_valid)) for r, reason, is_valid in json.loads(line)
+        ]
     except (ValueError, TypeError):
         return None
-    return verdict if verdict.reason in REASONS else None
+    is_sound = len(verdicts) == count and all(v.reason in REASONS for v in verdicts)
+    return verdicts if is_sound else None
 
 
-def _trouble(line: bytes) -> str | None:
-    """Why a worker cannot start, where its first line says so."""
+def _greeting(line: bytes) -> dict[str, Any]:
+    """A worker's first line: what it can do, or why it cannot start."""
     with contextlib.suppress(ValueError):
         said = json.loads(line)
         if isinstance(said, dict):
-            return said.get("error")
-    return None
+            return said
+    return {}
 
 
 def _unknown(kind: str, kinds: Iterable[str]) -> ValueError:
@@ -78,64 +81,11 @@ def _unknown(kind: str, kinds: Iterable[str]) -> ValueError:
     )
 
 
-class _Round:
-    """The submissions of one call: which are waiting, judged, tried before.
-
-    The caller's thread adds and closes, the thread that grades does all the rest.
-    """
-
-    def __init__(self) -> None:
-        self._submissions: dict[int, Submission] = {}
-        self._waiting: deque[int] = deque()
-        self._crashed: set[int] = set()
-        self.verdicts: dict[int, Verdict] = {}
-        self.is_closed = self.is_cancelled = False
-
-    def add(self, number: int, submission: Submission) -> None:
-        if number in self._submissions:
-            raise ValueError(f"submission {number} is there already")
-        self._submissions[number] = submission
-        self._waiting.append(number)
-
-    @property
-    def is_complete(self) -> bool:
-        return self.is_closed and len(self.verdicts) == len(self._submissions)
-
-    def take(self, workers: int) -> tuple[list[int], bytes]:
-        """The next chunk: of one kind, and small enough to leave some for the other workers."""
-        items: list[int] = []
-        fair = max(1, len(self._waiting) // (4 * workers))
-        while self._waiting and len(items) < min(fair, GRADERS[self.kind(self._waiting[0])].chunk):
-            items.append(self._waiting.popleft())
-        lines = (f"{json.dumps(vars(self._submissions[i]))}\n" for i in items)
-        return items, "".join(lines).encode("ascii")
-
-    def kind(self, number: int) -> str:
-        return self._submissions[number].kind
-
-    def results(self) -> list[tuple[Submission, Verdict]]:
-        return [(self._submissions[i], self.verdicts[i]) for i in sorted(self._submissions)]
-
-    def judged(self, number: int, verdict: Verdict) -> None:
-        """A reply; a grader that failed gets a second try."""
-        if verdict == CRASH and number not in self._crashed:
-            self._crashed.add(number)
-            self._waiting.appendleft(number)
-        else:
-            self.verdicts[number] = verdict
-
-    def lost(self, owed: Sequence[int], verdict: Verdict) -> None:
-        """The worker was lost at the first owed answer; the others never had their turn."""
-        self._waiting.extendleft(reversed(owed[1:]))
-        self.judged(owed[0], verdict)
-
-
 class Grading:
     """Submissions that are judged in the background while more of them come: `Scorer.begin`."""
 
-    def __init__(self, scorer: Scorer):
-        self._scorer = scorer
-        self._round = _Round()
+    def __init__(self, scorer: Scorer, round_: Round):
+        self._scorer, self._round = scorer, round_
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="grading", daemon=True)
         self._has_ended = threading.Event()  # a join that Ctrl-C interrupts takes it for ended
@@ -161,18 +111,35 @@ class Grading:
         self._round.add(number, submission)
         self._scorer.wake()
 
+    def verdict(self, number: int) -> Verdict | None:
+        """The verdict on a submission as far as it is known: None while it is being judged."""
+        return self._round.verdicts.get(number)
+
+    def give_up(self) -> None:
+        """Judge no more; waits for what workers are at.
+
+        Raises:
+            RewardError: a worker could not start.
+        """
+        self._round.is_given_up = True
+        self._wait()
+
     def results(self) -> list[tuple[Submission, Verdict]]:
         """Every submission and its verdict, by number; waits for those still being judged.
 
         Raises:
             RewardError: a worker could not start.
+            ValueError: a function judges whole groups, and one is not whole.
         """
         self._round.is_closed = True
+        self._wait()
+        return self._round.results()
+
+    def _wait(self) -> None:
         self._scorer.wake()
         self._has_ended.wait()
         if self._error is not None:
             raise self._error
-        return self._round.results()
 
     def _work(self) -> None:
         try:
@@ -195,10 +162,11 @@ class Scorer:
             `aspo_jax.rewards.pool.worker`.
 
     sandbox: one line about the sandbox for the kind ``code``; None without that kind.
+    parts: names of what rewards can be made of, kinds and functions; none where there is only one.
 
     Raises:
         ValueError: no worker, no time, or a kind that there is no grader for.
-        RewardError: no sandbox that is safe enough.
+        RewardError: no sandbox that is safe enough, or functions that cannot be told apart.
     """
 
     def __init__(
@@ -220,7 +188,11 @@ class Scorer:
         self._rules = rules
         self._count = workers
         self._kinds = tuple(sorted(kinds))
-        longest = max((GRADERS[kind].limit_s(rules) for kind in kinds), default=1.0)
+        self._functions = custom.names(rules.functions, KINDS)
+        self._weights = tuple(rules.weights) or (1.0,) * len(self._functions)
+        self.parts = self._named_parts()
+        self._of_groups: tuple[str, ...] = ()  # functions, as a worker says when it is ready
+        longest = max(rules.timeout_s, *(GRADERS[kind].limit_s(rules) for kind in kinds))
         self._command = (
             *command,
             json.dumps(self._kinds),
@@ -235,33 +207,51 @@ class Scorer:
         self._failed_starts = 0  # in a row
         self._start_missing()  # now, so that they get ready while the trainer compiles
 
+    def _named_parts(self) -> tuple[str, ...]:
+        names, weights = self._functions, self._weights
+        if len(names) != len(weights):
+            raise RewardError(
+                f"found {len(weights)} Reward.weights for {len(names)} Reward.functions, expected "
+                "one for each"
+            )
+        every = (*(kind for kind in self._kinds if kind != CUSTOM), *names)
+        return every if names and (len(every) > 1 or weights != (1.0,)) else ()
+
     def __enter__(self) -> Scorer:
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def score(self, submissions: Sequence[Submission]) -> list[Verdict]:
+    def score(self, submissions: Sequence[Submission], group: int = 1) -> list[Verdict]:
         """One verdict per submission, in their order.
 
+        group: so many in a row are answers to one prompt.
+
         Raises:
-            ValueError: an unknown kind, or the scorer is closed.
+            ValueError: an unknown kind, or the scorer is closed; a function judges whole groups,
+                and the last is not whole.
             RewardError: a worker could not start (nothing to do with what it was to judge).
         """
-        with self.begin() as grading:
+        with self.begin(group) as grading:
             for number, submission in enumerate(submissions):
                 grading.submit(number, submission)
             return [verdict for _, verdict in grading.results()]
 
-    def begin(self) -> Grading:
+    def begin(self, group: int = 1) -> Grading:
         """A context manager that judges in the background; one at a time.
+
+        group: answers to one prompt: they have the numbers p * group to p * group + group - 1.
 
         Raises:
             ValueError: the scorer is closed.
         """
         if self._is_closed:
             raise ValueError("this scorer is closed")
-        return Grading(self)
+        return Grading(self, self._round(group))
+
+    def _round(self, group: int = 1) -> Round:
+        return Round(self._functions, self._weights, bool(self.parts), group)
 
     def wait_until_ready(self) -> None:
         """Wait until every worker can judge; if one cannot, close.
@@ -269,7 +259,7 @@ class Scorer:
         Raises:
             RewardError: one cannot start, and why.
         """
-        nothing = _Round()
+        nothing = self._round()
         try:
             while not all(worker.is_ready for worker in self._workers):
                 self._advance(nothing)
@@ -303,18 +293,22 @@ class Scorer:
         with contextlib.suppress(BlockingIOError):  # it is full of such calls
             os.write(self._waker, b"!")
 
-    def work(self, round_: _Round) -> None:
-        """Judge until a round is complete, or cancelled."""
+    def work(self, round_: Round) -> None:
+        """Judge until a round is complete, given up or cancelled."""
         try:
-            while not (round_.is_complete or round_.is_cancelled):
+            while not (self._is_over(round_) or round_.is_cancelled):
                 self._advance(round_)
         finally:
-            if not round_.is_complete:
+            if not self._is_over(round_):
                 self._kill_all()  # whoever still owes an answer must not give it to the next call
+
+    def _is_over(self, round_: Round) -> bool:
+        is_idle = not any(worker.owed for worker in self._workers)
+        return round_.is_complete or (round_.is_given_up and is_idle)
 
     # --- one turn of the loop ---------------------------------------------------------------------
 
-    def _advance(self, round_: _Round) -> None:
+    def _advance(self, round_: Round) -> None:
         """Hand out work, wait until something happens, deal with it."""
         self._start_missing()
         for worker in self._workers:
@@ -340,19 +334,23 @@ class Scorer:
         deadlines = [w.deadline for w in self._workers if w.deadline is not None]
         return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
 
-    def _send(self, worker: WorkerProcess, round_: _Round) -> None:
-        items, lines = round_.take(self._count)
-        if items:
-            worker.send(items, lines)
-            self._set_deadline(worker, round_)
+    def _send(self, worker: WorkerProcess, round_: Round) -> None:
+        tasks, lines = round_.take(self._count, self._of_groups)
+        if tasks:
+            worker.send(tasks, lines)
+            self._set_deadline(worker)
             self._write(worker)
 
-    def _set_deadline(self, worker: WorkerProcess, round_: _Round) -> None:
+    def _set_deadline(self, worker: WorkerProcess) -> None:
         """By when the first owed answer must be there."""
         worker.deadline = None
         if worker.owed:
-            grader = GRADERS[round_.kind(worker.owed[0])]
-            worker.deadline = time.monotonic() + grader.limit_s(self._rules)
+            worker.deadline = time.monotonic() + self._limit_s(worker.owed[0])
+
+    def _limit_s(self, task: Task) -> float:
+        if task.judge in GRADERS:
+            return GRADERS[task.judge].limit_s(self._rules)
+        return self._rules.timeout_s * len(task.numbers)
 
     def _write(self, worker: WorkerProcess) -> None:
         worker.write()
@@ -362,24 +360,29 @@ class Scorer:
         elif is_watched and not worker.wants_to_write:
             self._selector.unregister(worker.stdin)
 
-    def _read(self, worker: WorkerProcess, round_: _Round) -> None:
+    def _read(self, worker: WorkerProcess, round_: Round) -> None:
         lines = worker.read()
         if lines is None:
             self._lose(worker, round_)
             return
         for line in lines:
+            owed = len(worker.owed[0].numbers) if worker.owed else 0
             if not worker.is_ready:
-                if (trouble := _trouble(line)) is not None:
-                    raise RewardError(trouble)
-                worker.is_ready = True
-                self._failed_starts = 0
-            elif worker.owed and (verdict := _decode(line)) is not None:
-                round_.judged(worker.owed.popleft(), verdict)
+                self._welcome(worker, _greeting(line))
+            elif owed and (verdicts := _decode(line, owed)) is not None:
+                round_.judged(worker.owed.popleft(), verdicts)
             else:
                 self._lose(worker, round_)
                 return
         if lines:
-            self._set_deadline(worker, round_)
+            self._set_deadline(worker)
+
+    def _welcome(self, worker: WorkerProcess, said: Mapping[str, Any]) -> None:
+        if "error" in said:
+            raise RewardError(said["error"])
+        self._of_groups = tuple(said.get("groups", ()))
+        worker.is_ready = True
+        self._failed_starts = 0
 
     # --- workers come and go ----------------------------------------------------------------------
 
@@ -400,7 +403,7 @@ class Scorer:
         for worker in list(self._workers):
             self._kill(worker)
 
-    def _lose(self, worker: WorkerProcess, round_: _Round) -> None:
+    def _lose(self, worker: WorkerProcess, round_: Round) -> None:
         """The worker ended, or spoke out of turn."""
         status = self._kill(worker)
         if not worker.is_ready:
@@ -415,7 +418,7 @@ class Scorer:
         if worker.owed:
             round_.lost(list(worker.owed), CRASH)
 
-    def _expire(self, worker: WorkerProcess, round_: _Round) -> None:
+    def _expire(self, worker: WorkerProcess, round_: Round) -> None:
         """The worker's deadline has passed."""
         self._kill(worker)
         if not worker.is_ready:

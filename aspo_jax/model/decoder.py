@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen3 (dense): one block, a scanned stack, a cache that goes in and comes out.
+"""A dense decoder (Qwen2, Qwen3, Llama): one block, a scanned stack, a cache in and out.
 
 Parameters are a plain nested dict; every array of ``params["layers"]`` has a leading layer axis Y,
 or, for a sampler on a CPU, ``params["layers"]`` is a list of layers (`unstack`).
@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from aspo_jax.model.attention import DENSE, SAVED, Attention
 from aspo_jax.model.cache import Cache, Decode, Prefill, empty_cache
-from aspo_jax.model.parameters import ModelConfig, init_params, parameter_axes
+from aspo_jax.model.parameters import Llama3, ModelConfig, Yarn, init_params, parameter_axes
 from aspo_jax.model.sharding import batch_sharding, map_axes, partition_spec, shardings
 
 _POLICIES = jax.checkpoint_policies
@@ -84,12 +84,22 @@ class Model(NamedTuple):
 def rotary_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
     """Angle per position of each pair of features, [C / 2] float32, and the scale of cos and sin.
 
-    theta^(-2 i / C); with YaRN a blend of that and its ``factor``-th part (arXiv 2309.00071, §3.2).
+    theta^(-2 i / C); where angles are stretched, a blend of that and its ``factor``-th part.
     """
-    C, theta, yarn = config.head_dim, config.rope_theta, config.yarn
+    C, theta, scaling = config.head_dim, config.rope_theta, config.rope_scaling
     frequency_c = 1.0 / theta ** (np.arange(0, C, 2, dtype=np.float32) / C)
-    if yarn is None:
+    if scaling is None:
         return frequency_c.astype(np.float32), 1.0
+    if isinstance(scaling, Yarn):
+        kept_c, scale = 1.0 - _yarn_ramp(scaling, C, theta), _yarn_scale(scaling)
+    else:
+        kept_c, scale = _llama3_ramp(scaling, frequency_c), 1.0
+    frequency_c = (1.0 - kept_c) * frequency_c / scaling.factor + kept_c * frequency_c
+    return frequency_c.astype(np.float32), scale
+
+
+def _yarn_ramp(yarn: Yarn, C: int, theta: float) -> np.ndarray:
+    """How far each pair is stretched, 0 to 1 (arXiv 2309.00071, §3.2)."""
 
     def pair_with_turns(turns: float) -> float:
         """The (fractional) pair that turns this often over the original context."""
@@ -99,12 +109,20 @@ def rotary_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
     if yarn.truncate:
         low, high = np.floor(low), np.ceil(high)
     low, high = max(low, 0.0), min(high, C - 1.0)
-    ramp_c = np.clip((np.arange(C // 2) - low) / max(high - low, 1e-3), 0.0, 1.0)
-    frequency_c = frequency_c * (1.0 - ramp_c) + frequency_c / yarn.factor * ramp_c
-    scale = yarn.attention_factor
-    if scale is None:
-        scale = 0.1 * np.log(yarn.factor) + 1.0 if yarn.factor > 1 else 1.0
-    return frequency_c.astype(np.float32), float(scale)
+    return np.clip((np.arange(C // 2) - low) / max(high - low, 1e-3), 0.0, 1.0)
+
+
+def _yarn_scale(yarn: Yarn) -> float:
+    if yarn.attention_factor is not None:
+        return yarn.attention_factor
+    return float(0.1 * np.log(yarn.factor) + 1.0) if yarn.factor > 1 else 1.0
+
+
+def _llama3_ramp(llama3: Llama3, frequency_c: np.ndarray) -> np.ndarray:
+    """How much of each pair's angle stays as it is, 0 to 1."""
+    turns_c = llama3.original_max_position / (2 * np.pi / frequency_c)
+    low, high = llama3.low_turns, llama3.high_turns
+    return np.clip((turns_c - low) / (high - low), 0.0, 1.0)
 
 
 def rotary_BTC(position_BT: Array, config: ModelConfig) -> tuple[Array, Array]:
@@ -140,7 +158,7 @@ def project(x: Array, layer: Any, reads: int = 1) -> Array:
 def block(
     c: ModelConfig, layer: Any, hidden_BTD: Array, rotary: tuple[Array, Array], attend: Callable
 ) -> Array:
-    """One layer: RMSNorm, grouped-query attention, SwiGLU; two differences between the families.
+    """One layer: RMSNorm, grouped-query attention, SwiGLU; three families in two switches.
 
     layer: its parameters. ``attend(q_BTHC, k_BTKC, v_BTKC) -> out_BTHC`` owns masks and cache.
     """

@@ -12,8 +12,8 @@ import pytest
 from toy import CONFIG, VOCAB, random_params, toy_model
 
 from aspo_jax.model import Decode, ModelConfig, Prefill, build_model
+from aspo_jax.model.decoder import REMAT, rotary_BTC, rotate
 from aspo_jax.model.parameters import parameters
-from aspo_jax.model.qwen import REMAT, rotary_BTC, rotate
 
 T = 10
 TOKEN_1T = np.random.RandomState(0).permutation(VOCAB)[None, :T]  # each id once

@@ -1,0 +1,1 @@
+"""An evaluation by command: its folder, its samples, its report, and verdicts anew."""
