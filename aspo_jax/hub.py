@@ -23,7 +23,6 @@ _NEEDED = f"{CONFIG_FILE}, tokenizer.json, tokenizer_config.json, {WEIGHTS_FILE}
 _NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(\w[\w./-]*))?", re.ASCII)
 _NO_OWNERS = ("models", "datasets", "spaces")  # pages of the hub; of folders good names
 _LONGEST = 96  # characters of a name, the hub's limit
-_COMMIT = re.compile("[0-9a-f]{40}")
 TIMEOUT_S = 10.0  # until the cache is asked instead
 
 
@@ -36,11 +35,6 @@ class Name(NamedTuple):
 
     repo: str
     revision: str
-
-    @property
-    def is_pinned(self) -> bool:
-        """Whether it can only ever mean the same files."""
-        return _COMMIT.fullmatch(self.revision) is not None
 
 
 class Fetched(NamedTuple):
@@ -60,34 +54,18 @@ def parse_name(text: str) -> Name | None:
     return Name(match[1], match[2] or "main")
 
 
-def find_commit(name: Name) -> str:
-    """What a name means now, by the hub; where it cannot be reached, what the cache remembers.
+def fetch_settings(name: Name, revision: str) -> Fetched:
+    """The folder of a revision with all but the weights in it; the folder is called as its commit.
 
     Raises:
         HubError: the hub has no such model or revision, or keeps it back, or it cannot be reached
             and the cache does not know the name.
         WriteError: the cache cannot be written.
     """
-    if name.is_pinned:
-        return name.revision
-    # This writes into the cache what the branch means, so that the cache can answer next time.
-    return _fetch(name, name.revision, [CONFIG_FILE]).folder.name
-
-
-def fetch_settings(name: Name, commit: str) -> Fetched:
-    """The folder of a commit with all but the weights in it.
-
-    Raises:
-        HubError, WriteError: as `find_commit`.
-    """
-    return _fetch(name, commit, SETTINGS)
-
-
-def _fetch(name: Name, revision: str, files: Iterable[str]) -> Fetched:
     # Asked first, for a download would try again and again for half a minute.
     doubt = _doubt(name._replace(revision=revision))
     with _silent():
-        return Fetched(_snapshot(name, revision, files, doubt), doubt)
+        return Fetched(_snapshot(name, revision, SETTINGS, doubt), doubt)
 
 
 def missing_weights(folder: Path) -> list[str]:
@@ -101,7 +79,7 @@ def fetch_weights(name: Name, commit: str, folder: Path) -> None:
     """Bring the weights into a folder of `fetch_settings`.
 
     Raises:
-        HubError, WriteError: as `find_commit`; the model has no safetensors.
+        HubError, WriteError: as `fetch_settings`; the model has no safetensors.
     """
     missing, doubt = missing_weights(folder), _doubt(name._replace(revision=commit))
     if missing and doubt is None:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from aspo_jax.config import Config, ConfigError
 from aspo_jax.config.factories import make
@@ -102,14 +102,19 @@ class Source(NamedTuple):
 
 def train_source(config: Config, tokenizer: Any) -> Source:
     """The training prompts, all of which fit and none of which is held out."""
-    wanted = Wanted("train", config.run.seed)
-    return _mixed(config, [_clean(config, tokenizer, data, wanted) for data in config.sources])
+    return _mixed(config, [_clean(config, tokenizer, data) for data in config.sources])
 
 
 def held_out_source(config: Config, tokenizer: Any) -> Source:
     """All held-out rows of files, ``Evaluate.prompts`` of what is made; all of them fit."""
-    wanted = Wanted("held_out", config.evaluate.seed, config.evaluate.prompts)
+    wanted = _wanted(config, "held_out")
     return _mixed(config, [_fitting(config, tokenizer, data, wanted) for data in config.sources])
+
+
+def _wanted(config: Config, split: Literal["train", "held_out"]) -> Wanted:
+    if split == "train":
+        return Wanted(split, config.run.seed)
+    return Wanted(split, config.evaluate.seed, config.evaluate.prompts)
 
 
 def _mixed(config: Config, sources: list[Source]) -> Source:
@@ -120,43 +125,28 @@ def _mixed(config: Config, sources: list[Source]) -> Source:
     return Source(Mixture(rows, weights), *map(sum, counts))
 
 
-def _clean(config: Config, tokenizer: Any, data: Data, wanted: Wanted) -> Source:
+def _clean(config: Config, tokenizer: Any, data: Data) -> Source:
     """A training source without what the held-out rows hold too."""
-    source, words = _fitting(config, tokenizer, data, wanted), data.overlap_words
-    if not words or data.source == "countdown":
-        return source
-    found = overlaps([row["question"] for row in source.rows], _held_out(config, tokenizer), words)
-    rows = [row for row, other in zip(source.rows, found, strict=True) if other is None]
-    if not rows:
-        raise DataError(
-            f"Data.overlap_words = {words}: found {len(found)} training rows of {data.source} that "
-            "are all held out too, expected some that are not; raise it or set it to 0"
-        )
-    return source._replace(rows=rows, held_out=len(found) - len(rows))
-
-
-def _held_out(config: Config, tokenizer: Any) -> list[str]:
-    """The questions of all held-out rows that are no puzzles."""
-    wanted = Wanted("held_out", config.evaluate.seed, config.evaluate.prompts)
-    made = [d for d in config.sources if d.source != "countdown"]
-    sources = [_fitting(config, tokenizer, data, wanted).rows for data in made]
-    return [row["question"] for rows in sources for row in rows]
+    wanted = _wanted(config, "train")
+    if not data.overlap_words or data.source == "countdown":
+        return _fitting(config, tokenizer, data, wanted)
+    held_out = [d for d in config.sources if d.source != "countdown"]
+    others = (_Asked.of(d, _wanted(config, "held_out"), config) for d in held_out)
+    asked = _Asked.of(data, wanted, config)
+    return _clean_rows(asked, tuple(others), _Same(tokenizer), _Room.of(config))
 
 
 # --- one source -----------------------------------------------------------------------------------
 
 
 def _fitting(config: Config, tokenizer: Any, data: Data, wanted: Wanted) -> Source:
-    s = config.sampler
     if data.source == "countdown":
+        limit = config.sampler.max_prompt_tokens
         size = (wanted.size,) if wanted.size else ()
         puzzles = CountdownSource(countdown_spec(config), wanted.seed, wanted.split, *size)
-        fitting_rows(puzzles, tokenizer=tokenizer, max_prompt_tokens=s.max_prompt_tokens)
+        fitting_rows(puzzles, tokenizer=tokenizer, max_prompt_tokens=limit)
         return Source(puzzles)
-    room = _Room(
-        s.max_prompt_tokens, s.max_response_tokens, config.train.row_tokens, s.cache_tokens
-    )
-    return _fitting_rows(_Asked.of(data, wanted, config), _Same(tokenizer), room)
+    return _fitting_rows(_Asked.of(data, wanted, config), _Same(tokenizer), _Room.of(config))
 
 
 class _Asked(NamedTuple):
@@ -186,6 +176,12 @@ class _Room(NamedTuple):
     row: int
     cache: int | None
 
+    @classmethod
+    def of(cls, config: Config) -> _Room:
+        s = config.sampler
+        row = config.train.row_tokens
+        return cls(s.max_prompt_tokens, s.max_response_tokens, row, s.cache_tokens)
+
     def remedy(self, longest: int) -> str:
         """The settings that would hold a prompt."""
         row = longest + self.response - 1
@@ -208,6 +204,24 @@ class _Same:
 
     def __hash__(self) -> int:
         return hash(self.tokenizer.name_or_path)
+
+
+@functools.lru_cache(8)
+def _clean_rows(asked: _Asked, others: tuple[_Asked, ...], same: _Same, room: _Room) -> Source:
+    """The fitting rows of which no question is one of the others'."""
+    source, words = _fitting_rows(asked, same, room), asked.data.overlap_words
+    held_out = [
+        row["question"] for other in others for row in _fitting_rows(other, same, room).rows
+    ]
+    found = overlaps([row["question"] for row in source.rows], held_out, words)
+    rows = [row for row, other in zip(source.rows, found, strict=True) if other is None]
+    if not rows:
+        raise DataError(
+            f"Data.overlap_words = {words}: found {len(found)} training rows of "
+            f"{asked.data.source} that are all held out too, expected some that are not; raise it "
+            "or set it to 0"
+        )
+    return source._replace(rows=rows, held_out=len(found) - len(rows))
 
 
 @functools.lru_cache(8)
@@ -279,14 +293,12 @@ def _fields(data: Data) -> Fields:
 def data_kinds(config: Config) -> frozenset[str]:
     """The kinds of answers among the prompts of training and evaluation."""
     kinds: set[str] = set()
-    e = config.evaluate
-    wanted = [Wanted("train", config.run.seed), Wanted("held_out", e.seed, e.prompts)]
     for data in config.sources:
         if data.source == "countdown":
             kinds.add("countdown")
             continue
-        for each in wanted:
-            rows, _ = _usable_rows(_Asked.of(data, each, config))
+        for split in ("train", "held_out"):
+            rows, _ = _usable_rows(_Asked.of(data, _wanted(config, split), config))
             kinds |= {row["kind"] for row in rows}
     return frozenset(kinds)
 

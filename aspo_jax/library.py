@@ -170,7 +170,7 @@ def evaluate(
     temperature: float = 1.0,
     seed: int = 0,
 ) -> tuple[Scores, Rollout]:
-    """Sample and grade every row of a JSON-lines file: avg@k, pass@k and the rest, and the samples.
+    """Sample and grade every row of a data file: avg@k, pass@k and the rest, and the samples.
 
     Raises:
         DataError: what is wrong with the file, and where.

@@ -30,7 +30,7 @@ def locate(config: Config, run: str | Path | None = None, say: Say = to_stderr) 
     run: folder of a run that may have begun; None: of none.
 
     Raises:
-        HubError, WriteError: see `aspo_jax.hub.find_commit`.
+        HubError, WriteError: see `aspo_jax.hub.fetch_settings`.
         LaunchError: ``Model.path`` is a folder for some of the processes only.
         ModelChanged: what the run wrote of its model is damaged.
     """
@@ -42,8 +42,8 @@ def locate(config: Config, run: str | Path | None = None, say: Say = to_stderr) 
     name = None if is_here else hub.parse_name(path)
     if name is None:
         return dataclasses.replace(config, origin=Origin(path))
-    commit = _of_main(runtime.on_main(lambda: _commit(name, path, run)))
-    first = runtime.on_main(lambda: hub.fetch_settings(name, commit))
+    first = runtime.on_main(lambda: _fetch(name, path, run))
+    commit = _of_main(first and first.folder.name)
     if first and first.doubt:
         say(f"{path}: {first.doubt}: commit {commit[:12]} from the cache is used")
     folder = (first or hub.fetch_settings(name, commit)).folder
@@ -70,10 +70,10 @@ def fetch_weights(config: Config, say: Say = to_stderr) -> None:
     fetch()
 
 
-def _commit(name: hub.Name, path: str, run: str | Path | None) -> str:
-    """The commit that a run began with; for a new one what the name means now."""
+def _fetch(name: hub.Name, path: str, run: str | Path | None) -> hub.Fetched:
+    """The settings at the commit that a run began with; for a new one at what the name means."""
     kept = None if run is None else recorded_commit(Path(run), path)
-    return kept or hub.find_commit(name)
+    return hub.fetch_settings(name, kept or name.revision)
 
 
 def _of_main(commit: str | None) -> str:

@@ -94,8 +94,7 @@ def file_stamps(path: str | Path) -> tuple[tuple[str, int, int], ...]:
 
 
 def _suffix(path: Path) -> str:
-    """The end of a name that says the format: '.jsonl' of 'a.jsonl.gz'."""
-    return Path(path.name.lower().removesuffix(".gz")).suffix
+    return hub.format_end(path.name.lower())
 
 
 def _read(file: DataFile) -> Iterator[Found]:

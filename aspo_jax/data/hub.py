@@ -84,7 +84,7 @@ def choose(names: Iterable[str], split: str, ends: Sequence[str]) -> list[str]:
         return sorted(name for name in stems if fnmatchcase(name, split))
     found = [name for name, stem in stems.items() if split_of(stem) == split_of(split)]
     for end in ends:
-        if same := sorted(name for name in found if _end(name) == end):
+        if same := sorted(name for name in found if format_end(name) == end):
             return same
     return []
 
@@ -97,13 +97,14 @@ def split_of(stem: str) -> str:
 def _stems(names: Iterable[str], ends: Sequence[str]) -> dict[str, str]:
     """The names of data files, and those without their ends."""
     return {
-        name: name.removesuffix(".gz").removesuffix(_end(name))
+        name: name.removesuffix(".gz").removesuffix(format_end(name))
         for name in names
-        if _end(name) in ends
+        if format_end(name) in ends
     }
 
 
-def _end(name: str) -> str:
+def format_end(name: str) -> str:
+    """The end of a name that says the format: '.jsonl' of 'a.jsonl.gz'."""
     return Path(name.removesuffix(".gz")).suffix
 
 

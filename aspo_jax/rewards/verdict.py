@@ -28,6 +28,7 @@ Reason = Literal[
     "bad_gold",  # the problem's own answer cannot be used, so nothing can match it
 ]
 REASONS: tuple[Reason, ...] = get_args(Reason)
+FAILED: tuple[Reason, ...] = ("crash", "bad_gold")  # they say nothing about the answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Verdict:
     @property
     def is_failed(self) -> bool:
         """The grader could not do its work, which says nothing about the answer."""
-        return self.reason in ("crash", "bad_gold")
+        return self.reason in FAILED
 
 
 CRASH = Verdict(0.0, "crash", is_valid=False)

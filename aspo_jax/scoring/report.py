@@ -14,11 +14,11 @@ from aspo_jax.config.gin import config_folder
 from aspo_jax.files import write_text_atomic
 from aspo_jax.rewards import repetition
 from aspo_jax.rewards.given import GIVEN, vote
+from aspo_jax.rewards.verdict import FAILED
 from aspo_jax.scoring.results import Row, as_json, read_seconds
 from aspo_jax.statistics import LEVEL, RESAMPLES, SEED, estimate, majority, pass_at, powers
 
 REPORT, PAGE = "report.json", "report.md"
-_FAILED = ("crash", "bad_gold")
 
 
 def make_report(settings: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def make_report(settings: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, A
     return {
         "intervals": f"{LEVEL:.0%}, problems resampled {RESAMPLES} times, seed {SEED}",
         "average": _average(sets),
-        "is_limited": is_limited(settings),
+        "is_limited": bool(_limited(settings)),
         "figures": sets,
         "settings": settings,
     }
@@ -62,7 +62,7 @@ def figures(rows: Sequence[Row], samples: int) -> dict[str, Any]:
         "tokens_mean": float(np.mean([r["tokens"] for r in rows])),
         "tokens": sum(r["tokens"] for r in rows),
         "repetition": float(np.mean([repetition(r["response"]) for r in rows])),
-        "grader_failures": sum(reasons[reason] for reason in _FAILED),
+        "grader_failures": sum(reasons[reason] for reason in FAILED),
         "sampler_failures": sum(r["ending"] == "nonfinite" for r in rows),
         "reasons": dict(sorted(reasons.items())),
     }
@@ -102,9 +102,15 @@ def _share(rows: Sequence[Row], is_counted: Any) -> float:
     return sum(map(is_counted, rows)) / len(rows)
 
 
-def is_limited(settings: Mapping[str, Any]) -> bool:
-    """Whether a set was not asked whole."""
-    return any(s["prompts"] < s["of"] for s in settings["sets"].values())
+def _limited(settings: Mapping[str, Any]) -> list[str]:
+    """The sets that were not asked whole, with their numbers."""
+    sets = settings["sets"].items()
+    return [f"{n} {s['prompts']} of {s['of']}" for n, s in sets if s["prompts"] < s["of"]]
+
+
+def _changed(settings: Mapping[str, Any]) -> list[str]:
+    """What flags set otherwise than the suite has it, but for the seed and what `_limited` says."""
+    return [c for c in settings["changed"] if ".limit:" not in c and "seed" not in c]
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -118,6 +124,11 @@ def write_report(folder: Path, settings: Mapping[str, Any], rows: Sequence[Row])
     text = page(report, seconds)
     write_text_atomic(folder / PAGE, text)
     return text
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """What `write_report` wrote."""
+    return json.loads((folder / REPORT).read_text())
 
 
 def page(report: Mapping[str, Any], seconds: Mapping[str, float]) -> str:
@@ -148,11 +159,9 @@ def page(report: Mapping[str, Any], seconds: Mapping[str, float]) -> str:
 def _warnings(report: Mapping[str, Any]) -> list[str]:
     settings = report["settings"]
     said = []
-    limited = [f"{n} {s['prompts']} of {s['of']}" for n, s in settings["sets"].items()
-               if s["prompts"] < s["of"]]  # fmt: skip
-    if limited:
+    if limited := _limited(settings):
         said.append(f"**Limited: {', '.join(limited)} prompts. This is not the published score.**")
-    if changed := [c for c in settings["changed"] if ".limit:" not in c and "seed" not in c]:
+    if changed := _changed(settings):
         said.append("**Not as the suite has it:** " + "; ".join(changed))
     if settings.get("regraded"):
         said.append("Graded again, from the stored samples.")
@@ -213,10 +222,9 @@ def _our_row(report: Mapping[str, Any], names: Sequence[str], *, is_whole: bool)
         f"{_percent(found[n]['avg']['value'])} ({_percent(_last_pass(found[n]))})" for n in names
     ]
     settings = report["settings"]
-    is_other = any(".limit:" not in c and "seed" not in c for c in settings["changed"])
     remarks = ["ours"]
-    remarks += ["LIMITED"] if is_limited(settings) else []
-    remarks += ["other settings"] if is_other else []
+    remarks += ["LIMITED"] if _limited(settings) else []
+    remarks += ["other settings"] if _changed(settings) else []
     mean = np.mean([found[n]["avg"]["value"] for n in names])
     average = _percent(float(mean)) if is_whole else "-"
     return [f"**{settings['name']}**", ", ".join(remarks), *cells, average]

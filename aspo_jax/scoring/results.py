@@ -198,14 +198,16 @@ def _parquet(rows: Sequence[Row]) -> bytes:
     return out.getvalue()
 
 
-def read_samples(folder: Path) -> list[Row]:
+def read_samples(folder: Path, name: str = "*") -> list[Row]:
     """All samples that are there, in the order of their prompts; sets in that of their names.
+
+    name: of one set; "*": of all.
 
     Raises:
         ResultsError: a file is damaged.
     """
     rows: dict[tuple[str, int, int], Row] = {}
-    for path in (*sorted((folder / CHUNKS).glob("*.parquet")), folder / SAMPLES):
+    for path in (*sorted((folder / CHUNKS).glob(f"{name}-*.parquet")), folder / SAMPLES):
         if not path.exists():
             continue
         try:
@@ -218,7 +220,8 @@ def read_samples(folder: Path) -> list[Row]:
             ) from error
         if not table.schema.equals(SCHEMA):
             raise ResultsError(f"{path}: found other columns than an evaluation writes; delete it")
-        rows |= {(r["set"], r["draw"], r["sample"]): r for r in table.to_pylist()}
+        found = [row for row in table.to_pylist() if name in ("*", row["set"])]
+        rows |= {(r["set"], r["draw"], r["sample"]): r for r in found}
     return [rows[key] for key in sorted(rows)]
 
 

@@ -38,14 +38,13 @@ from aspo_jax.policy import Policy, load_policy
 from aspo_jax.rollout import Collector
 from aspo_jax.run.console import Bar, Console
 from aspo_jax.sampler import EVALUATE, Choice, PagedSampler
-from aspo_jax.scoring.report import make_report, table_text, write_report
+from aspo_jax.scoring.report import read_report, table_text, write_report
 from aspo_jax.scoring.results import (
     add_seconds,
     claim,
     finished_draws,
     lock_results,
     read_samples,
-    read_settings,
     rows_of,
     write_chunk,
     write_samples,
@@ -265,7 +264,7 @@ def _answer(
             seconds = time.perf_counter() - start
             runtime.on_main(lambda seconds=seconds: add_seconds(out, name, seconds))
     if runtime.is_main():
-        mine = [r for r in read_samples(out) if r["set"] == name]
+        mine = read_samples(out, name)
         right = sum(r["reason"] == "match" for r in mine)
         console.note(f"  {name}: {right:,} of {len(mine):,} samples are right")
 
@@ -306,6 +305,6 @@ class _Ready:
 
 def show(out: Path, console: Console) -> None:
     """The figures, on the terminal."""
-    report = make_report(read_settings(out), read_samples(out))
+    report = read_report(out)
     console.table("What was found (percent)", table_text(report))
     console.table("Where things are", [(n, str(out / n)) for n in ("report.md", "report.json")])
