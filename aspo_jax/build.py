@@ -14,8 +14,9 @@ from aspo_jax import losses
 from aspo_jax.config import Config, ConfigError
 from aspo_jax.errors import UserError
 from aspo_jax.evaluation import Evaluate, evaluator, set_collectors
+from aspo_jax.history import History
 from aspo_jax.inputs import Source, held_out_source, start_tokenizer, train_source
-from aspo_jax.learner import Learner, build_learner
+from aspo_jax.learner import Learner, Teacher, build_learner
 from aspo_jax.model import load_params, parameter_axes
 from aspo_jax.model.sharding import row_shards
 from aspo_jax.parts import (
@@ -26,10 +27,11 @@ from aspo_jax.parts import (
     build_suites,
     build_writers,
     check_rules,
+    has_teacher,
 )
-from aspo_jax.policy import network_shape, stop_ids
+from aspo_jax.policy import check_teacher, load_teacher, network_shape, stop_ids
 from aspo_jax.rewards import unshaped
-from aspo_jax.rollout import Collector, Peers
+from aspo_jax.rollout import Collector, Peers, Signal, by_reward, by_teacher
 from aspo_jax.rows import BatchShape, batch_shape, own_groups
 from aspo_jax.sampler import Choice
 from aspo_jax.structs import Prompt
@@ -42,6 +44,8 @@ class Machines(NamedTuple):
     parts: with the policy as it is loaded.
     initial_params: () -> the weights that the run starts from.
     reference: bfloat16 weights of the frozen reference policy; None when no rule reads it.
+    teacher: weights of ``Teacher.path``; None when no rule reads it.
+    signal: which groups train.
     collector: sampler and graders of training; its scorer is to be closed.
     shape: of the mini-batches.
     peers: the processes of the run; sampler, scorer and prompts are this process's share.
@@ -50,12 +54,15 @@ class Machines(NamedTuple):
     parts: Parts
     initial_params: Callable[[], Any]
     reference: Any
+    teacher: Any
+    signal: Signal
     collector: Collector
     learner: Learner
     shape: BatchShape
     peers: Peers
     evaluate: Evaluate
     evaluate_sets: Mapping[str, Evaluate]  # by the names of the sets of Evaluate.suites
+    history: History  # of the training prompts; empty unless the advantage asks for their past
 
 
 def build_machines(config: Config, parts: Parts, folder: str | Path, mesh: Mesh) -> Machines:
@@ -65,18 +72,31 @@ def build_machines(config: Config, parts: Parts, folder: str | Path, mesh: Mesh)
     weights = policy.model.shardings(mesh)
     load = functools.partial(load_params, folder, policy.model.config, shardings=weights)
     has_reference = losses.reads(parts.goal.objective, "ref_logp_BT")
+    teacher = load_teacher(config, policy, mesh) if has_teacher(config, parts.goal) else None
     collector = Collector(parts.sampler, parts.open_scorer(), policy.decode, parts.reward_shape)
     return Machines(
         parts=parts._replace(policy=policy),
         initial_params=load,
         reference=load(dtype=jnp.bfloat16) if has_reference else None,
+        teacher=teacher and load_teacher_params(config, teacher, mesh),
+        signal=by_teacher if teacher else by_reward,
         collector=collector,
-        learner=build_learner(policy.model, policy.head, parts.goal, parts.optimizer, mesh),
+        learner=build_learner(
+            policy.model, policy.head, parts.goal, parts.optimizer, mesh, teacher
+        ),
         shape=build_shape(config),
         peers=build_peers(),
         evaluate=build_evaluate(config, collector, parts.held_out),
         evaluate_sets=build_evaluate_sets(config, collector, parts.suites),
+        history=History(),
     )
+
+
+def load_teacher_params(config: Config, teacher: Teacher, mesh: Mesh) -> Any:
+    """The weights of a teacher, in ``Teacher.dtype``, on the devices of the mesh."""
+    folder, network = str(config.teacher_folder), teacher.model
+    weights, dtype = network.shardings(mesh), jnp.dtype(config.teacher.dtype)
+    return load_params(folder, network.config, shardings=weights, dtype=dtype)
 
 
 def check_inputs(config: Config) -> list[tuple[str, str]]:
@@ -97,6 +117,7 @@ def check_inputs(config: Config) -> list[tuple[str, str]]:
         ),
         lambda: (build_reward_shape(config), build_writers(config)),
         lambda: stop_ids(config, tokenizer, path),
+        lambda: config.teacher.path and check_teacher(config, tokenizer),
         lambda: sources.append(train_source(config, tokenizer)),
         lambda: sources.append(held_out_source(config, tokenizer)),
         lambda: build_suites(config, tokenizer),

@@ -91,6 +91,15 @@ def logp_and_entropy(
     return both(weight_VD, hidden_BTD)
 
 
+def square_mass(head: Head, weight_VD: Array, hidden_BTD: Array) -> Array:
+    """``sum_v pi_v^2`` at each position, float32 [B, T]: 1 where one id is certain.
+
+    A pass over the vocabulary of its own, without a gradient.
+    """
+    weight_VD = weight_VD.astype(hidden_BTD.dtype)
+    return _on_mesh(head, _squares, "vb", "b")(weight_VD, hidden_BTD)[0]
+
+
 class _Shard(NamedTuple):
     """What one device needs to know of the others."""
 
@@ -181,6 +190,19 @@ def _forward(shard: _Shard, weight_VD, hidden_BTD, target_BT):
 
     chunks = (_chunks(shard.head, hidden_BTD), _chunks(shard.head, target_BT))
     return tuple(_rows(x_nc, target_BT) for x_nc in jax.lax.scan(body, None, chunks)[1])
+
+
+def _squares(shard: _Shard, weight_VD, hidden_BTD):
+    """The squared probabilities of each position, summed."""
+
+    def body(_, hidden_cD):
+        z_cV = logits(shard.head, weight_VD, hidden_cD)
+        e_cV = jnp.exp(z_cV - shard.largest(jnp.max(z_cV, axis=-1))[:, None])
+        mass_c, square_c = shard.over_vocabulary((e_cV.sum(-1), jnp.square(e_cV).sum(-1)))
+        return None, square_c / jnp.square(mass_c)
+
+    chunks = _chunks(shard.head, hidden_BTD)
+    return (_rows(jax.lax.scan(body, None, chunks)[1], hidden_BTD[..., 0]),)
 
 
 def _backward(

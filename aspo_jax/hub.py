@@ -31,10 +31,11 @@ class HubError(UserError):
 
 
 class Name(NamedTuple):
-    """A model on the hub: ``owner/name`` and a branch, a tag or a commit."""
+    """A model on the hub: ``owner/name`` and a branch, a tag or a commit; the setting it is of."""
 
     repo: str
     revision: str
+    setting: str = "Model.path"
 
 
 class Fetched(NamedTuple):
@@ -44,14 +45,14 @@ class Fetched(NamedTuple):
     doubt: str | None
 
 
-def parse_name(text: str) -> Name | None:
-    """The name that a text is; None where it cannot be one."""
+def parse_name(text: str, setting: str = "Model.path") -> Name | None:
+    """The name that a setting's text is; None where it cannot be one."""
     match = _NAME.fullmatch(text)
     if match is None or "--" in match[1] or ".." in text or len(match[1]) > _LONGEST:
         return None
     if match[1].partition("/")[0] in _NO_OWNERS or match[1].endswith((".git", "-", ".")):
         return None
-    return Name(match[1], match[2] or "main")
+    return Name(match[1], match[2] or "main", setting)
 
 
 def fetch_settings(name: Name, revision: str) -> Fetched:
@@ -203,13 +204,13 @@ def _lacking(name: Name, files: str, doubt: str | None) -> HubError:
     return HubError(
         f"{_found(name)}, and on the hub it has no {files}; expected the format of transformers "
         "with weights in safetensors (save those of other formats again with save_pretrained, and "
-        "set Model.path to that folder)"
+        f"set {name.setting} to that folder)"
     )
 
 
 def _found(name: Name) -> str:
     revision = "" if name.revision == "main" else f"@{name.revision}"
-    return f"Model.path = '{name.repo}{revision}': no folder of that name here"
+    return f"{name.setting} = '{name.repo}{revision}': no folder of that name here"
 
 
 def _by_hand(name: Name) -> str:
@@ -219,6 +220,6 @@ def _by_hand(name: Name) -> str:
     return (
         f"place {_NEEDED} (or shards and {INDEX_FILE}), and where the model has them "
         f"{GENERATION_FILE} and chat_template.jinja, in a folder {folder} (where there is a "
-        f"network: `hf download {name.repo}{revision} --local-dir {folder}`) and set Model.path = "
-        f"'{folder}'"
+        f"network: `hf download {name.repo}{revision} --local-dir {folder}`) and set "
+        f"{name.setting} = '{folder}'"
     )

@@ -19,10 +19,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from aspo_jax import losses
 from aspo_jax.errors import UserError
-from aspo_jax.head import Head, logp_and_entropy
+from aspo_jax.head import Head, logp_and_entropy, square_mass
 from aspo_jax.model import Model, batch_sharding
 from aspo_jax.model.sharding import placed
 from aspo_jax.structs import (
+    Max,
     Mean,
     Metrics,
     Minibatch,
@@ -49,12 +50,20 @@ class Goal(NamedTuple):
     entropy_bonus: float = 0.0
 
 
+class Teacher(NamedTuple):
+    """Another network that scores the rows, with the policy's tokens; its weights are apart."""
+
+    model: Model
+    head: Head
+
+
 class Learner(NamedTuple):
     """The jitted functions of the update.
 
     state: shapes and shardings of the TrainState.
     init: params -> TrainState. Donates the params.
-    old_policy: (params, ref_params or None, minibatch) -> OldPolicy of the minibatch's rows.
+    old_policy: (params, ref_params or None, minibatch, teacher_params or None) -> OldPolicy of the
+        minibatch's rows.
     step: (state, minibatch) -> (state, report). Donates the state.
     place: minibatch on the host -> on the devices, rows over the data axes. With several processes
         each passes its own rows of every micro-batch, as many as the others, and the same count.
@@ -62,19 +71,29 @@ class Learner(NamedTuple):
 
     state: TrainState
     init: Callable[[Any], TrainState]
-    old_policy: Callable[[Any, Any, Minibatch], OldPolicy]
+    old_policy: Callable[..., OldPolicy]
     step: Callable[[TrainState, Minibatch], tuple[TrainState, Metrics]]
     place: Callable[[Minibatch], Minibatch]
 
-    def with_old(self, params: Any, reference: Any, minibatch: Minibatch) -> Minibatch:
+    def with_old(
+        self, params: Any, reference: Any, minibatch: Minibatch, teacher: Any = None
+    ) -> Minibatch:
         """A placed minibatch with what its update compares itself with."""
-        return dataclasses.replace(minibatch, old=self.old_policy(params, reference, minibatch))
+        old = self.old_policy(params, reference, minibatch, teacher)
+        return dataclasses.replace(minibatch, old=old)
 
 
 def build_learner(
-    model: Model, head: Head, goal: Goal, optimizer: optax.GradientTransformation, mesh: Mesh
+    model: Model,
+    head: Head,
+    goal: Goal,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    teacher: Teacher | None = None,
 ) -> Learner:
     """Jit the update for a mesh; shardings are the model's and the batch's, none is guessed.
+
+    teacher: whose log-probabilities the goal reads; None: it reads none.
 
     Raises:
         PlacementError: a large array of the optimizer's or the objective's state is no parameter's,
@@ -93,7 +112,9 @@ def build_learner(
     return Learner(
         state=placed(abstract, state_shardings),
         init=jax.jit(init, donate_argnums=0, out_shardings=state_shardings),
-        old_policy=make_old_policy(model, head, mesh),
+        old_policy=make_old_policy(
+            model, head, mesh, teacher, has_squares=losses.reads(goal.objective, "old_square_BT")
+        ),
         step=jax.jit(
             step,
             donate_argnums=0,
@@ -185,33 +206,68 @@ def _microbatch(tree: Any, m: Array) -> Any:
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, m, keepdims=False), tree)
 
 
-def make_old_policy(model: Model, head: Head, mesh: Mesh) -> Callable[..., OldPolicy]:
-    """(params, ref_params, minibatch) -> OldPolicy, jitted; by micro-batches as the update does."""
+def make_old_policy(
+    model: Model,
+    head: Head,
+    mesh: Mesh,
+    teacher: Teacher | None = None,
+    has_squares: bool = False,
+) -> Callable[..., OldPolicy]:
+    """(params, ref_params, minibatch, teacher_params) -> OldPolicy, jitted.
 
-    def old_policy(params, ref_params, minibatch: Minibatch) -> OldPolicy:
-        def of_microbatch(m, old: OldPolicy) -> OldPolicy:
-            rows = _microbatch(minibatch.rows, m)
-            logp_BT, entropy_BT = forward(model, head, params, rows)
-            ref_BT = None if ref_params is None else forward(model, head, ref_params, rows)[0]
-            part = OldPolicy(logp_BT, entropy_BT, ref_BT)
-            return jax.tree.map(
-                lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, m, 0), old, part
-            )
+    By micro-batches as the update does. What has no weights has no log-probabilities.
 
-        zeros_MBT = jnp.zeros(minibatch.rows.target_BT.shape, jnp.float32)
-        empty = OldPolicy(zeros_MBT, zeros_MBT, None if ref_params is None else zeros_MBT)
-        return jax.lax.fori_loop(0, minibatch.count, of_microbatch, empty)
+    has_squares: with ``old_square_BT``.
+    """
+    look = forward_with_squares if has_squares else forward
+
+    def old_policy(params, ref_params, minibatch: Minibatch, teacher_params=None) -> OldPolicy:
+        logp_MBT, entropy_MBT, *square_MBT = scored(model, head, params, minibatch, look)
+        ref_MBT = None if ref_params is None else scored(model, head, ref_params, minibatch)[0]
+        teacher_MBT = None
+        if teacher is not None and teacher_params is not None:
+            teacher_MBT = scored(*teacher, teacher_params, minibatch)[0]
+        return OldPolicy(logp_MBT, entropy_MBT, ref_MBT, teacher_MBT, *square_MBT)
 
     return jax.jit(old_policy, out_shardings=batch_sharding(mesh, leading=1))
 
 
-def forward(model: Model, head: Head, params: Any, rows: Rows) -> tuple[Array, Array]:
+def forward(model: Model, head: Head, params: Any, rows: Rows) -> tuple[Array, ...]:
     """Log-probability and entropy of every predicted token of the rows, [B, T] each."""
     hidden_BTD, _ = model.apply(params, rows.input_BT, rows.position_BT, rows.sequence_id_BT)
     return logp_and_entropy(head, model.unembedding(params), hidden_BTD, rows.target_BT)
 
 
-def _tokens(rows: Rows, old: OldPolicy, logp_BT: Array, entropy_BT: Array) -> Tokens:
+def forward_with_squares(model: Model, head: Head, params: Any, rows: Rows) -> tuple[Array, ...]:
+    """`forward`, and the sum of the squared probabilities of each position."""
+    hidden_BTD, _ = model.apply(params, rows.input_BT, rows.position_BT, rows.sequence_id_BT)
+    weight_VD = model.unembedding(params)
+    found = logp_and_entropy(head, weight_VD, hidden_BTD, rows.target_BT)
+    return *found, square_mass(head, weight_VD, hidden_BTD)
+
+
+def scored(
+    model: Model,
+    head: Head,
+    params: Any,
+    minibatch: Minibatch,
+    look: Callable[..., tuple[Array, ...]] = forward,
+) -> tuple[Array, ...]:
+    """What is seen of every predicted token, [M, B, T] each; 0 past the count."""
+
+    def of_microbatch(m, found):
+        new = look(model, head, params, _microbatch(minibatch.rows, m))
+        return jax.tree.map(
+            lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, m, 0), found, new
+        )
+
+    zeros_MBT = jnp.zeros(minibatch.rows.target_BT.shape, jnp.float32)
+    zeros = (zeros_MBT,) * (3 if look is forward_with_squares else 2)
+    return jax.lax.fori_loop(0, minibatch.count, of_microbatch, zeros)
+
+
+def tokens_of(rows: Rows, old: OldPolicy, logp_BT: Array, entropy_BT: Array) -> Tokens:
+    """What the rules see of rows: of the old policy, and of one that has these log-probs."""
     return Tokens(
         logp_BT=logp_BT,
         old_logp_BT=old.old_logp_BT,
@@ -222,24 +278,26 @@ def _tokens(rows: Rows, old: OldPolicy, logp_BT: Array, entropy_BT: Array) -> To
         group_id_BT=rows.group_id_BT,
         entropy_BT=entropy_BT,
         old_entropy_BT=old.old_entropy_BT,
+        old_square_BT=old.old_square_BT,
         sampler_logp_BT=rows.sampler_logp_BT,
         ref_logp_BT=old.ref_logp_BT,
+        teacher_logp_BT=old.teacher_logp_BT,
     )
 
 
 def _make_loss(model: Model, head: Head, goal: Goal):
-    """(params, rows, old, totals, objective state, sums) -> (summand of the loss, metrics)."""
+    """(params, rows, old, totals, objective state, stats) -> (summand of the loss, metrics)."""
 
-    def loss(params, rows: Rows, old: OldPolicy, totals: losses.Totals, objective_state, sums):
+    def loss(params, rows: Rows, old: OldPolicy, totals: losses.Totals, objective_state, stats):
         logp_BT, entropy_BT = forward(model, head, params, rows)
-        tokens = _tokens(rows, old, logp_BT, entropy_BT)
+        tokens = tokens_of(rows, old, logp_BT, entropy_BT)
         value, metrics = losses.policy_loss(
             goal.objective,
             dataclasses.replace(tokens, entropy_BT=jax.lax.stop_gradient(entropy_BT)),
             aggregate=goal.aggregate,
             totals=totals,
             state=objective_state,
-            sums=sums,
+            stats=stats,
         )
         if goal.entropy_bonus:
             value += losses.entropy_bonus(
@@ -253,18 +311,22 @@ def _make_loss(model: Model, head: Head, goal: Goal):
 
 
 def _make_gather(model: Model, head: Head, prepare: Callable[[Tokens, Any], Any]):
-    """(state, minibatch) -> additive statistics of the whole mini-batch, for coupled rules."""
+    """(state, minibatch) -> what a rule must know of the whole mini-batch, for coupled rules.
+
+    A forward pass by micro-batches comes first; the rule then sees all rows at once.
+    """
 
     def gather(state: TrainState, minibatch: Minibatch):
-        def of_microbatch(m):
-            rows, old = _microbatch((minibatch.rows, minibatch.old), m)
-            tokens = _tokens(rows, old, *forward(model, head, state.params, rows))
-            return prepare(losses.response_only(tokens), state.objective_state)
-
-        def add(m, sums):
-            return jax.tree.map(jnp.add, sums, of_microbatch(m))
-
-        return jax.lax.fori_loop(0, minibatch.count, add, _zeros(of_microbatch))
+        new = scored(model, head, state.params, minibatch)
+        if minibatch.old is None:
+            raise ValueError("a minibatch without its old policy; expected Learner.with_old's")
+        tokens = tokens_of(minibatch.rows, minibatch.old, *new)
+        is_real_M11 = jnp.arange(len(new[0]))[:, None, None] < minibatch.count
+        tokens = dataclasses.replace(tokens, is_response_BT=tokens.is_response_BT & is_real_M11)
+        # Rows before micro-batches: the axis that the devices share stays the outer one, and
+        # flattening moves nothing between them.
+        flat = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, x.shape[-1]), tokens)
+        return prepare(losses.response_only(flat), state.objective_state)
 
     return gather
 
@@ -292,13 +354,13 @@ def make_train_step(
 
     def train_step(state: TrainState, minibatch: Minibatch):
         totals = losses.count_totals(minibatch.rows)
-        sums = gather(state, minibatch) if gather else None
+        stats = gather(state, minibatch) if gather else None
 
         def of_microbatch(m, grads_ref):
             rows, old = _microbatch((minibatch.rows, minibatch.old), m)
 
             def of(params):
-                return loss(params, rows, old, totals, state.objective_state, sums)
+                return loss(params, rows, old, totals, state.objective_state, stats)
 
             value, pull_back, metrics = jax.vjp(of, state.params, has_aux=True)
             pull_back.with_refs(grads_ref)(jnp.ones_like(value))
@@ -316,17 +378,18 @@ def make_train_step(
         norm = optax.tree.norm(grads)
         is_empty, is_finite = totals.tokens == 0, jnp.isfinite(norm)
         one, is_applied = jnp.ones(()), is_finite & ~is_empty
-        new_state = _chosen(is_applied, apply(state, grads, sums), state)
+        new_state = _chosen(is_applied, apply(state, grads, stats), state)
         report = metrics | {
             "grad_norm": Mean(jnp.where(is_applied, norm, 0.0), one * is_applied),
+            "grad_norm_max": Max(jnp.where(is_applied, norm, 0.0)),
             "skipped_nonfinite": Mean(one * ~is_finite, one),
             "skipped_empty": Mean(one * is_empty, one),
         }
         return new_state, report
 
-    def apply(state: TrainState, grads, sums) -> TrainState:
+    def apply(state: TrainState, grads, stats) -> TrainState:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        objective_state = objective.update(state.objective_state, sums)
+        objective_state = objective.update(state.objective_state, stats)
         params = optax.apply_updates(state.params, updates)
         return TrainState(params, opt_state, objective_state, state.step + 1)
 

@@ -1,4 +1,4 @@
-"""Where the model of a run comes from: a folder, or a name on the hub at one commit of it."""
+"""Where the models of a run come from: a folder, or a name on the hub at one commit of it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from aspo_jax import hub, runtime
 from aspo_jax.config import Config, Origin
+from aspo_jax.run.folder import MODEL_FILES, TEACHER_FILES
 from aspo_jax.run.records import recorded_commit
 
 Say = Callable[[str], None]
@@ -34,33 +35,53 @@ def locate(config: Config, run: str | Path | None = None, say: Say = to_stderr) 
         LaunchError: ``Model.path`` is a folder for some of the processes only.
         ModelChanged: what the run wrote of its model is damaged.
     """
-    path = config.model.path
-    if path is None or config.origin is not None:
+    if config.model.path is None or config.origin is not None:
         return config
+    record = None if run is None else Path(run) / MODEL_FILES
+    origin = _locate("Model.path", config.model.path, record, say)
+    return dataclasses.replace(config, origin=origin)
+
+
+def locate_teacher(config: Config, run: str | Path | None = None, say: Say = to_stderr) -> Config:
+    """`locate` for ``Teacher.path``, which a run remembers in the same way."""
+    if config.teacher.path is None or config.teacher_origin is not None:
+        return config
+    record = None if run is None else Path(run) / TEACHER_FILES
+    origin = _locate("Teacher.path", config.teacher.path, record, say)
+    return dataclasses.replace(config, teacher_origin=origin)
+
+
+def _locate(setting: str, path: str, record: Path | None, say: Say) -> Origin:
+    """Where a model is; record: what a run may have written of it."""
     is_here = Path(path).expanduser().exists()
-    runtime.check_same(f"whether Model.path = {path!r} is a folder", str(is_here))
-    name = None if is_here else hub.parse_name(path)
+    runtime.check_same(f"whether {setting} = {path!r} is a folder", str(is_here))
+    name = None if is_here else hub.parse_name(path, setting)
     if name is None:
-        return dataclasses.replace(config, origin=Origin(path))
-    first = runtime.on_main(lambda: _fetch(name, path, run))
+        return Origin(path)
+    first = runtime.on_main(lambda: _fetch(name, path, record))
     commit = _of_main(first and first.folder.name)
     if first and first.doubt:
         say(f"{path}: {first.doubt}: commit {commit[:12]} from the cache is used")
     folder = (first or hub.fetch_settings(name, commit)).folder
-    return dataclasses.replace(config, origin=Origin(str(folder), commit))
+    return Origin(str(folder), commit)
 
 
 def fetch_weights(config: Config, say: Say = to_stderr) -> None:
-    """Bring the weights of a located model into its folder; see `locate`.
+    """Bring the weights of the models that are located into their folders; see `locate`.
 
     Raises:
         HubError, WriteError: see `aspo_jax.hub.fetch_weights`.
     """
-    origin, name = config.origin, hub.parse_name(config.model.path or "")
-    if origin is None or origin.commit is None or name is None:
-        return
-    folder, commit = Path(origin.folder), origin.commit
+    located = (
+        (hub.parse_name(config.model.path or ""), config.origin),
+        (hub.parse_name(config.teacher.path or "", "Teacher.path"), config.teacher_origin),
+    )
+    for name, origin in located:
+        if name is not None and origin is not None and origin.commit is not None:
+            _fetch_weights(name, origin.commit, Path(origin.folder), say)
 
+
+def _fetch_weights(name: hub.Name, commit: str, folder: Path, say: Say) -> None:
     def fetch() -> None:
         if missing := hub.missing_weights(folder):
             say(f"fetching {len(missing)} file(s) of weights: {name.repo}, commit {commit[:12]}")
@@ -70,9 +91,9 @@ def fetch_weights(config: Config, say: Say = to_stderr) -> None:
     fetch()
 
 
-def _fetch(name: hub.Name, path: str, run: str | Path | None) -> hub.Fetched:
+def _fetch(name: hub.Name, path: str, record: Path | None) -> hub.Fetched:
     """The settings at the commit that a run began with; for a new one at what the name means."""
-    kept = None if run is None else recorded_commit(Path(run), path)
+    kept = None if record is None else recorded_commit(record, path)
     return hub.fetch_settings(name, kept or name.revision)
 
 

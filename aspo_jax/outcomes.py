@@ -7,7 +7,7 @@ processes follow from it. A sample is a `aspo_jax.rollout.Sample`, a group all s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -87,8 +87,9 @@ _is_failed = _each(lambda s: s.verdict.is_failed)
 _is_late = _each(lambda s: s.verdict.is_late)
 _is_broken = _each(lambda s: s.is_broken)
 
+response_length = _each(lambda s: len(s.completion.tokens_T))
 _LENGTH = Figure(
-    _each(lambda s: len(s.completion.tokens_T)),
+    response_length,
     "tokens",
     "mean number of response tokens, the end token included",
 )
@@ -111,7 +112,9 @@ ROLLOUT: Mapping[str, Figure] = {
         _all_right, "share of groups", "groups in which every sample is right", _share
     ),
     "valid_groups": Figure(
-        None, "share of groups", "groups whose advantages are not all zero, so that they train"
+        None,
+        "share of groups",
+        "groups that train: their advantages are not all zero, or there is a teacher",
     ),
     "generation_multiplier": Figure(
         None,
@@ -197,7 +200,7 @@ EVALUATE: Mapping[str, Figure] = {
 }
 
 
-def part_figures(names: Sequence[str]) -> dict[str, Figure]:
+def part_figures(names: Iterable[str]) -> dict[str, Figure]:
     """The mean of each part that rewards are made of, over the samples that have it."""
     definition = "mean of this part of the reward, not weighted, where its grader did not fail"
     return {name: Figure(_part(name), "reward", definition) for name in names}

@@ -55,7 +55,8 @@ class Parts(NamedTuple):
     policy: network, tokenizer and head.
     goal: the objective, how its tokens are aggregated, and the entropy bonus.
     optimizer, learning_rate: number of updates applied -> rate of the next one, for the log.
-    advantage: (rewards, which of them are valid), [P, G] each -> advantages [P, G].
+    advantage: (rewards, which of them are valid), [P, G] each -> advantages [P, G]; what else it
+        may ask for: `aspo_jax.losses.Groups`.
     reward_shape: what is done to the verdicts of a step before its advantages.
     sampler: draws completions, on this process's devices.
     open_scorer: () -> the grading processes; opened when the run begins, closed when it ends.
@@ -142,14 +143,27 @@ def make(config: Config, kind: str, text: str, *given: Any, **shared: Any) -> An
 
 
 def build_goal(config: Config) -> Goal:
-    """Objective, penalties and aggregation by their names."""
+    """Objective, penalties and aggregation by their names; the teacher in the advantage."""
     names = (config.objective.name, *config.objective.penalties)
     rules = [_labelled(make(config, "objective", name), section_of(name)) for name in names]
+    if config.teacher.advantage:
+        rules[0] = losses.with_teacher(rules[0], coef=config.teacher.advantage)
+    rule = losses.chain(*rules) if len(rules) > 1 else rules[0]
     return Goal(
-        objective=losses.chain(*rules) if len(rules) > 1 else rules[0],
+        objective=_per_microbatch(rule) if config.objective.scope == "microbatch" else rule,
         aggregate=make(config, "aggregate", config.objective.aggregate),
         entropy_bonus=config.objective.entropy_bonus,
     )
+
+
+def _per_microbatch(rule: losses.Objective) -> losses.Objective:
+    try:
+        return losses.per_microbatch(rule)
+    except ValueError as error:
+        raise ConfigError(
+            "Objective.scope = 'microbatch': Objective.name or one of Objective.penalties has a "
+            "state, which is updated by statistics of the whole minibatch; expected 'minibatch'"
+        ) from error
 
 
 def _labelled(rule: losses.Objective, section: str) -> losses.Objective:
@@ -163,6 +177,26 @@ def _labelled(rule: losses.Objective, section: str) -> losses.Objective:
     return rule._replace(coefficient=coefficient) if label else rule
 
 
+def has_teacher(config: Config, goal: Goal) -> bool:
+    """Whether the goal reads a teacher.
+
+    Raises:
+        ConfigError: it does and there is none, or the other way round.
+    """
+    is_read, path = losses.reads(goal.objective, "teacher_logp_BT"), config.teacher.path
+    if is_read and path is None:
+        raise ConfigError(
+            f"Objective.name = {config.objective.name!r} with its penalties reads a teacher, and "
+            "Teacher.path is None; set it to a model folder or hub name with the policy's tokens"
+        )
+    if path is not None and not is_read:
+        raise ConfigError(
+            f"Teacher.path = {path!r}, and no rule reads a teacher; name 'distill' in "
+            "Objective.penalties or set Teacher.advantage above 0, or leave the teacher out"
+        )
+    return is_read
+
+
 def build_advantage(config: Config) -> losses.Advantage:
     """How the rewards of a group become advantages."""
     return make(config, "advantage", config.objective.advantage)
@@ -173,16 +207,15 @@ def check_rules(config: Config) -> None:
 
     Raises:
         ConfigError: what only the whole of them can have wrong: a field of `Tokens` that nothing
-            fills, two metrics of one name, a weight of another shape than the tokens'.
+            fills, two metrics of one name, a weight of another shape than the tokens', a teacher
+            that is missing or that none of them reads.
     """
     goal, advantage = build_goal(config), build_advantage(config)
-    P = 1 if config.train.refill_rounds else 2  # refill judges a group by itself
-    grid_PG = np.zeros((P, config.train.samples_per_prompt), np.float32)
     checks = {
         "Objective.name and Objective.penalties": lambda: losses.trace(
             goal.objective, goal.aggregate
         ),
-        "Objective.advantage": lambda: _check_advantage(advantage, grid_PG),
+        "Objective.advantage": lambda: _check_advantage(advantage, _blank_groups(config)),
     }
     for what, check in checks.items():
         try:
@@ -191,12 +224,32 @@ def check_rules(config: Config) -> None:
             raise ConfigError(f"{what}: {error}") from error
         except Exception as error:
             raise ConfigError(f"{what}: the rule fails: {raised_at(error)}") from error
+    if not has_teacher(config, goal) and config.objective.advantage == "none":
+        raise ConfigError(
+            "Objective.advantage = 'none' leaves nothing to learn from, for no rule reads a "
+            f"teacher; set it to one of {', '.join(x for x in losses.ADVANTAGES if x != 'none')}"
+        )
 
 
-def _check_advantage(advantage: losses.Advantage, grid_PG: np.ndarray) -> None:
-    found = np.shape(advantage(grid_PG, np.ones_like(grid_PG, bool)))
-    if found != grid_PG.shape:
-        raise ValueError(f"found advantages {found} for rewards {grid_PG.shape}, expected as many")
+def _blank_groups(config: Config) -> losses.Groups:
+    """Groups of the run's shape whose rewards, and all their parts, are 0."""
+    P = 1 if config.train.refill_rounds else 2  # refill judges a group by itself
+    grid_PG = np.zeros((P, config.train.samples_per_prompt), np.float32)
+    own = ("grader", *config.reward.functions) if config.reward.functions else ()
+    return losses.Groups(
+        reward_PG=grid_PG,
+        is_valid_PG=np.ones_like(grid_PG, bool),
+        length_PG=np.ones_like(grid_PG),
+        parts=dict.fromkeys(own, grid_PG) or None,
+        weights=dict.fromkeys(own, 1.0) or None,
+        past=losses.Past(*np.zeros((3, P), np.float32)),
+    )
+
+
+def _check_advantage(advantage: losses.Advantage, groups: losses.Groups) -> None:
+    found, expected = np.shape(losses.advantages_of(advantage, groups)), groups.reward_PG.shape
+    if found != expected:
+        raise ValueError(f"found advantages {found} for rewards {expected}, expected as many")
 
 
 def build_optimizer(

@@ -27,7 +27,15 @@ from aspo_jax.errors import CommandParser, run_command
 from aspo_jax.model.sharding import abstract_mesh, device_mesh, local_sizes, mesh_sizes
 from aspo_jax.parts import FACTORIES
 from aspo_jax.planning.budget import PUBLISHED, Budget, Capacity, Part, budgets, cache_bytes
-from aspo_jax.planning.programs import DECODE, PREFILL, Program, Programs, programs, read_shape
+from aspo_jax.planning.programs import (
+    DECODE,
+    PREFILL,
+    Program,
+    Programs,
+    programs,
+    read_shape,
+    read_teacher_shape,
+)
 from aspo_jax.planning.topology import GIB, GPU_NOTE, Chip, Topology, open_devices, parse_topology
 
 HEADROOM = 0.1  # of the memory, kept free for fragmentation and what the runtime itself needs
@@ -102,7 +110,7 @@ class Plan:
     """Whether a config's run fits a topology, and why.
 
     programs: their config is the run's but for an attention that needs the hardware to compile.
-    source: where the model's shape was read.
+    source: where the model's shape, and the teacher's, was read.
     rows: one per program.
     """
 
@@ -193,13 +201,16 @@ def plan(
     shape, r = read_shape(config), config.runtime
     sizes = mesh_sizes(topology.size, data=r.data, fsdp=r.fsdp, tensor=r.tensor)
     own = local_sizes(topology.host().size, sizes[-1])
-    of = programs(config, shape.config, abstract_mesh(sizes), abstract_mesh(own), platform)
+    teacher = read_teacher_shape(config)
+    meshes = abstract_mesh(sizes), abstract_mesh(own)
+    of = programs(config, shape.config, *meshes, platform, teacher and teacher.config)
     rows = [Row(name, "estimated", it, topology.chip) for name, it in budgets(of).items()]
     if all(row.fits for row in rows):
         of = of if lower_only else _on_devices(of, devices, topology)
         attempt = functools.partial(_lowered if lower_only else _compiled, of)
         rows = _tried(rows, attempt, on_row)
-    return Plan(topology, of, shape.source, tuple(rows), notes)
+    source = f"{shape.source}; teacher: {teacher.source}" if teacher else shape.source
+    return Plan(topology, of, source, tuple(rows), notes)
 
 
 def _for_compiler(config: Config, platform: str) -> tuple[Config, tuple[str, ...]]:
@@ -217,7 +228,7 @@ def _on_devices(of: Programs, devices: Sequence[Any], topology: Topology) -> Pro
     own = devices if host == topology else open_devices(host)
     mesh = device_mesh(devices, tuple(of.mesh.shape.values()))
     local = device_mesh(own, tuple(of.local.shape.values()))
-    return programs(of.config, of.shape, mesh, local, of.platform)
+    return programs(of.config, of.shape, mesh, local, of.platform, of.teacher_shape)
 
 
 def _tried(

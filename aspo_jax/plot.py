@@ -1,4 +1,10 @@
-"""Compare runs: ``python -m aspo_jax.plot RUN [RUN ...] --out comparison.png``."""
+"""Pictures of runs, and of what objectives do to a token.
+
+python -m aspo_jax.plot RUN [RUN ...] --out comparison.png
+python -m aspo_jax.plot weights --objectives aspo,ppo_clip,cispo --out pictures --set aspo.cap=2
+
+A run in a folder of that name is ``./weights``.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +21,16 @@ from aspo_jax.run.metrics import read_metrics
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw the runs named on the command line; returns the exit status."""
+    """Draw the runs or rules named on the command line; returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["weights"]:
+        from aspo_jax.atlas import command as weights  # takes seconds to import
+
+        return weights.main(words[1:])
     parser = CommandParser(
-        "plot", "Draw the training dynamics of one or several runs into one picture."
+        "plot",
+        "Draw the training dynamics of one or several runs into one picture; "
+        "`weights` in place of a run: the token weights of objectives, see `weights --help`.",
     )
     parser.add_argument("runs", nargs="+", type=path_argument, metavar="RUN", help="run folder")
     parser.add_argument(
@@ -27,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="overwritten if it exists (default: comparison.png, or the next free number of it)",
     )
     parser.add_argument("--labels", metavar="A,B", help="one name per run (default: the folders')")
-    a = parser.parse_args(argv)
+    a = parser.parse_args(words)
 
     def command() -> int:
         print(draw(a.runs, a.labels, a.out or _free(Path("comparison.png"))))

@@ -12,9 +12,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from aspo_jax.config import Config, ConfigError
-from aspo_jax.data import allowed_ids, copy_tokenizer
+from aspo_jax.data import allowed_ids, copy_tokenizer, load_vocabulary
+from aspo_jax.errors import UserError
 from aspo_jax.head import Head
 from aspo_jax.inputs import start_tokenizer
+from aspo_jax.learner import Teacher
 from aspo_jax.model import (
     Model,
     ModelConfig,
@@ -63,6 +65,60 @@ def load_policy(config: Config, folder: str | Path | None, mesh: Mesh) -> Policy
         stop_ids=ends,
         source=None if folder is None else Path(folder),
     )
+
+
+def load_teacher(config: Config, policy: Policy, mesh: Mesh) -> Teacher:
+    """The network of ``Teacher.path``, whose distribution has the policy's temperature and ids.
+
+    Raises:
+        ConfigError: see `check_teacher`; an axis of it does not split over the mesh.
+    """
+    check_teacher(config, policy.tokenizer)
+    shape = read_model_config(str(config.teacher_folder))
+    is_allowed_V = allowed_ids(policy.tokenizer, shape.vocab_size, policy.stop_ids)
+    try:
+        model = build_network(config, shape, mesh, config.train.row_tokens)
+    except MeshError as error:
+        raise ConfigError(f"Teacher.path = {config.teacher.path!r}: {error}") from error
+    return Teacher(model, policy.head._replace(is_allowed_V=is_allowed_V))
+
+
+def check_teacher(config: Config, tokenizer: Any) -> None:
+    """The teacher's folder can be read, and its tokens are those of the policy's tokenizer.
+
+    Raises:
+        ConfigError: they are not; with both folders and the first token that differs.
+    """
+    found, folder = f"Teacher.path = {config.teacher.path!r}", Path(str(config.teacher_folder))
+    if not (folder.expanduser() / "config.json").is_file():
+        raise ConfigError(
+            f"{found}: no config.json there; expected a Hugging Face model folder, or a name on "
+            "the hub such as Qwen/Qwen2.5-7B-Instruct"
+        )
+    try:
+        shape, theirs = read_model_config(folder), load_vocabulary(folder)
+    except UserError as error:
+        raise ConfigError(f"{found}: {error}") from error
+    ours = tokenizer.get_vocab()
+    if theirs != ours:
+        policy = config.model_folder or "the new model of the config"
+        raise ConfigError(
+            f"{found} has other tokens than the policy, {policy}: {_difference(theirs, ours)}; "
+            "expected the same ids for the same tokens, as models of one family have them"
+        )
+    if len(tokenizer) > shape.vocab_size:
+        raise ConfigError(
+            f"{found}: the tokenizer has {len(tokenizer)} tokens and the model only "
+            f"{shape.vocab_size}; tokenizer and weights are from different models"
+        )
+
+
+def _difference(theirs: dict[str, int], ours: dict[str, int]) -> str:
+    """The first id that is not the same token in both vocabularies, and what it is in each."""
+    of_theirs, of_ours = ({i: token for token, i in x.items()} for x in (theirs, ours))
+    first = min(i for i in {*of_theirs, *of_ours} if of_theirs.get(i) != of_ours.get(i))
+    said = [repr(x[first]) if first in x else "no token" for x in (of_theirs, of_ours)]
+    return f"id {first} is {said[0]} there and {said[1]} here"
 
 
 def stop_ids(config: Config, tokenizer: Any, folder: str | Path | None = None) -> tuple[int, ...]:

@@ -11,12 +11,27 @@ tell in time, they are not sampled at all.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
-from aspo_jax.outcomes import is_valid, reward
-from aspo_jax.rollout import ALONE, Collector, Enough, Judged, Peers, Rollout, Selection, shaped
+from aspo_jax.history import History, key_of
+from aspo_jax.losses import Advantage
+from aspo_jax.outcomes import ROLLOUT, part_figures
+from aspo_jax.rollout import (
+    ALONE,
+    Collector,
+    Enough,
+    Judged,
+    Peers,
+    Rollout,
+    Selection,
+    Signal,
+    advantages,
+    by_reward,
+    gather,
+    groups_of,
+    shaped,
+)
 from aspo_jax.structs import Prompt
 
 # (prompts, enough) -> the judged samples of each prompt: `aspo_jax.rollout.judge`
@@ -28,8 +43,10 @@ def refill(
     ask: Ask,
     draw_prompts: Callable[[], Sequence[Prompt]],
     rounds: int,
-    advantage: Callable[..., Any],
+    advantage: Advantage,
     peers: Peers = ALONE,
+    history: History | None = None,
+    signal: Signal = by_reward,
 ) -> tuple[Rollout, Selection]:
     """The rollout of a step from at most ``rounds`` rounds, and which of its groups train.
 
@@ -37,7 +54,7 @@ def refill(
 
     ask: samples and grades by the collector.
     draw_prompts: this process's share of the next round, of as many prompts as a step trains on.
-    advantage: tells whether a group has a signal, see `Watch`.
+    advantage, history, signal: tell whether a group has a signal, see `Watch`.
     """
     groups: list[list[Judged]] = []
     has_signal_P = np.zeros(0, bool)
@@ -45,7 +62,9 @@ def refill(
     for _ in range(rounds):
         prompts = draw_prompts()
         wanted = len(prompts) * peers.count
-        watch = Watch(collector, advantage, wanted - int(has_signal_P.sum()))
+        watch = Watch(
+            collector, advantage, wanted - int(has_signal_P.sum()), history=history, signal=signal
+        )
         groups += watch.over(ask(prompts, watch.is_enough))
         own_P = np.zeros(len(prompts), bool)
         own_P[: len(watch.has_signal)] = watch.has_signal
@@ -62,13 +81,21 @@ def refill(
 class Watch:
     """Which groups of a round have a signal, from the first on, until there are enough.
 
-    A group has one if its advantages are not all zero, its verdicts shaped as if it were alone.
+    Its verdicts are shaped, and its advantages computed, as if the group were alone.
 
     needed: how many are enough. has_signal: of the groups that were looked at.
     """
 
-    def __init__(self, collector: Collector, advantage: Callable[..., Any], needed: int):
+    def __init__(
+        self,
+        collector: Collector,
+        advantage: Advantage,
+        needed: int,
+        history: History | None = None,
+        signal: Signal = by_reward,
+    ):
         self._collector, self._advantage, self._needed = collector, advantage, needed
+        self._history, self._signal = history, signal
         self.has_signal: list[bool] = []
 
     def is_enough(self, group: Callable[[int], list[Judged] | None]) -> bool:
@@ -88,7 +115,10 @@ class Watch:
         return groups[: len(self.has_signal)]
 
     def _judge(self, group: list[Judged]) -> bool:
-        samples = shaped(self._collector, [group], len(group)).samples
-        reward_1G = np.array([reward(samples)], np.float32)
-        advantage_1G = self._advantage(reward_1G, np.array([is_valid(samples)], bool))
-        return bool((np.asarray(advantage_1G) != 0).any())
+        alone = shaped(self._collector, [group], len(group))
+        parts = part_figures(alone.parts)
+        keys = [key_of(group[0][0].prompt.id)]
+        past = None if self._history is None else self._history.past(keys)
+        counted = gather(alone, {"length": ROLLOUT["response_length"], **parts})
+        groups = groups_of(alone, counted, parts, past)
+        return bool(self._signal(advantages(self._advantage, groups), groups.is_valid_PG)[0])

@@ -11,7 +11,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from aspo_jax.outcomes import ROLLOUT, Count, Figure, figures, is_valid, part_figures, reward
+from aspo_jax.history import KEY_BYTES, History, Key, key_of
+from aspo_jax.losses import Advantage, Groups, Past, UnfitReward, advantages_of, asks
+from aspo_jax.outcomes import (
+    ROLLOUT,
+    Count,
+    Figure,
+    figures,
+    is_valid,
+    part_figures,
+    response_length,
+    reward,
+)
 from aspo_jax.rewards import RewardError, Scorer, Shape, Submission, Verdict, unshaped
 from aspo_jax.rows import BatchShape, Example, answered, fill
 from aspo_jax.sampler import NONFINITE, Completion, Request, Sampler
@@ -62,12 +73,13 @@ class Sample(NamedTuple):
 class Rollout(NamedTuple):
     """P prompts times G samples; ``samples[p * G + g]``.
 
-    parts: names of what rewards are made of, the same on all processes; none where of one thing.
+    parts: what rewards are made of, by name: what each is multiplied with. The same on all
+        processes; none where rewards are of one thing.
     """
 
     samples: Sequence[Sample]
     samples_per_prompt: int
-    parts: tuple[str, ...] = ()
+    parts: Mapping[str, float] = types.MappingProxyType({})
 
     @property
     def groups(self) -> list[Sequence[Sample]]:
@@ -285,6 +297,20 @@ def check_failures(rollout: Rollout, largest_share: float, peers: Peers = ALONE)
         )
 
 
+# (advantage_PG, is_valid_PG) -> has_signal_P: whether there is something to learn from a group
+Signal = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def by_reward(advantage_PG: np.ndarray, is_valid_PG: np.ndarray) -> np.ndarray:
+    """Groups whose advantages are not all zero: a penalty alone is no reason to train."""
+    return np.any(advantage_PG != 0, axis=1)
+
+
+def by_teacher(advantage_PG: np.ndarray, is_valid_PG: np.ndarray) -> np.ndarray:
+    """Groups with a valid sample, of which a teacher has something to say whatever its reward."""
+    return np.any(is_valid_PG, axis=1)
+
+
 class Selection(NamedTuple):
     """Which groups of a rollout train, in the order of the stream, as all processes see it.
 
@@ -298,49 +324,91 @@ class Selection(NamedTuple):
     wanted: int
     groups: np.ndarray
 
-    def advantages(
-        self, rule: Callable[..., Any], reward_PG: np.ndarray, is_valid_PG: np.ndarray
-    ) -> np.ndarray:
+    def advantages(self, rule: Advantage, groups: Groups) -> np.ndarray:
         """A rule's advantages of the selected groups, 0 for the others.
 
         The rule sees the selected groups alone, and masked ones up to ``wanted``: one shape.
         """
-        count, room = len(self.groups), ((0, self.wanted - len(self.groups)), (0, 0))
-        reward, is_valid = (np.pad(x[self.groups], room) for x in (reward_PG, is_valid_PG))
-        advantage_PG = np.zeros(reward_PG.shape, np.float32)
-        advantage_PG[self.groups] = np.asarray(rule(reward, is_valid))[:count]
+        advantage_PG = np.zeros(groups.reward_PG.shape, np.float32)
+        picked = groups.picked(self.groups, self.wanted)
+        advantage_PG[self.groups] = advantages(rule, picked)[: len(self.groups)]
         return advantage_PG
+
+
+def advantages(rule: Advantage, groups: Groups) -> np.ndarray:
+    """A rule's advantages of some groups.
+
+    Raises:
+        RewardError: the rule is not defined for a reward among them.
+    """
+    try:
+        return np.asarray(advantages_of(rule, groups))
+    except UnfitReward as error:
+        raise RewardError(f"Objective.advantage: {error}") from error
+
+
+def groups_of(
+    rollout: Rollout,
+    counted: Mapping[Count, np.ndarray],
+    parts: Mapping[str, Figure],
+    past: Past | None = None,
+) -> Groups:
+    """What an advantage may know of the groups that were counted, of all processes.
+
+    counted: rewards, which are valid, lengths, and what the parts count.
+    """
+    reward_PG, length_PG = (counted[c].astype(np.float32) for c in (reward, response_length))
+    said = {name: counted[f.count].astype(np.float32) for name, f in parts.items() if f.count}
+    return Groups(
+        reward_PG, counted[is_valid] > 0, length_PG, said or None, rollout.parts or None, past
+    )
+
+
+def keys_of(rollout: Rollout, peers: Peers, total: int) -> list[Key]:
+    """What `History` knows the prompts of all processes by, in one exchange."""
+    own = b"".join(key_of(group[0].prompt.id) for group in rollout.groups)
+    own_PB = np.frombuffer(own, np.uint8).reshape(-1, KEY_BYTES)
+    return [key_B.tobytes() for key_B in peers.whole(own_PB, total)]
 
 
 def assemble(
     rollout: Rollout,
-    advantage: Callable[..., Any],
+    advantage: Advantage,
     shape: BatchShape,
     peers: Peers = ALONE,
     selection: Selection | None = None,
+    history: History | None = None,
+    signal: Signal = by_reward,
 ) -> tuple[list[Minibatch], dict[str, float]]:
     """Advantages, then the groups that carry a signal dealt evenly over fixed-shape mini-batches.
 
-    Groups whose advantages are all zero cost no compute. The order of prompts is kept. Every
-    process judges the outcomes of all, so that all agree which group goes where, as one process
-    would have it; each then fills rows with its own groups and all adopt the largest number of
-    micro-batches. Returns this process's mini-batches (arrays on the host) and the figures of the
-    whole rollout.
+    Groups without one cost no compute. The order of prompts is kept. Every process judges the
+    outcomes of all, so that all agree which group goes where, as one process would have it; each
+    then fills rows with its own groups and all adopt the largest number of micro-batches. Returns
+    this process's mini-batches (arrays on the host) and the figures of the whole rollout.
 
+    advantage: see `aspo_jax.losses.Groups`.
     selection: the only groups that may train; None: all.
+    history: of the prompts, for an advantage that asks for their past. All groups are added to it.
+    signal: which groups carry one.
     """
     parts = part_figures(rollout.parts)
     counted = gather(rollout, {**ROLLOUT, **parts}, peers, selection and selection.asked)
     if selection is not None:
         counted = {count: x_PG[: selection.drawn] for count, x_PG in counted.items()}
-    reward_PG, is_valid_PG = counted[reward].astype(np.float32), counted[is_valid] > 0
-    if selection is None:
-        advantage_PG = np.asarray(advantage(reward_PG, is_valid_PG))
-    else:
-        advantage_PG = selection.advantages(advantage, reward_PG, is_valid_PG)
+    groups = groups_of(rollout, counted, parts)
+    if history is not None and "past" in asks(advantage):
+        total = selection.asked if selection else len(rollout.groups) * peers.count
+        keys = keys_of(rollout, peers, total)[: len(groups.reward_PG)]
+        groups = groups._replace(past=history.past(keys))
+        history.add(keys, groups.reward_PG, groups.is_valid_PG)
+    rule = advantages if selection is None else selection.advantages
+    advantage_PG = rule(advantage, groups)
     if not np.isfinite(advantage_PG).all():
         raise ValueError("advantages are not finite; the advantage rule or a reward is at fault")
-    retained = np.flatnonzero((advantage_PG != 0).any(axis=1))
+    retained = np.flatnonzero(signal(advantage_PG, groups.is_valid_PG))
+    if selection is not None:
+        retained = np.intersect1d(retained, selection.groups)
     shares = np.array_split(retained, shape.minibatches)
     examples = [_examples(rollout, advantage_PG, share, peers) for share in shares]
     filled = [fill(share, shape, peers.count) for share in examples]
@@ -399,11 +467,24 @@ def _examples(
             continue
         for sample, advantage in zip(own_groups[own], advantage_PG[p].tolist(), strict=True):
             if sample.is_valid:
-                c = sample.completion
+                c, prompt = sample.completion, sample.prompt
+                _check_finite(prompt, c.policy_logp_T)
                 examples.append(
-                    answered(sample.prompt.tokens, c.tokens_T, c.policy_logp_T, advantage, group)
+                    answered(prompt.tokens, c.tokens_T, c.policy_logp_T, advantage, group)
                 )
     return examples
+
+
+def _check_finite(prompt: Prompt, logp_T: np.ndarray) -> None:
+    """A correction of what the sampler reported cannot be right about a number that is none."""
+    broken = np.flatnonzero(~np.isfinite(logp_T))
+    if broken.size:
+        t = broken[0]
+        raise ValueError(
+            f"the sampler reported {logp_T[t]} as the log-probability of token {t} of an answer to "
+            f"prompt {prompt.id!r}, expected a finite number; the engine is at fault: it is to end "
+            f"such an answer before that token, as {NONFINITE!r}"
+        )
 
 
 def held_out_transcripts(rollout: Rollout, count: int) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from aspo_jax.config import Config
 from aspo_jax.errors import writing
 from aspo_jax.files import write_text_atomic
 from aspo_jax.policy import parameter_count, save_policy
+from aspo_jax.recording import Trained, rollout_rows, write_rollout
 from aspo_jax.refill import refill
 from aspo_jax.rollout import (
     Enough,
@@ -79,6 +80,7 @@ def restore_or_init(checkpoints: Checkpoints, m: Machines) -> tuple[TrainState, 
     if restored is None:
         return m.learner.init(m.initial_params()), 0
     m.parts.prompts.restore(restored.meta["data_position"])
+    m.history.restore(restored.meta.get("history", {}))  # absent before there was any
     return restored.state, restored.meta["iteration"]
 
 
@@ -107,14 +109,18 @@ def roll_out(run: Run, state: TrainState, iteration: int) -> tuple[list[Minibatc
     rollout, selection = sample(run, state, iteration)
     keep_transcripts(run, "train", iteration, training_transcripts, rollout)
     check_failures(rollout, run.config.reward.max_failures, m.peers)
-    assembled, figures = assemble(rollout, m.parts.advantage, m.shape, m.peers, selection)
+    how = (m.parts.advantage, m.shape, m.peers, selection)
+    assembled, figures = assemble(rollout, *how, history=m.history, signal=m.signal)
     minibatches = [part for part in assembled if part.count]  # counts are the same on all processes
     with run.phase("score", len(minibatches), "minibatches") as bar:
         placed = [m.learner.place(part) for part in minibatches]
-        minibatches = [m.learner.with_old(state.params, m.reference, part) for part in placed]
+        minibatches = [
+            m.learner.with_old(state.params, m.reference, part, m.teacher) for part in placed
+        ]
         for part in minibatches:
             jax.block_until_ready(part)
             bar.advance()
+    keep_rollout(run, iteration, rollout, assembled, minibatches)
     return minibatches, figures | check_agreement(run.config, minibatches, figures)
 
 
@@ -137,7 +143,8 @@ def sample(run: Run, state: TrainState, iteration: int) -> tuple[Rollout, Select
         return judge(*asked, prompts, *how, phase=run.phase, enough=enough)
 
     rounds = 1 + train.refill_rounds
-    return refill(m.collector, ask, draw_prompts, rounds, m.parts.advantage, m.peers)
+    how = (m.parts.advantage, m.peers)
+    return refill(m.collector, ask, draw_prompts, rounds, *how, history=m.history, signal=m.signal)
 
 
 def check_agreement(
@@ -243,13 +250,45 @@ def keep_transcripts(
         write_text_atomic(path, "".join(json.dumps(sample) + "\n" for sample in samples))
 
 
-def save(run: Run, state: TrainState, done: int, position: int) -> None:
-    """Start saving the state after ``done`` iterations; the log is safe before the checkpoint."""
+def keep_rollout(
+    run: Run,
+    iteration: int,
+    rollout: Rollout,
+    assembled: Sequence[Minibatch],
+    scored: Sequence[Minibatch],
+) -> None:
+    """This process's samples of an iteration of ``Train.record``, in a file of their own.
+
+    assembled: all mini-batches on the host; scored: those of them that are not empty, scored.
+    """
+    every = run.config.train.record
+    if not every or iteration % every:
+        return
+    run.lock.check()
+    filled = {number: part for number, part in enumerate(assembled) if part.count}
+    trained = [
+        Trained(number, part.rows, placed.old)
+        for (number, part), placed in zip(filled.items(), scored, strict=True)
+    ]
+    rows = rollout_rows(rollout, trained, iteration, run.config.run.seed)
+    write_rollout(run.folder, iteration, rows, run.machines.peers.index)
+
+
+def position(m: Machines) -> dict[str, Any]:
+    """Where the run stands besides its TrainState: in the stream of prompts and in their past."""
+    return {"data_position": m.parts.prompts.state(), "history": m.history.state()}
+
+
+def save(run: Run, state: TrainState, done: int, place: dict[str, Any]) -> None:
+    """Start saving the state after ``done`` iterations; the log is safe before the checkpoint.
+
+    place: what `position` said then.
+    """
     with run.phase("save"):
         run.log.flush()
         meta = {
             "iteration": done,
-            "data_position": position,
+            **place,
             "seed": run.config.run.seed,
             "config": run.config.text(),
         }

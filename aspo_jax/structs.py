@@ -124,8 +124,10 @@ class Tokens:
     group_id_BT: prompt number of the sequence within the mini-batch.
     entropy_BT: entropy of the current policy at the position, in nats.
     old_entropy_BT: the same under the old policy.
+    old_square_BT: sum over the vocabulary of the old policy's squared probabilities.
     sampler_logp_BT: log-probability reported by the sampler that drew the token.
     ref_logp_BT: log-probability under the frozen reference policy.
+    teacher_logp_BT: log-probability under a teacher, another policy with the same tokens.
     """
 
     logp_BT: Array
@@ -137,8 +139,10 @@ class Tokens:
     group_id_BT: Array | None = dataclasses.field(default=None, metadata=INTEGERS)
     entropy_BT: Array | None = None
     old_entropy_BT: Array | None = None
+    old_square_BT: Array | None = None
     sampler_logp_BT: Array | None = None
     ref_logp_BT: Array | None = None
+    teacher_logp_BT: Array | None = None
 
 
 @struct
@@ -166,6 +170,8 @@ class OldPolicy:
     old_logp_BT: Array
     old_entropy_BT: Array
     ref_logp_BT: Array | None = None
+    teacher_logp_BT: Array | None = None
+    old_square_BT: Array | None = None
 
 
 @struct

@@ -22,7 +22,7 @@ from aspo_jax.agreement import SamplingError
 from aspo_jax.build import build_machines, check_inputs
 from aspo_jax.config import Config, read_config
 from aspo_jax.errors import run_command
-from aspo_jax.origin import fetch_weights, locate
+from aspo_jax.origin import fetch_weights, locate, locate_teacher
 from aspo_jax.parts import FACTORIES, Parts
 from aspo_jax.parts import parts as parts_of
 from aspo_jax.rewards import RewardError
@@ -38,6 +38,7 @@ from aspo_jax.steps import (
     finish,
     introduce,
     open_log,
+    position,
     restore_or_init,
     resumed,
     roll_out,
@@ -78,6 +79,7 @@ def train(config: Config, parts: Parts | None = None) -> int:
                 runtime.join(here.coordinator, here.num_processes, here.process_id)
                 console = Console(is_quiet=not runtime.is_main())
                 config = locate(config, config.run_folder, console.note)
+                config = locate_teacher(config, config.run_folder, console.note)
                 sizes = config.derived() if parts else check_inputs(config)
             stop.agree = None if runtime.is_alone() else runtime.any_of
             compilations = runtime.compilations(console.compiling, console.compiled)
@@ -116,10 +118,9 @@ def _train(
         bar.begin_at(done)
         log = open_log(config, m.parts.writers, done, console)
         run = Run(config, m, folder, checkpoints, log, Clock(), console, lock)
-        prompts = m.parts.prompts
         if done:
             console.note(resumed(run, done))
-        position = prompts.state()
+        place = position(m)
         try:
             for i in range(done, config.train.iterations):
                 with profile(i, config.metrics.profile_iterations, folder / "profile"):
@@ -128,18 +129,18 @@ def _train(
                             evaluate(run, state, i)
                         minibatches, figures = roll_out(run, state, i)
                     state, report = update(run, state, minibatches)
-                done, position = i + 1, prompts.state()
+                done, place = i + 1, position(m)
                 laps = run.clock.lap()
                 log.write(i, figures | report | laps | speeds(config, figures, laps))
                 log.end_row()
                 bar.advance()
                 if done % config.checkpoint.every == 0 or done == config.train.iterations:
-                    save(run, state, done, position)
+                    save(run, state, done, place)
             with stop.interruptible():
                 evaluate(run, state, done)
             settle(run, done)
         except (Interrupted, SamplingError, RewardError) as reason:
-            save(run, state, done, position)
+            save(run, state, done, place)
             runtime.on_main(checkpoints.wait)
             if not isinstance(reason, Interrupted):
                 raise

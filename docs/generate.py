@@ -1,6 +1,7 @@
 """Write what the documentation takes from the code: ``python docs/generate.py``.
 
-`reference.md` from the sections and factories, `api.md` from the public names and their docstrings,
+`objectives.md` from `catalogue.py` and the factories' docstrings, `reference.md` from the sections
+and factories, `api.md` from the public names and their docstrings,
 `library.md` from the files of `examples/`. A test holds that all are fresh.
 """
 
@@ -18,13 +19,19 @@ from typing import Any
 
 from jax.typing import ArrayLike
 
+from aspo_jax import losses
 from aspo_jax.config.factories import arguments
 from aspo_jax.config.schema import describe, meanings
 from aspo_jax.config.sections import SECTIONS, fields
 from aspo_jax.parts import FACTORIES
 
 DOCS = Path(__file__).resolve().parent
+sys.path.insert(0, str(DOCS))
+import objectives_page  # noqa: E402
+
 MADE = "<!-- Made by `python docs/generate.py`; edit the code that it speaks of instead. -->"
+# Shown on a page of their own.
+OF_OBJECTIVES = {name for named in objectives_page.FACTORIES.values() for name in named}
 MODULES = tuple(
     f"aspo_jax.{room}"
     for room in ("losses", "library", "parts", "learner", "optimizers", "sampler", "rewards")
@@ -34,6 +41,7 @@ MODULES = tuple(
 def pages() -> dict[Path, str]:
     """The text of every page that is made."""
     return {
+        DOCS / "objectives.md": objectives_page.page(MADE, inline, _table),
         DOCS / "reference.md": reference(),
         DOCS / "api.md": api(),
         DOCS / "library.md": library(DOCS.parent / "examples"),
@@ -54,11 +62,12 @@ def reference() -> str:
         *map(_section, SECTIONS),
     ]
     for kind, named in FACTORIES.items():
-        parts += [
-            f"## Factories: {kind}",
-            f"Named by {_named_by(kind)}; a factory's arguments are the section of its name.",
-            *(_factory(name, factory) for name, factory in named.items()),
-        ]
+        said = f"Named by {_named_by(kind)}; a factory's arguments are the section of its name."
+        parts += [f"## Factories: {kind}", said]
+        if kind in objectives_page.FACTORIES:
+            parts.append(f"All, with their equations: [Objectives](objectives.md#every-{kind}).")
+        else:
+            parts += [_factory(name, factory) for name, factory in named.items()]
     return "\n\n".join(parts) + "\n"
 
 
@@ -117,14 +126,20 @@ def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 # --- the Python names -------------------------------------------------------------------------
 
 
+PUBLIC = """What is public in the modules that a program of yours uses. The objectives, advantages
+and aggregates of `aspo_jax.losses` have [a page of their own](objectives.md)."""
+
+
 def api() -> str:
     """The public names of some modules with signature and docstring."""
-    parts = ["# Python names", MADE, "What is public in the modules that a program of yours uses."]
+    parts = ["# Python names", MADE, PUBLIC]
     for name in MODULES:
         module = importlib.import_module(name)
         found = {public: getattr(module, public) for public in public_names(module)}
         described = {n: x for n, x in found.items() if inspect.isclass(x) or inspect.isfunction(x)}
         values = [(f"`{n}`", f"`{_value(x)}`") for n, x in found.items() if n not in described]
+        if module is losses:
+            described = {n: x for n, x in described.items() if n not in OF_OBJECTIVES}
         parts += [f"## {name}", prose(inspect.getdoc(module) or "")]
         parts += [_table(("name", "value"), values)] if values else []
         parts += [_entry(*item) for item in described.items()]

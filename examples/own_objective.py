@@ -14,7 +14,7 @@ def mine(*, cap: float = 2.0) -> Objective:
     cap: largest weight.
     """
 
-    def coefficient(tokens, state, sums):
+    def coefficient(tokens, state, stats):
         weight_BT = (1 / ratio(tokens)).clip(max=cap)
         at_cap = mean_over(weight_BT >= cap, tokens.is_response_BT)
         return Coefficient(weight_BT, 0 * weight_BT, {"at_cap": at_cap})

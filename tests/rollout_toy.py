@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -64,7 +64,7 @@ class FakeSampler:
 class FakeScorer:
     """Knows its verdicts beforehand; submissions may come in any order."""
 
-    parts = ()
+    parts: Mapping[str, float] = {}
 
     def __init__(self, verdicts):
         self.verdicts = verdicts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,21 @@ def test_the_model_that_a_run_started_from_must_not_change(folder, model, change
         claim_folder(config(folder), model)
     claim_folder(config(folder, "Run.accept_changes=True"), model)
     claim_folder(config(folder), model)
+
+
+def test_so_must_its_teacher(folder, model, tmp_path):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(model, teacher)
+    taught = config(folder, f"Teacher.path='{teacher}'")
+    claim_folder(taught, model)
+    save(folder)
+    claim_folder(taught, model)
+    flip(teacher)
+    with pytest.raises(ModelChanged, match=f"{teacher} is not .* The teacher is read from there"):
+        claim_folder(taught, model)
+    assert not (folder / "model").exists()
+    claim_folder(config(folder, f"Teacher.path='{teacher}'", "Run.accept_changes=True"), model)
+    claim_folder(taught, model)
 
 
 def test_a_damaged_list_of_the_models_files_is_named(folder, model):

@@ -635,6 +635,37 @@ def test_one_sample_per_prompt_is_no_group():
         _read("--set", "Train.samples_per_prompt=1")
 
 
+@pytest.mark.parametrize("name", sorted(SHIPPED["advantage"].keys() - {"none"}))
+def test_no_advantage_compares_a_sample_with_itself(name):
+    with pytest.raises(ConfigError, match="Train.samples_per_prompt = 1 leaves"):
+        flags = ("Train.samples_per_prompt=1", f"Objective.advantage={name}")
+        read_config([word for flag in flags for word in ("--set", flag)], SHIPPED)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["Reward.overlong_buffer=8", "Objective.advantage=maxrl"],
+            "--set #1: Reward.overlong_buffer = 8 makes other rewards than Objective.advantage ="
+            " 'maxrl' can take: 0 or more; set it to 0, or choose another advantage",
+        ),
+        (
+            ["Reward.shapes=['mask_truncated', 'format_reward']", "Objective.advantage=passk.b"],
+            "--set #1: Reward.shapes = ('mask_truncated', 'format_reward'): format_reward makes"
+            " other rewards than Objective.advantage = 'passk' can take: exactly 0 or 1; leave it"
+            " out, or choose another advantage",
+        ),
+    ],
+)
+def test_shapes_that_an_advantage_cannot_take(flags, message):
+    with pytest.raises(ConfigError) as error:
+        read_config([word for flag in flags for word in ("--set", flag)], SHIPPED)
+    assert str(error.value) == message
+    fine = ("Reward.shapes=['mask_truncated']", "Objective.advantage=passk")
+    read_config([word for flag in fine for word in ("--set", flag)], SHIPPED)
+
+
 # --- includes, help, the result ------------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ from aspo_jax.model.sharding import abstract_mesh
 from aspo_jax.parts import FACTORIES
 from aspo_jax.planning.programs import SCORE, UPDATE, programs, read_shape
 
-LONG = [name for name in packaged() if not name.startswith(("countdown", "own_data"))]
+LONG = [name for name in packaged() if not name.startswith(("countdown", "own_data", "smollm2"))]
 SHAPES = sorted((config_folder() / "shapes").glob("*.json"))
 # Parameters as the model cards give them, in billions.
 BILLIONS = {
@@ -36,6 +36,7 @@ BILLIONS = {
     "Qwen3-1.7B": 1.72,
     "Qwen3-4B": 4.02,
     "Qwen3-8B": 8.19,
+    "SmolLM2-135M-Instruct": 0.13,
 }
 
 
@@ -98,9 +99,10 @@ def test_lowers_for_tpu_at_full_size(name):
 @pytest.mark.parametrize("name", sorted(set(packaged()) - set(LONG)))
 def test_small_configs_lower_too(name):
     config = _read(name)
-    mesh = abstract_mesh((8, 1, 1))
+    devices = min(8, config.train.rows_per_microbatch)
+    mesh = abstract_mesh((devices, 1, 1))
     found = programs(config, read_shape(config).config, mesh, mesh, "tpu")
-    assert "num_partitions = 8" in found.by_name[UPDATE].lower("tpu").as_text()
+    assert f"num_partitions = {devices}" in found.by_name[UPDATE].lower("tpu").as_text()
 
 
 def test_official_values():
@@ -145,7 +147,9 @@ def test_packaged_shapes_have_the_published_sizes(path: Path):
     params = jax.eval_shape(build_model(shape).init, jax.random.key(0))
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
     assert round(count / 1e9, 2) == BILLIONS[path.stem]
-    assert shape.qk_norm == path.stem.startswith("Qwen3") and shape.qkv_bias != shape.qk_norm
+    is_llama = path.stem.startswith("SmolLM2")
+    assert shape.qk_norm == path.stem.startswith("Qwen3")
+    assert shape.qkv_bias == (not is_llama and not shape.qk_norm)
 
 
 def test_every_packaged_shape_is_known():

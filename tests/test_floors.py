@@ -14,18 +14,21 @@ import aspo_jax
 
 PACKAGE = Path(aspo_jax.__file__).parent
 FLOORS = [  # top to bottom; strangers on one floor do not import each other
-    ["evaluate"],
-    ["train", "plan", "export", "check", "library", "overlap", "scoring"],
+    ["evaluate", "replay"],
+    [
+        *("train", "plan", "export", "check", "library", "overlap", "scoring", "conform"),
+        "replaying",
+    ],
     ["plot", "steps", "warmstart", "planning", "loading"],
-    ["rounding"],
-    ["build"],
+    ["rounding", "atlas"],
+    ["build", "rules"],
     ["parts"],
     ["policy"],
-    ["evaluation", "refill", "origin"],
+    ["evaluation", "refill", "origin", "recording"],
     ["suites"],
     ["inputs", "rollout", "learner", "run"],
     ["runtime", "sampler", "agreement"],
-    ["head", "optimizers", "outcomes", "rows", "hub"],
+    ["head", "optimizers", "outcomes", "rows", "hub", "history", "conformance"],
     ["losses", "model", "rewards", "data"],
     ["structs", "config", "files"],
     ["paths"],
@@ -75,6 +78,7 @@ def test_imports_go_down(path):
         ("aspo_jax.config.suites", "jax numpy flax transformers grain orbax optax"),
         ("aspo_jax.statistics", "jax flax transformers grain orbax optax pydantic pyarrow"),
         ("aspo_jax.rewards.pool.worker", "jax numpy pydantic"),
+        ("aspo_jax.conform", "jax torch flax transformers grain orbax optax pydantic"),
     ],
 )
 def test_light_imports(module, absent):

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import PartitionSpec
 from toy import toy_mesh
 
-from aspo_jax.head import Head, logits, logp_and_entropy
+from aspo_jax.head import Head, logits, logp_and_entropy, square_mass
 from aspo_jax.model import shardings
 
 B, T, D, V = 3, 7, 5, 11
@@ -128,6 +128,16 @@ def test_bfloat16_hidden_states_give_float32_values_and_bfloat16_gradients():
     assert weight_grad.dtype == jnp.float32 and hidden_grad.dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("chunk", [4, 1024])
+def test_squared_probabilities_are_those_of_the_definition(chunk):
+    head = Head(0.7, IS_ALLOWED_V, chunk)
+    p_BTV = jax.nn.softmax(HIDDEN_BTD @ WEIGHT_VD[IS_ALLOWED_V].T / 0.7)
+    found_BT = square_mass(head, WEIGHT_VD, HIDDEN_BTD)
+    np.testing.assert_allclose(found_BT, jnp.square(p_BTV).sum(-1), rtol=1e-5)
+    certain = Head(1.0, np.arange(V) == 3, chunk)
+    np.testing.assert_array_equal(square_mass(certain, WEIGHT_VD, HIDDEN_BTD), np.ones((B, T)))
+
+
 # --- memory -----------------------------------------------------------------------------------
 
 
@@ -193,6 +203,12 @@ def test_devices_change_nothing_and_only_statistics_of_tokens_cross_them(sizes):
         head = Head(0.7, is_allowed_V, chunk, mesh)
         logp_BT, entropy_BT = logp_and_entropy(head, weight_VD, hidden_BTD, target_BT)
         return jnp.sum(jnp.sin(logp_BT) + entropy_BT**2), (logp_BT, entropy_BT)
+
+    def squares(mesh, weight_VD, hidden_BTD):
+        return square_mass(Head(0.7, is_allowed_V, chunk, mesh), weight_VD, hidden_BTD)
+
+    found, _ = on_mesh(sizes, squares, weight_VD, hidden_BTD)
+    np.testing.assert_allclose(found, squares(None, weight_VD, hidden_BTD), rtol=1e-5)
 
     program = jax.value_and_grad(scalar, argnums=(1, 2), has_aux=True)
     expected = jax.jit(partial(program, None))(weight_VD, hidden_BTD)

@@ -20,7 +20,7 @@ from aspo_jax.errors import WriteError
 from aspo_jax.hub import HubError, parse_name
 from aspo_jax.library import load
 from aspo_jax.model import load_params, save_model
-from aspo_jax.origin import fetch_weights, locate
+from aspo_jax.origin import fetch_weights, locate, locate_teacher
 from aspo_jax.parts import FACTORIES
 from aspo_jax.planning.programs import read_shape
 from aspo_jax.policy import load_policy
@@ -108,7 +108,7 @@ def folder_of(config: Config) -> Path:
     ],
 )
 def test_what_can_be_a_name(text, expected):
-    assert parse_name(text) == expected
+    assert parse_name(text) == (expected and (*expected, "Model.path"))
 
 
 # --- from the hub ---------------------------------------------------------------------------------
@@ -320,6 +320,30 @@ def test_a_run_keeps_its_commit_when_the_branch_moves(tmp_path, loopback):
     # Another text is another setting: `check_config` refuses it, or the person means it.
     pinned = locate(config_of(f"{REPO}@{second}", run), tmp_path / "run")
     assert folder_of(pinned).name == second
+
+
+def test_a_run_keeps_its_teachers_commit_too(tmp_path, loopback):
+    loopback.push(REPO, save_tiny(tmp_path / "policy"))
+    first = loopback.push("acme/teacher", save_tiny(tmp_path / "first", seed=1))
+    run = tmp_path / "run"
+    settings = (f"Run.folder = '{run}'", "Teacher.path = 'acme/teacher'")
+
+    def located() -> Config:
+        return locate_teacher(locate(config_of(REPO, *settings), run), run)
+
+    config = located()
+    assert config.teacher_origin == (str(Path(config.teacher_folder or "")), first)
+    fetch_weights(config)
+    assert (Path(config.teacher_folder or "") / "model.safetensors").is_file()
+    assert config.teacher_source() == f"acme/teacher, commit {first[:12]}"
+    begin(config)
+    record = json.loads((run / "teacher_files.json").read_text())["manifest"]
+    assert (record["model"], record["commit"]) == ("acme/teacher", first)
+    second = loopback.push("acme/teacher", save_tiny(tmp_path / "second", seed=2))
+    assert located() == config and located().teacher_origin == config.teacher_origin
+    assert str(locate_teacher(config_of(REPO, *settings)).teacher_folder).endswith(second)
+    with pytest.raises(HubError, match=r"^Teacher.path = 'acme/nobody': no folder of that name"):
+        locate_teacher(config_of(REPO, "Teacher.path = 'acme/nobody'"))
 
 
 def test_before_there_are_results_a_run_takes_the_newest_commit(tmp_path, loopback):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +20,30 @@ import optax
 import pytest
 import toy
 
-from aspo_jax.learner import LARGEST_COPIED, Goal, PlacementError, _tokens, forward
+from aspo_jax.learner import (
+    LARGEST_COPIED,
+    Goal,
+    PlacementError,
+    Teacher,
+    build_learner,
+    forward,
+    make_old_policy,
+    place,
+    tokens_of,
+)
 from aspo_jax.losses import (
     Coefficient,
     Objective,
     aspo,
+    bapo,
     chain,
+    clip_cov,
+    distill,
+    hapo,
     kl_penalty,
+    otb,
+    p3o,
+    per_microbatch,
     policy_loss,
     reads,
     reinforce,
@@ -162,8 +180,14 @@ def test_nor_does_the_order_of_the_samples(learner, params, behaviour, reference
 
 @pytest.mark.parametrize("sizes", [{"data": 4}, {"fsdp": 4}, {"fsdp": 2, "tensor": 2}], ids=str)
 def test_nor_do_the_devices(params, behaviour, reference, at_once, sizes):
+    change, figures = on_devices(GOAL, params, behaviour, reference, sizes)
+    assert_relative(change, at_once[0], 1e-5)
+    assert_same_figures(figures, at_once[1])
+
+
+def on_devices(goal, params, behaviour, reference, sizes):
     mesh = toy.toy_mesh(**sizes)
-    learner = toy.toy_learner(MODEL, GOAL, optax.sgd(1.0), mesh)
+    learner = toy.toy_learner(MODEL, goal, optax.sgd(1.0), mesh)
     part = toy.minibatch(EXAMPLES, 2, 4, 32)
     old, frozen = (toy.on(mesh, MODEL, p) for p in (behaviour, reference))
     part = toy.with_old(learner, old, part, frozen)
@@ -173,8 +197,74 @@ def test_nor_do_the_devices(params, behaviour, reference, at_once, sizes):
     assert jax.tree.map(lambda x: x.sharding, state) == lies
     assert len(state.params["embed"].sharding.device_set) == 4
     change = jax.tree.map(lambda new, old: np.asarray(new) - old, state.params, params)
-    assert_relative(change, at_once[0], 1e-5)
-    assert_same_figures(toy.figures(report), at_once[1])
+    return change, toy.figures(report)
+
+
+# --- rules that see the whole mini-batch ---------------------------------------------------------
+
+TOGETHER = chain(
+    bapo(share=0.653),  # just beyond what the bounds that it starts with give
+    hapo(),
+    p3o(anchor="old"),
+    clip_cov(share=0.2, covariance_min=0.0),
+    kl_penalty(0.1),
+)
+COUPLED = Goal(TOGETHER, token_mean)
+
+
+@pytest.fixture(scope="module")
+def coupled():
+    return toy.toy_learner(MODEL, COUPLED, optax.sgd(1.0))
+
+
+@pytest.fixture(scope="module")
+def coupled_at_once(coupled, params, behaviour, reference):
+    change, figures = on_layout(coupled, params, behaviour, reference, (1, 8, 32))
+    assert 0.5 < figures["ess"] < 0.999 and 1.3 < figures["ratio_high"] < 2.99
+    assert 0 < figures["covariance_share"] < 0.4
+    return change, figures
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_neither_layout_nor_order_changes_the_update_of_a_coupled_rule(
+    coupled, params, behaviour, reference, coupled_at_once, layout
+):
+    order = np.random.RandomState(1).permutation(len(EXAMPLES))
+    shuffled = [EXAMPLES[i] for i in order]
+    change, figures = on_layout(coupled, params, behaviour, reference, layout, shuffled)
+    assert_relative(change, coupled_at_once[0], 1e-5)
+    assert_same_figures(figures, coupled_at_once[1])
+
+
+@pytest.mark.parametrize("sizes", [{"data": 4}, {"fsdp": 2, "tensor": 2}], ids=str)
+def test_nor_do_the_devices_change_it(params, behaviour, reference, coupled_at_once, sizes):
+    change, figures = on_devices(COUPLED, params, behaviour, reference, sizes)
+    assert_relative(change, coupled_at_once[0], 1e-5)
+    assert_same_figures(figures, coupled_at_once[1])
+
+
+def test_a_coupled_rules_tokens_stay_on_their_devices(params, behaviour):
+    """Of sums alone nothing but the sums is exchanged, however the rows are flattened."""
+    mesh = toy.toy_mesh(data=4)
+    learner = toy.toy_learner(MODEL, Goal(bapo(), token_mean), optax.sgd(1.0), mesh)
+    old = toy.on(mesh, MODEL, behaviour)
+    part = toy.with_old(learner, old, toy.minibatch(EXAMPLES, 2, 4, 32))
+    program = toy.compiled_quickly(learner.step, state_of(learner, params, mesh), part).as_text()
+    assert "all-reduce" in program
+    assert not re.findall("all-gather|all-to-all|collective-permute", program)
+
+
+def test_statistics_of_each_micro_batch_are_those_of_what_is_in_it(params, behaviour):
+    """With the whole mini-batch in one micro-batch that is no difference, with more it is one."""
+    found = {}
+    for name, rule in {"all": p3o(anchor="old"), "each": per_microbatch(p3o(anchor="old"))}.items():
+        learner = toy.toy_learner(MODEL, Goal(rule, token_mean), optax.sgd(1.0))
+        for rows in (8, 1):
+            layout = (8 // rows, rows, 32)
+            found[name, rows] = on_layout(learner, params, behaviour, None, layout)[1]
+    assert_same_figures(found["each", 8], found["all", 8])
+    assert_same_figures(found["all", 1], found["all", 8])
+    assert found["each", 1]["ess"] != pytest.approx(found["all", 1]["ess"], rel=1e-4)
 
 
 def factorisations(devices: int) -> list[tuple[int, int, int]]:
@@ -230,7 +320,7 @@ def test_metrics_of_several_updates_merge(learner, params, behaviour, reference)
     whole = toy.with_old(learner, behaviour, toy.minibatch(EXAMPLES, 1, 8, 32), reference)
     _, expected = learner.step(state_of(learner, params), whole)
     merged, expected = toy.figures(reduce(merge_metrics, halves)), toy.figures(expected)
-    per_update = {"surrogate", "grad_norm"}  # of a mini-batch, not of its tokens
+    per_update = {"surrogate", "grad_norm", "grad_norm_max"}  # of a mini-batch, not of its tokens
     assert_same_figures(
         {k: v for k, v in merged.items() if k not in per_update},
         {k: v for k, v in expected.items() if k not in per_update},
@@ -241,7 +331,7 @@ def test_metrics_of_several_updates_merge(learner, params, behaviour, reference)
 
 
 def tally() -> Objective:
-    """A stateful rule: sums count the mini-batch's tokens, the state counts those and updates."""
+    """A stateful rule: it counts the mini-batch's tokens, and over all updates in the state."""
 
     def init():
         return {"tokens": jnp.zeros(()), "updates": jnp.zeros((), jnp.int32)}
@@ -249,13 +339,13 @@ def tally() -> Objective:
     def prepare(tokens, state):
         return {"tokens": tokens.is_response_BT.sum().astype(jnp.float32)}
 
-    def coefficient(tokens, state, sums):
+    def coefficient(tokens, state, stats):
         ones = jnp.ones_like(tokens.logp_BT)
-        metrics = {"tally": Max(sums["tokens"]), "tally_before": Max(state["tokens"])}
+        metrics = {"tally": Max(stats["tokens"]), "tally_before": Max(state["tokens"])}
         return Coefficient(ones, 0 * ones, metrics)
 
-    def update(state, sums):
-        return {"tokens": state["tokens"] + sums["tokens"], "updates": state["updates"] + 1}
+    def update(state, stats):
+        return {"tokens": state["tokens"] + stats["tokens"], "updates": state["updates"] + 1}
 
     return Objective(coefficient, prepare, init, update)
 
@@ -335,24 +425,24 @@ SUMMED = ("logp_BT", "old_logp_BT", "advantage_BT", "entropy_BT", "ref_logp_BT")
 
 
 def unmasked() -> Objective:
-    """A rule that trusts its tokens: the sums count all that is not zero in them, in any slot."""
+    """A rule that trusts its tokens: it sums all that is not zero in them, in any slot."""
 
     def prepare(tokens, state):
         return {name: jnp.sum(getattr(tokens, name)) for name in SUMMED}
 
-    def coefficient(tokens, state, sums):
+    def coefficient(tokens, state, stats):
         ones = jnp.ones_like(tokens.logp_BT)
-        return Coefficient(ones, 0 * ones, {name: Max(sums[name]) for name in SUMMED})
+        return Coefficient(ones, 0 * ones, {name: Max(stats[name]) for name in SUMMED})
 
     return Objective(coefficient, prepare)
 
 
 def test_rules_prepare_from_what_policy_loss_would_show_them(params, reference):
-    """The sums over micro-batches are those of one `policy_loss` on all tokens, raw ones."""
+    """Statistics of a mini-batch are those of one `policy_loss` on all tokens, raw ones."""
     learner = toy.toy_learner(MODEL, Goal(unmasked(), token_mean), optax.sgd(0.0))
     part = toy.with_old(learner, params, toy.minibatch(EXAMPLES, *LAYOUT), reference)
     rows, old = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), (part.rows, part.old))
-    tokens = _tokens(rows, old, *forward(MODEL, toy.HEAD, params, rows))
+    tokens = tokens_of(rows, old, *forward(MODEL, toy.HEAD, params, rows))
     assert np.abs(np.where(rows.is_response_BT, 0, tokens.logp_BT)).max() > 1  # to be blanked
     _, expected = policy_loss(unmasked(), tokens, aggregate=token_mean)
     got, expected = update(learner, params, part)[1], toy.figures(expected)
@@ -483,10 +573,62 @@ def test_the_penalty_pulls_to_the_reference(params, reference):
     assert 0 < np.abs(exact - rounded).max() < 0.1
 
 
+def test_a_teacher_of_another_size_scores_the_rows_on_any_mesh(params):
+    model = toy.toy_model(vocab_size=toy.VOCAB + 8, hidden_size=24, layers=1, qk_norm=True)
+    weights = toy.random_params(model, seed=2)
+    is_allowed_V = np.concatenate([toy.IS_ALLOWED_V, np.zeros(8, bool)])
+    part = toy.minibatch(EXAMPLES, *LAYOUT)
+    found = []
+    for mesh in (toy.toy_mesh(), toy.toy_mesh(fsdp=2, tensor=2)):
+        head = toy.HEAD._replace(is_allowed_V=is_allowed_V, mesh=mesh)
+        score = make_old_policy(MODEL, toy.HEAD._replace(mesh=mesh), mesh, Teacher(model, head))
+        ours, theirs = toy.on(mesh, MODEL, params), toy.on(mesh, model, weights)
+        old = score(ours, None, place(mesh, part), theirs)
+        assert old.ref_logp_BT is None
+        found.append(np.asarray(old.teacher_logp_BT))
+    np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-5)
+    alone = make_old_policy(model, toy.HEAD._replace(is_allowed_V=is_allowed_V), toy.toy_mesh())
+    expected = alone(toy.on(toy.toy_mesh(), model, weights), None, place(toy.toy_mesh(), part))
+    np.testing.assert_allclose(found[0], expected.old_logp_BT, rtol=1e-6)
+
+
+def test_distilling_brings_the_policy_to_the_teacher(params, reference):
+    mesh = toy.toy_mesh()
+    goal, adam = Goal(distill(), token_mean), optax.adam(1e-2)
+    learner = build_learner(MODEL, toy.HEAD, goal, adam, mesh, Teacher(MODEL, toy.HEAD))
+    made = [e._replace(advantage=0.0) for e in EXAMPLES]
+    part = learner.place(toy.minibatch(made, *LAYOUT))
+    part = learner.with_old(params, None, part, toy.on(mesh, MODEL, reference))
+    old: Any = part.old
+    state, report = learner.step(state_of(learner, params), part)
+    change = learner.old_policy(state.params, None, part).old_logp_BT - old.old_logp_BT
+    gap = old.teacher_logp_BT - old.old_logp_BT
+    is_response = np.asarray(part.rows.is_response_BT)
+    assert np.asarray(change * gap)[is_response].mean() > 0
+    kl = toy.figures(report)["teacher_kl"]
+    np.testing.assert_allclose(kl, -np.asarray(gap)[is_response].mean(), rtol=1e-5)
+    itself = learner.with_old(params, None, part, params)
+    assert toy.figures(learner.step(state_of(learner, params), itself)[1])["grad_norm"] < 1e-6
+
+
 def test_no_reference_no_reference_log_probs(adam, good):
     assert good.old.ref_logp_BT is None
     is_real = np.asarray(good.rows.sequence_id_BT) > 0
     assert (np.asarray(good.old.old_logp_BT)[is_real] < 0).all()
+
+
+def test_squared_probabilities_are_there_for_a_rule_that_reads_them(params, good):
+    assert good.old.old_square_BT is None
+    learner = toy.toy_learner(MODEL, Goal(otb(), token_mean), optax.sgd(0.1))
+    part = toy.with_old(learner, params, toy.minibatch(EXAMPLES, *LAYOUT))
+    for name in ("old_logp_BT", "old_entropy_BT"):
+        np.testing.assert_allclose(getattr(part.old, name), getattr(good.old, name))
+    is_real = np.asarray(part.rows.sequence_id_BT) > 0
+    assert part.old is not None
+    square, logp = (np.asarray(x)[is_real] for x in (part.old.old_square_BT, part.old.old_logp_BT))
+    assert (square > 0).all() and (square <= 1).all() and (square >= np.exp(2 * logp) - 1e-6).all()
+    _, report = learner.step(state_of(learner, params), part)
+    assert toy.figures(report)["grad_norm"] > 0
 
 
 def test_good_tokens_become_likelier_and_bad_ones_less_so(adam, params, good):

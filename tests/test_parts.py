@@ -12,7 +12,7 @@ import pytest
 
 from aspo_jax.build import check_inputs
 from aspo_jax.config import Config, ConfigError, read_config
-from aspo_jax.losses import trace
+from aspo_jax.losses import ADVANTAGES, trace
 from aspo_jax.parts import FACTORIES, build_goal, build_optimizer, check_rules
 
 RULES = """
@@ -42,6 +42,14 @@ def others():
     return lambda reward_PG, is_valid_PG: reward_PG - reward_PG[1]
 
 
+def nameless():
+    return lambda reward_PG, is_valid_PG, lengths: reward_PG
+
+
+def long_first():
+    return lambda reward_PG, is_valid_PG, length_PG, past: reward_PG * length_PG
+
+
 def stranger():
     return lambda reward_PG, is_valid_PG: reward_PG.missing
 """
@@ -66,6 +74,15 @@ def test_a_rule_used_twice_has_two_settings_and_metrics_of_its_own():
     assert set(trace(goal.objective)) == {*trace(one.objective), "ref_kl_far"}
 
 
+def test_a_coupled_rule_takes_its_statistics_where_the_config_says():
+    coupled = ("Objective.name=bapo", "Objective.penalties=['low_entropy_kl']")
+    assert build_goal(config_of(*coupled)).objective.prepare
+    own = build_goal(config_of(*coupled, "Objective.scope=microbatch")).objective
+    assert own.prepare is None and "ratio_high" in trace(own)
+    plain = build_goal(config_of("Objective.name=aspo", "Objective.scope=microbatch")).objective
+    assert plain.prepare is None
+
+
 def test_an_optimizer_of_anyones_updates_behind_the_clip(module):
     config = config_of(f"Optim.name={module}:lion", "lion.b1=0.5", "Optim.warmup_updates=0")
     optimizer, rate = build_optimizer(config, ())
@@ -86,8 +103,22 @@ def test_an_optimizer_of_anyones_updates_behind_the_clip(module):
         (["Objective.advantage={m}:halves"], "Objective.advantage: found advantages (2, 1) for"),
         (["Objective.advantage={m}:stranger"], "Objective.advantage: the rule fails: Attribute"),
         (
+            ["Objective.advantage={m}:nameless"],
+            "Objective.advantage: the rule has a parameter 'lengths', which nothing fills; behind"
+            " rewards and which are valid it may have length_PG, parts, weights, past, or give it",
+        ),
+        (
+            ["Objective.advantage=gdpo"],
+            "Objective.advantage: the rule needs parts, which is None: the reward is made of one",
+        ),
+        (["Objective.advantage=passk", "passk.k=99"], "passk.k = 99; expected at most the 16"),
+        (
             ["Objective.advantage={m}:others", "Train.refill_rounds=1"],
             "Objective.advantage: the rule fails: IndexError",
+        ),
+        (
+            ["Objective.name=clip_cov", "Objective.scope=microbatch"],
+            "Objective.scope = 'microbatch': Objective.name or one of Objective.penalties has a st",
         ),
         (["Reward.shapes=['{m}:lion']"], "the shape '{m}:lion' fails: TypeError: lion() missing"),
         (["adamw.b1=0.5"], "--set #1: adamw.b1 = 0.5: adamw.b1 is set as Optim.b1; write that"),
@@ -101,3 +132,9 @@ def test_what_cannot_be_used_is_said_before_anything_is_loaded(flags, message, m
 
 def test_the_shipped_rules_pass():
     check_rules(config_of())
+
+
+@pytest.mark.parametrize("name", [*sorted(ADVANTAGES.keys() - {"none"}), "{m}:long_first"])
+def test_every_advantage_passes_where_it_has_what_it_asks_for(name, module):
+    two = ("Reward.functions=['a:b', 'a:c']", "Reward.weights=[1, 2]")
+    check_rules(config_of(f"Objective.advantage={name.format(m=module)}", *two))

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 
+import jax
 import pytest
 
 from aspo_jax import plan as planning
 from aspo_jax.config import Config, ConfigError, read_config
-from aspo_jax.model import ModelConfig
+from aspo_jax.config.reading import config_folder
+from aspo_jax.model import ModelConfig, build_model, read_model_config
 from aspo_jax.model.sharding import MeshError
 from aspo_jax.parts import FACTORIES
 from aspo_jax.plan import HEADROOM, Plan, parse_exhausted, plan, report
 from aspo_jax.planning import topology as topologies
-from aspo_jax.planning.budget import CACHE, OPTIMIZER, PROCESS, PROCESS_BYTES
+from aspo_jax.planning.budget import (
+    CACHE,
+    OPTIMIZER,
+    PROCESS,
+    PROCESS_BYTES,
+    TEACHER,
+    shard_bytes,
+)
 from aspo_jax.planning.flops import causal_pairs, forward_flops
 from aspo_jax.planning.programs import DECODE, PREFILL, SCORE, UPDATE
 from aspo_jax.planning.topology import GIB, TopologyError, open_devices, parse_topology
@@ -71,6 +81,39 @@ def test_calls_of_an_iteration(tiny):
     # 32 prompts x 16 samples in 512 slots; 4 mini-batches x 2 epochs; 24 positions. A CPU reads
     # 256 tokens of prompts at once: 2 prompts of a page of 24 on each of 4 devices.
     assert [row.budget.work.calls for row in tiny.rows] == [8, 4, 4, 24]
+
+
+def test_a_teacher_is_held_and_scores(tmp_path):
+    """A wider one than the policy, with a larger vocabulary."""
+    raw = json.loads((config_folder() / "shapes" / "Qwen2.5-0.5B.json").read_text())
+    raw |= {"vocab_size": 3000, "hidden_size": 128, "num_attention_heads": 4}
+    raw |= {"num_hidden_layers": 5, "intermediate_size": 256}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    teacher, distil = f"Teacher.path='{tmp_path}'", "Objective.penalties=['distill']"
+    found, alone = (
+        plan(_read(*flags, "Runtime.fsdp=2"), "cpu:4", lower_only=True)
+        for flags in ([teacher, distil], [])
+    )
+    params = jax.eval_shape(build_model(read_model_config(tmp_path)).init, jax.random.key(0))
+    count = sum(x.size for x in jax.tree.leaves(params))
+    parts = {part.name: part.bytes for row in found.rows for part in row.parts}
+    assert parts[TEACHER] == pytest.approx(2 * count / 2, rel=0.02)  # bfloat16, two shards
+    (update, score), (_, scored_alone) = found.rows[:2], alone.rows[:2]
+    assert TEACHER in score.budget.arguments and update.budget.beside >= parts[TEACHER]
+    assert score.budget.work.flops > 3 * scored_alone.budget.work.flops
+    assert score.budget.added[0].bytes > 50 * scored_alone.budget.added[0].bytes  # its logits
+    policies = parts["weights, float32"] + parts[TEACHER] + parts["rows of the mini-batches"] / 4
+    given = shard_bytes(found.programs.by_name[SCORE].arguments)
+    assert given == pytest.approx(policies, rel=0.1)
+    assert f"; teacher: {tmp_path / 'config.json'}" in report(found)
+
+
+def test_a_teacher_that_is_not_there_is_named():
+    distil = "Objective.penalties=['distill']"
+    with pytest.raises(ConfigError, match="reads a teacher, and Teacher.path is None"):
+        _estimated(distil)
+    with pytest.raises(ConfigError, match="Teacher.path = 'nowhere': no config.json there, and no"):
+        _estimated(distil, "Teacher.path='nowhere'")
 
 
 def _estimated(*flags: str) -> Plan:

@@ -20,9 +20,11 @@ from rollout_toy import (
     prompt,
 )
 
-from aspo_jax.losses import count_totals, group_mean, group_zscore
+from aspo_jax.history import History, key_of
+from aspo_jax.losses import count_totals, group_mean, group_zscore, prompt_smooth
 from aspo_jax.refill import refill
 from aspo_jax.rewards import Verdict, grpo_lambda, unshaped
+from aspo_jax.rewards.verdict import weighted
 from aspo_jax.rollout import (
     ALONE,
     Collector,
@@ -30,7 +32,10 @@ from aspo_jax.rollout import (
     Peers,
     Rollout,
     Selection,
+    Signal,
     assemble,
+    by_reward,
+    by_teacher,
     collect,
     judge,
 )
@@ -105,6 +110,7 @@ def filled(
     lag: Any = lambda: 0,
     shape: Any = unshaped,
     peers: Peers = ALONE,
+    signal: Signal = by_reward,
 ) -> tuple[Rollout, Selection, Stream]:
     """A step of ``size`` groups from a stream whose verdicts are known beforehand."""
     scorer: Any = Scorer(stream, lag)
@@ -114,7 +120,7 @@ def filled(
     def ask(round_, enough):
         return judge(collector, "params", round_, len(stream[0]), Occasion(TRAIN), enough=enough)
 
-    rollout, selection = refill(collector, ask, prompts, rounds, group_mean(), peers)
+    rollout, selection = refill(collector, ask, prompts, rounds, group_mean(), peers, signal=signal)
     return rollout, selection, prompts
 
 
@@ -153,6 +159,16 @@ def test_a_step_without_a_signal_is_empty_minibatches():
     parts, figures = assemble(rollout, group_zscore(), shape_for(4, 2), ALONE, selection)
     assert [int(part.count) for part in parts] == [0, 0]
     assert figures["rollout/valid_groups"] == 0 and figures["rollout/solve_all"] == 1
+
+
+def test_with_a_teacher_only_groups_without_a_valid_sample_are_drawn_again():
+    stream = [SOLVED, [FAILED, FAILED], UNSOLVED, [RIGHT, FAILED]]
+    rollout, selection, prompts = filled(stream, 2, 3, signal=by_teacher)
+    assert prompts.drawn == 2 and sizes(selection) == (4, 3, 2)
+    assert selection.groups.tolist() == [0, 2]
+    how = (group_zscore(), shape_for(2, 1), ALONE, selection)
+    (part,), _ = assemble(rollout, *how, signal=by_teacher)
+    assert count_totals(part.rows).sequences == 4 and not part.rows.advantage_BT.any()
 
 
 def test_samples_that_are_masked_give_no_signal():
@@ -310,6 +326,46 @@ def test_a_shape_that_looks_at_the_whole_step_sees_what_was_drawn():
     assert sizes(selection) == (2, 2, 1) and selection.groups.tolist() == [1]
     rewards = [[s.verdict.reward for s in group] for group in rollout.groups]
     assert rewards == [[0.75, 0.75], [1.0, 0.0]]
+
+
+def test_a_group_may_have_its_signal_from_the_past():
+    """All right where half was right before: without a past there is no signal."""
+    stream, history = [SOLVED, SOLVED, MIXED], History()
+    history.add([key_of(prompt(1).id)], np.array([[1.0, 0.0]]), np.ones((1, 2), bool))
+    scorer: Any = Scorer(stream)
+    collector = Collector(Sampler(), scorer, decode)
+
+    def ask(round_, enough):
+        return judge(collector, "params", round_, 2, Occasion(TRAIN), enough=enough)
+
+    for known, trains in ((history, 1), (History(), 2)):
+        how = (collector, ask, Stream(1), 3, prompt_smooth(), ALONE, known)
+        rollout, selection = refill(*how)
+        assert selection.groups.tolist() == [trains]
+        (part,), _ = assemble(
+            rollout, prompt_smooth(), shape_for(1, 1), ALONE, selection, history=known
+        )
+        assert len(trained(part)) == 2
+        assert len(known.state()) == trains + 1  # all that were drawn are visits
+
+
+def test_a_rule_that_asks_for_lengths_and_parts_judges_a_group_by_itself():
+    right, wrong = ({"exact": v, "style": WRONG} for v in (RIGHT, WRONG))
+    mixed = [weighted(parts, (1.0, 0.5)) for parts in (right, wrong)]
+
+    def rule(reward_PG, is_valid_PG, length_PG, parts, weights):
+        assert weights == {"exact": 1.0, "style": 0.5} and (length_PG > 0).all()
+        return group_mean()(parts["exact"], is_valid_PG)
+
+    scorer: Any = Scorer([[mixed[0]] * 2, mixed])
+    scorer.parts = {"exact": 1.0, "style": 0.5}
+    collector = Collector(Sampler(), scorer, decode)
+
+    def ask(round_, enough):
+        return judge(collector, "params", round_, 2, Occasion(TRAIN), enough=enough)
+
+    _, selection = refill(collector, ask, Stream(1), 2, rule)
+    assert selection.groups.tolist() == [1]
 
 
 def test_a_rule_that_looks_at_the_whole_step_sees_what_trains():

@@ -24,13 +24,15 @@ from rollout_toy import (
     rollout_of,
 )
 
-from aspo_jax.losses import count_totals, group_mean, group_zscore
+from aspo_jax.history import History, key_of
+from aspo_jax.losses import Past, count_totals, group_mean, group_zscore, maxrl, prompt_smooth, zero
 from aspo_jax.rewards import RewardError, Submission, Verdict, mask_truncated
 from aspo_jax.rewards.verdict import weighted
 from aspo_jax.rollout import (
     Peers,
     Rollout,
     assemble,
+    by_teacher,
     check_failures,
     draw,
     held_out_transcripts,
@@ -297,6 +299,17 @@ def test_nothing_to_learn_from_is_empty_minibatches():
     assert figures["rollout/valid_groups"] == 0 and figures["rollout/train_tokens"] == 0
 
 
+def test_with_a_teacher_every_group_with_a_valid_sample_trains():
+    rollout = rollout_of([[RIGHT, RIGHT], [FAILED, FAILED], [WRONG, FAILED], [RIGHT, WRONG]])
+    (part,), figures = assemble(rollout, zero(), shape_of(rollout, 1), signal=by_teacher)
+    assert groups_of(part) == [(0, 0), (1, 2), (2, 3)]
+    assert count_totals(part.rows).sequences == 2 + 1 + 2
+    assert figures["rollout/valid_groups"] == 3 / 4
+    assert not part.rows.advantage_BT.any()
+    (part,), _ = assemble(rollout, zero(), shape_of(rollout, 1))
+    assert part.count == 0
+
+
 def test_without_a_valid_sample_there_is_no_mean_reward():
     rollout = rollout_of([[FAILED, FAILED]])
     _, figures = assemble(rollout, group_zscore(), shape_of(rollout, 1))
@@ -325,6 +338,18 @@ def test_advantages_that_are_not_finite_are_an_error():
     rollout = rollout_of([[RIGHT, WRONG]])
     with pytest.raises(ValueError, match="advantages are not finite"):
         assemble(rollout, lambda r, v: np.full(r.shape, np.nan), shape_of(rollout, 1))
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_log_probability_that_is_not_finite_is_an_error_before_it_is_trained_on(value):
+    answers = [completion(0, "ab"), completion(1, "abc")]
+    answers[1].logp_T[2] = value
+    rollout, _ = judged([RIGHT, WRONG], [prompt(0)], answers)
+    message = rf"reported {value} as the log-probability of token 2 of an answer to prompt 'p0'"
+    with pytest.raises(ValueError, match=message):
+        assemble(rollout, group_zscore(), shape_of(rollout, 1))
+    masked, _ = judged([RIGHT, FAILED], [prompt(0)], answers)  # as a sample that does not train
+    assemble(masked, lambda r, v: np.ones(r.shape), shape_of(masked, 1))
 
 
 def test_figures_by_hand():
@@ -401,6 +426,116 @@ def test_every_process_has_the_figures_and_advantages_of_all(processes):
         assert figures == alone
     trained = [group for (part,), _ in found for group in groups_of(part)]
     assert sorted(trained) == groups_of(parts[0])
+
+
+# --- what advantages ask for ----------------------------------------------------------------------
+
+
+def test_a_rule_gets_the_lengths_and_the_parts_of_the_reward():
+    """Of a sample of another kind there is no such part, and none of a part that failed."""
+    style, late = Verdict(0.5, "scored"), Verdict(0.0, "timeout")
+    parts = [{"math": RIGHT, "style": style}, {"code": late, "style": style}]
+    parts.append({"math": FAILED, "style": style})
+    verdicts = [weighted(p, (1.0, 0.2)) for p in parts] + [RIGHT]
+    rollout = rollout_of([verdicts[:2], verdicts[2:]])._replace(
+        parts={"math": 1.0, "code": 1.0, "style": 0.2}
+    )
+    given: dict[str, Any] = {}
+
+    def rule(reward_PG, is_valid_PG, length_PG, weights, parts, past):
+        given.update(length=length_PG, weights=weights, past=past, **parts)
+        return reward_PG
+
+    with pytest.raises(RewardError, match="needs past, which is None"):
+        assemble(rollout, rule, shape_of(rollout, 1))
+    assemble(rollout, rule, shape_of(rollout, 1), history=History())
+    nan = np.nan
+    np.testing.assert_array_equal(given["length"], lengths_of(rollout))
+    np.testing.assert_array_equal(given["math"], [[1, nan], [nan, nan]])
+    np.testing.assert_array_equal(given["code"], [[nan, 0], [nan, nan]])
+    np.testing.assert_array_equal(given["style"], [[0.5, 0.5], [0.5, nan]])
+    assert given["weights"] == rollout.parts
+    np.testing.assert_array_equal(given["past"], np.zeros((3, 2)))
+
+
+def test_a_reward_that_a_rule_is_not_defined_for_ends_a_run_in_plain_words():
+    rollout = rollout_of([[RIGHT, Verdict(-1.0, "scored")]])
+    with pytest.raises(RewardError, match=r"Objective.advantage: maxrl needs rewards >= 0; found"):
+        assemble(rollout, maxrl(), shape_of(rollout, 1))
+
+
+def same_prompts(rollout: Rollout, ids: list[str]) -> Rollout:
+    """The rollout with other ids for its prompts."""
+    samples = [
+        s._replace(prompt=dataclasses.replace(s.prompt, id=name))
+        for group, name in zip(rollout.groups, ids, strict=True)
+        for s in group
+    ]
+    return rollout._replace(samples=samples)
+
+
+STEPS = [
+    ("abc", [[RIGHT, WRONG], [WRONG, WRONG], [RIGHT, RIGHT]]),
+    ("bab", [[RIGHT, WRONG], [RIGHT, RIGHT], [RIGHT, RIGHT]]),  # b comes twice
+    ("cda", [[FAILED, WRONG], [RIGHT, WRONG], [RIGHT, WRONG]]),
+]
+
+
+def test_the_past_of_a_prompt_is_that_of_its_earlier_visits():
+    history, rule = History(), prompt_smooth()
+    seen: list[Past] = []
+
+    def watched(reward_PG, is_valid_PG, past):
+        seen.append(past)
+        return rule(reward_PG, is_valid_PG, past)
+
+    for ids, rows in STEPS:
+        rollout = same_prompts(rollout_of(rows), list(ids))
+        assemble(rollout, watched, shape_of(rollout, 1), history=history)
+    np.testing.assert_allclose(seen[0], np.zeros((3, 3)))
+    half = 0.5**0.5  # the standard deviation of 1 and 0
+    np.testing.assert_allclose(seen[1], [[1, 1, 1], [0, 0.5, 0], [0, half, 0]], rtol=1e-6)
+    np.testing.assert_allclose(seen[2].visits_P, [1, 0, 2])
+    np.testing.assert_allclose(seen[2].mean_P, [1, 0, 0.75])
+    assert {key: visits for key, (visits, _, _) in history.state().items()} == {
+        key_of(name).hex(): visits for name, visits in {"a": 3, "b": 3, "c": 1, "d": 1}.items()
+    }  # c was not visited by one valid sample
+
+
+def test_a_history_goes_on_from_what_was_saved():
+    """Through JSON, bit for bit; and a rule that asks for no past has none kept."""
+    whole, split = History(), History()
+    for ids, rows in STEPS:
+        rollout = same_prompts(rollout_of(rows), list(ids))
+        assemble(rollout, prompt_smooth(), shape_of(rollout, 1), history=whole)
+        assemble(rollout, prompt_smooth(), shape_of(rollout, 1), history=split)
+        saved, split = json.dumps(split.state()), History()
+        split.restore(json.loads(saved))
+    assert split.state() == whole.state() != {}
+    assemble(rollout, group_mean(), shape_of(rollout, 1), history=whole)
+    assert split.state() == whole.state()
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_every_process_has_the_past_of_all(processes):
+    """Prompts of which another process was given the earlier visits."""
+    histories = [History() for _ in range(processes)]
+    alone, shape = History(), None
+    for ids, rows in STEPS:
+        ids, rows = ids * 2, rows * 2
+        whole = same_prompts(rollout_of(rows), list(ids))
+        shape = shape_of(whole, 1)._replace(rows=6)
+        (part,), _ = assemble(whole, prompt_smooth(), shape, history=alone)
+
+        def process(peers: Peers, whole=whole, shape=shape):
+            own = [s for g in whole.groups[peers.index :: processes] for s in g]
+            share, history = Rollout(own, 2), histories[peers.index]
+            return assemble(share, prompt_smooth(), shape, peers, history=history)[0]
+
+        found = in_step([process] * processes)
+        trained = [group for (own,) in found for group in groups_of(own)]
+        assert sorted(trained) == groups_of(part)
+    assert all(history.state() == alone.state() for history in histories)
 
 
 def test_transcripts_say_what_was_asked_for_answered_and_expected():

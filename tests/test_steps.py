@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from aspo_jax.history import History
 from aspo_jax.steps import restore_or_init, update
 
 
@@ -16,16 +17,20 @@ def _never(*_: Any) -> Any:
 
 
 def test_a_resume_makes_no_second_state():
-    restored = SimpleNamespace(state="saved", meta={"data_position": 7, "iteration": 3})
+    restored = SimpleNamespace(
+        state="saved", meta={"data_position": 7, "iteration": 3, "history": {"ab": [2, 0.5, 0.25]}}
+    )
     checkpoints: Any = SimpleNamespace(restore=lambda shapes: restored)
     positions: list[int] = []
+    history = History()
     machines: Any = SimpleNamespace(
         learner=SimpleNamespace(state="shapes", init=_never),
         initial_params=_never,
         parts=SimpleNamespace(prompts=SimpleNamespace(restore=positions.append)),
+        history=history,
     )
     assert restore_or_init(checkpoints, machines) == ("saved", 3)
-    assert positions == [7]
+    assert positions == [7] and history.state() == {"ab": [2, 0.5, 0.25]}
 
 
 @pytest.mark.parametrize("epochs", [1, 2])

@@ -84,7 +84,20 @@ def _launch(config: Config) -> Iterator[Problem]:
         yield "Runtime.process_id", f" must be below {limit}; processes count from 0"
 
 
-_GROUP_ADVANTAGES = ("group_mean", "group_zscore", "leave_one_out")
+_GROUP_ADVANTAGES = (
+    "batch_zscore",
+    "gdpo",
+    "group_mean",
+    "group_zscore",
+    "grpo_passk",
+    "leave_one_out",
+    "maxrl",
+    "opo",
+    "passk",
+    "prompt_smooth",
+    "shifted_mean",
+    "token_group_zscore",
+)
 
 
 def _objective(config: Config) -> Iterator[Problem]:
@@ -105,8 +118,7 @@ def _objective(config: Config) -> Iterator[Problem]:
             "Train.samples_per_prompt",
             f" leaves Objective.advantage = {objective.advantage!r} nothing to compare a sample"
             " with: the bare reward would take its place, which is another algorithm (REINFORCE"
-            f" without a baseline); set it to 2 or more, for {', '.join(_GROUP_ADVANTAGES)} all"
-            " compare the samples of a prompt",
+            " without a baseline), or 0; set it to 2 or more",
         )
 
 
@@ -150,11 +162,32 @@ def _sampler(config: Config) -> Iterator[Problem]:
         )
 
 
+_UNSHAPED = {  # what some advantages need of rewards, which shapes change
+    "gdpo": "the weighted sum of the grader's and those of Reward.functions",
+    "maxrl": "0 or more",
+    "passk": "exactly 0 or 1",
+}
+
+
 def _reward(config: Config) -> Iterator[Problem]:
     functions, weights = config.reward.functions, config.reward.weights
     if weights and len(weights) != len(functions):
         expected = f"expected one for each of Reward.functions = {functions!r}, or none: 1 each"
         yield "Reward.weights", f" has {len(weights)} of {len(functions)} weights; {expected}"
+    advantage, shapes = config.objective.advantage.partition(".")[0], config.reward.shapes
+    if config.reward.overlong_buffer and (needed := _UNSHAPED.get(advantage)):
+        yield (
+            "Reward.overlong_buffer",
+            f" makes other rewards than Objective.advantage = {advantage!r} can take: {needed};"
+            " set it to 0, or choose another advantage",
+        )
+    changing = [s for s in shapes if ":" not in s and s.partition(".")[0] != "mask_truncated"]
+    if changing and advantage in ("gdpo", "passk"):
+        yield (
+            "Reward.shapes",
+            f": {', '.join(changing)} makes other rewards than Objective.advantage = {advantage!r}"
+            f" can take: {_UNSHAPED[advantage]}; leave it out, or choose another advantage",
+        )
 
 
 def _model(config: Config) -> Iterator[Problem]:

@@ -166,6 +166,28 @@ class Model:
 
 
 @section
+class Teacher:
+    """Another model whose log-probabilities rules may read, such as `distill`; it is not trained.
+
+    Of any family and size, but with the tokens of the policy.
+    """
+
+    path: str | None = setting(
+        None, "path", "as Model.path; needed where a rule reads a teacher, refused where none does"
+    )
+    dtype: Literal["bfloat16", "float32"] = setting(
+        "bfloat16", "", "type of its weights in memory; it computes in Model.dtype"
+    )
+    advantage: float = setting(
+        0.0,
+        "per nat",
+        "what log pi_teacher - log pi_old is multiplied with and added to each token's advantage,"
+        " before Objective.name sees it (`with_teacher`); 0: it is not",
+        ge=0,
+    )
+
+
+@section
 class WarmStart:
     """Supervised training on worked examples before a new model meets the reward."""
 
@@ -272,6 +294,12 @@ class Objective:
     advantage: str = setting("group_zscore", "", "an advantage factory", factory="advantage")
     aggregate: str = setting("sequence_mean", "", "an aggregate factory", factory="aggregate")
     entropy_bonus: float = setting(0.0, "per nat", "weight of the entropy bonus", ge=0)
+    scope: Literal["minibatch", "microbatch"] = setting(
+        "minibatch",
+        "",
+        "where a rule coupled over its tokens takes its statistics: of the whole minibatch, by a "
+        "forward pass more, or of each micro-batch, as published code does",
+    )
 
 
 @section
@@ -320,6 +348,13 @@ class Train:
     pack: bool = setting(True, "", "several sequences may share a row")
     rows_per_microbatch: int = setting(..., "rows", "rows in one forward and backward pass", ge=1)
     head_chunk: int = setting(1024, "tokens", "tokens per chunk of the output layer", ge=1)
+    record: int = setting(
+        0,
+        "iterations",
+        "keep the whole rollout of every so many iterations in rollouts/, for aspo_jax.replay; 0:"
+        " of none",
+        ge=0,
+    )
 
 
 @section
@@ -388,7 +423,7 @@ class Runtime:
 SECTIONS: dict[str, type[Any]] = {
     cls.__name__: cls
     for cls in (
-        *(Run, Data, Countdown, Model, WarmStart, Sampler, Reward, Objective),
+        *(Run, Data, Countdown, Model, Teacher, WarmStart, Sampler, Reward, Objective),
         *(Optim, Train, Evaluate, Checkpoint, Metrics, Runtime),
     )
 }
@@ -406,14 +441,15 @@ class Config:
     """All settings of a run.
 
     Not part of its identity: ``name``, the config file's stem; ``source``, how the command line
-    named that file ("": the default's); ``settings``, its ``--set``; ``origin``, what
-    `aspo_jax.origin.locate` found of ``Model.path``.
+    named that file ("": the default's); ``settings``, its ``--set``; ``origin`` and
+    ``teacher_origin``, what `aspo_jax.origin` found of ``Model.path`` and ``Teacher.path``.
     """
 
     run: Run
     data: Data
     countdown: Countdown
     model: Model
+    teacher: Teacher
     warm_start: WarmStart
     sampler: Sampler
     reward: Reward
@@ -430,11 +466,17 @@ class Config:
     source: str = dataclasses.field(default="", compare=False)
     settings: tuple[str, ...] = dataclasses.field(default=(), compare=False)
     origin: Origin | None = dataclasses.field(default=None, compare=False)
+    teacher_origin: Origin | None = dataclasses.field(default=None, compare=False)
 
     @property
     def model_folder(self) -> str | None:
         """The folder of the policy's files; None: a new model. Names of the hub: once located."""
         return self.origin.folder if self.origin else self.model.path
+
+    @property
+    def teacher_folder(self) -> str | None:
+        """The folder of the teacher's files; None: no teacher. Names of the hub: once located."""
+        return self.teacher_origin.folder if self.teacher_origin else self.teacher.path
 
     @property
     def run_folder(self) -> str:
@@ -444,8 +486,11 @@ class Config:
 
     def policy_source(self) -> str:
         """``Model.path``, and the commit that it means where that is known."""
-        commit = self.origin and self.origin.commit
-        return f"{self.model.path}, commit {commit[:12]}" if commit else str(self.model.path)
+        return _source(self.model.path, self.origin)
+
+    def teacher_source(self) -> str:
+        """``Teacher.path``, and the commit that it means where that is known."""
+        return _source(self.teacher.path, self.teacher_origin)
 
     def command(self, module: str, *settings: str, without: str = "") -> str:
         """The shell command that runs ``aspo_jax.MODULE`` with this config and more settings.
@@ -513,6 +558,7 @@ class Config:
         return [
             ("prompts", self._prompts(train_rows)),
             ("policy", self._policy()),
+            *([("teacher", self.teacher_source())] if self.teacher.path else []),
             ("objective", f"{rule}, {self.objective.advantage}, {self.objective.aggregate}"),
             ("iterations", f"{train.iterations:,} ({train.iterations * updates:,} updates)"),
             ("sequences per step", _product(train.prompts_per_step, group)),
@@ -578,6 +624,10 @@ class Config:
             f"new Qwen2: width {m.hidden_size}, {m.layers} layers, {m.heads}/{m.kv_heads} heads,"
             f" SwiGLU {m.intermediate_size}, warm-started to avg@k {self.warm_start.target}"
         )
+
+
+def _source(path: str | None, origin: Origin | None) -> str:
+    return f"{path}, commit {origin.commit[:12]}" if origin and origin.commit else str(path)
 
 
 def _product(prompts: int, samples: int) -> str:

@@ -35,6 +35,7 @@ from aspo_jax.data.tokenizer import (
     copy_tokenizer,
     encode,
     load_tokenizer,
+    load_vocabulary,
     render,
 )
 
@@ -59,6 +60,7 @@ __all__ = [
     "fitting_rows",
     "generated",
     "load_tokenizer",
+    "load_vocabulary",
     "made_rows",
     "max_prompt_tokens",
     "max_response_tokens",

@@ -96,6 +96,15 @@ def _refusing(tokenizer: Any) -> Any:
     return tokenizer
 
 
+def load_vocabulary(folder: str | Path) -> dict[str, int]:
+    """Token -> id, of a Hugging Face folder; with the tokens that its settings add.
+
+    Raises:
+        DataError: no such folder, a file of it is missing or unreadable.
+    """
+    return _read(Path(folder).expanduser()).get_vocab()
+
+
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a Hugging Face folder.
 
@@ -103,9 +112,24 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
         DataError: no such folder, a file of it is missing or unreadable, no end-of-sequence
             token, no chat template.
     """
+    folder = Path(folder).expanduser()
+    tokenizer = _read(folder)
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            f"{folder}/tokenizer_config.json: no eos_token, expected one: without it no response "
+            'can end itself (add for example "eos_token": "<|im_end|>")'
+        )
+    if tokenizer.chat_template is None:
+        raise DataError(
+            f"{folder}: no chat template, expected a file chat_template.jinja or the field "
+            "chat_template of tokenizer_config.json (copy it from the model's instruct version)"
+        )
+    return _refusing(tokenizer)
+
+
+def _read(folder: Path) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
-    folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise DataError(
             f"{folder}: no such folder; expected a model folder with tokenizer.json, or a name on "
@@ -119,23 +143,12 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
                 f"({_remedy(folder)})"
             )
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exceptions
         raise DataError(
             f"{folder}: its tokenizer files cannot be read ({error}); expected a tokenizer "
             "written by save_pretrained (copy the files again from where the model came from)"
         ) from error
-    if tokenizer.eos_token_id is None:
-        raise DataError(
-            f"{folder}/tokenizer_config.json: no eos_token, expected one: without it no response "
-            'can end itself (add for example "eos_token": "<|im_end|>")'
-        )
-    if tokenizer.chat_template is None:
-        raise DataError(
-            f"{folder}: no chat template, expected a file chat_template.jinja or the field "
-            "chat_template of tokenizer_config.json (copy it from the model's instruct version)"
-        )
-    return _refusing(tokenizer)
 
 
 def _remedy(folder: Path) -> str:

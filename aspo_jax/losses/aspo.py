@@ -53,13 +53,14 @@ def aspo(
         cap.
     Source: arXiv 2510.06062 §6, Eq. 3; soft caps on both signs and cap 3 as in the authors' code
     (the paper prints no number).
+    Confidence: high: the paper, and numbers made by the authors' code.
     """
     low, high = ratio_bounds("aspo", clip_low, clip_high)
     require_positive("aspo", cap=cap)
     cap_positive = choose(CAPS, positive_cap, "aspo.positive_cap")
     cap_negative = choose(CAPS, negative_cap, "aspo.negative_cap")
 
-    def coefficient(tokens, state, sums):
+    def coefficient(tokens, state, stats):
         advantage_BT, logp_BT = tokens.advantage_BT, accurate(tokens.logp_BT)
         ratio_BT = ratio(tokens)
         flipped_BT = 1 / jnp.minimum(ratio_BT, high)
@@ -110,7 +111,11 @@ def archer2(
     clip_low_entropy: both clip bounds of low-entropy tokens, from 0 to 1.
     clip_high_entropy: both clip bounds of the others, from 0 to 1.
     cap: largest weight, above 0.
-    Needs ``entropy_BT``. The paper's text has 0.2 for every token: that is `aspo`.
+    The paper's text has 0.2 for every token: that is `aspo`.
+
+    Needs ``entropy_BT``.
+    Source: the code of arXiv 2510.06062 (Archer2.0).
+    Confidence: high: numbers made by the authors' code.
     """
     bounds = {"clip_low_entropy": clip_low_entropy, "clip_high_entropy": clip_high_entropy}
     require_share("archer2", quantile=quantile, **bounds)

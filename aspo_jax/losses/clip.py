@@ -18,7 +18,7 @@ _CLAMPED_RATIO = math.exp(LOG_RATIO_LIMIT - 1e-3)
 CapName = Literal["soft", "hard", "none"]
 
 
-def is_kept(ratio_BT: Array, advantage_BT: Array, low: float, high: float) -> Array:
+def is_kept(ratio_BT: Array, advantage_BT: Array, low: float | Array, high: float | Array) -> Array:
     """The PPO gate, ``[B, T]``: True where a token keeps its gradient.
 
         A > 0:  r <= high          A < 0:  r >= low
@@ -28,6 +28,32 @@ def is_kept(ratio_BT: Array, advantage_BT: Array, low: float, high: float) -> Ar
     ASPO, arXiv 2510.06062 Prop. 4.1.
     """
     return jnp.where(advantage_BT > 0, ratio_BT <= high, ratio_BT >= low)
+
+
+class Gated(NamedTuple):
+    """Where x keeps its gradient, and x held at the bound at which it loses it; ``[B, T]``."""
+
+    is_kept_BT: Array
+    value_BT: Array
+
+
+def gate(
+    x_BT: Array,
+    advantage_BT: Array,
+    low: float | Array,
+    high: float | Array,
+    cap: float | Array = math.inf,
+) -> Gated:
+    """The PPO gate of a ratio or, with bounds in nats, of a log-ratio.
+
+    cap: a token with A < 0 beyond it loses its gradient too: a hard dual clip.
+    """
+    is_below_cap_BT = (advantage_BT > 0) | (x_BT <= cap)
+    floored_BT = jnp.minimum(jnp.maximum(x_BT, low), cap)
+    return Gated(
+        is_kept(x_BT, advantage_BT, low, high) & is_below_cap_BT,
+        jnp.where(advantage_BT > 0, jnp.minimum(x_BT, high), floored_BT),
+    )
 
 
 def is_free(ratio_BT: Array) -> Array:
@@ -75,3 +101,17 @@ CAPS: Mapping[str, Callable[[Array, Array, float], Capped]] = {
 def pick_by_sign(advantage_BT: Array, positive: Capped, negative: Capped) -> Capped:
     """``positive`` where A > 0, ``negative`` elsewhere."""
     return jax.tree.map(lambda x, y: jnp.where(advantage_BT > 0, x, y), positive, negative)
+
+
+def dual_clipped(
+    ratio_BT: Array, advantage_BT: Array, low: float | Array, high: float | Array, cap: float
+) -> tuple[Array, Array]:
+    """PPO's clip with a hard dual clip on A < 0: the weight, and the clipped ratio ``[B, T]``."""
+    clipped_BT = jnp.where(
+        advantage_BT > 0,
+        jnp.minimum(ratio_BT, high),
+        jnp.minimum(jnp.maximum(ratio_BT, low), cap),
+    )
+    is_below_cap_BT = (advantage_BT > 0) | (ratio_BT <= cap)
+    is_kept_BT = is_kept(ratio_BT, advantage_BT, low, high) & is_below_cap_BT
+    return jnp.where(is_kept_BT, ratio_weight(ratio_BT), 0), clipped_BT

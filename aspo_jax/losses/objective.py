@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,10 @@ from aspo_jax.losses.report import WEIGHT_BIN_EDGES, surrogate_metric, weight_me
 from aspo_jax.structs import Histogram, Max, Mean, Metric, Metrics, Tokens, merge_metrics
 
 LOG_RATIO_LIMIT = 20.0  # exp(20) is finite in every dtype used, and far outside every clip range
+
+# The policies that a ratio may be taken to, and where their log-probabilities are.
+ANCHORS: Mapping[str, str] = {"old": "old_logp_BT", "sampler": "sampler_logp_BT"}
+AnchorName = Literal["old", "sampler"]
 
 Value = TypeVar("Value")
 Predicate = Callable[[Tokens], Array]  # tokens -> boolean [B, T]
@@ -55,17 +59,18 @@ class Coefficient(NamedTuple):
 class Objective(NamedTuple):
     """A policy objective.
 
-    coefficient: ``(tokens, state, sums) -> Coefficient``.
-    prepare: ``(tokens, state) -> sums``, additive statistics over the whole mini-batch; None when
-        the rule has no use for any, and then no pass over the data is made.
+    coefficient: ``(tokens, state, stats) -> Coefficient``, of any part of the mini-batch.
+    prepare: ``(tokens, state) -> stats``, what the rule must know of the mini-batch as a whole:
+        it sees all of its tokens at once, before the update. None when the rule has no use for
+        any, and then no pass over the data is made.
     init: ``() -> state``; ``()`` for rules without one.
-    update: ``(state, sums) -> state``, once per optimizer update, never on a skipped one.
+    update: ``(state, stats) -> state``, once per optimizer update, never on a skipped one.
     """
 
     coefficient: Callable[[Tokens, Any, Any], Coefficient]
     prepare: Callable[[Tokens, Any], Any] | None = None
     init: Callable[[], Any] = lambda: ()
-    update: Callable[[Any, Any], Any] = lambda state, sums: state
+    update: Callable[[Any, Any], Any] = lambda state, stats: state
 
 
 # --- what rules share -------------------------------------------------------------------------
@@ -120,6 +125,11 @@ def ratio_bounds(rule: str, clip_low: float, clip_high: float) -> tuple[float, f
 def accurate(x: Array) -> Array:
     """x in the precision of all coefficients: at least float32."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def anchor_logp(tokens: Tokens, anchor: str, rule: str) -> Array:
+    """Log-probabilities of a policy in `ANCHORS`, at least float32; see `require`."""
+    return accurate(require(tokens, ANCHORS[anchor], rule))
 
 
 def log_ratio(tokens: Tokens) -> Array:
@@ -183,12 +193,12 @@ def trace(objective: Objective, aggregate: Aggregate = token_mean, **changes: An
     return jax.eval_shape(loss, Tokens(**{**fields, **changes}))[1]
 
 
-def _checked(objective: Objective, tokens: Tokens, state: Any, sums: Any) -> Coefficient:
+def _checked(objective: Objective, tokens: Tokens, state: Any, stats: Any) -> Coefficient:
     """The coefficient of one rule, with the shapes that it must have.
 
     Broadcasting would hide a weight per row or per sequence, a metric would fail much later.
     """
-    rule, expected = objective.coefficient(tokens, state, sums), tokens.logp_BT.shape
+    rule, expected = objective.coefficient(tokens, state, stats), tokens.logp_BT.shape
     for name in ("weight_BT", "bias_BT", "surrogate_BT"):
         found = getattr(rule, name)
         if found is not None and jnp.shape(found) != expected:
@@ -208,15 +218,15 @@ def _checked(objective: Objective, tokens: Tokens, state: Any, sums: Any) -> Coe
 # --- combinators ------------------------------------------------------------------------------
 
 
-def _each(sums: Any, parts: tuple[Objective, ...]) -> tuple[Any, ...]:
-    """Each part's share of combined sums; None where no part prepares any."""
-    return (None,) * len(parts) if sums is None else sums
+def _each(stats: Any, parts: tuple[Objective, ...]) -> tuple[Any, ...]:
+    """Each part's share of combined statistics; None where no part prepares any."""
+    return (None,) * len(parts) if stats is None else stats
 
 
 def _combine(
     parts: tuple[Objective, ...], coefficient: Callable[[Tokens, Any, Any], Coefficient]
 ) -> Objective:
-    """Objective over several parts whose states and sums are tuples, one entry per part."""
+    """Objective over several parts whose states and statistics are tuples, one entry per part."""
 
     def prepare(tokens, state):
         return tuple(
@@ -224,12 +234,12 @@ def _combine(
             for part, own in zip(parts, state, strict=True)
         )
 
-    def update(state, sums):
-        shares = zip(parts, state, _each(sums, parts), strict=True)
+    def update(state, stats):
+        shares = zip(parts, state, _each(stats, parts), strict=True)
         return tuple(part.update(*share) for part, *share in shares)
 
     return Objective(
-        coefficient=lambda tokens, state, sums: coefficient(tokens, state, _each(sums, parts)),
+        coefficient=lambda tokens, state, stats: coefficient(tokens, state, _each(stats, parts)),
         prepare=prepare if any(part.prepare for part in parts) else None,
         init=lambda: tuple(part.init() for part in parts),
         update=update,
@@ -248,11 +258,14 @@ def _join_metrics(metrics: list[Metrics]) -> dict[str, Metric]:
 
 
 def chain(*objectives: Objective) -> Objective:
-    """Several rules at once: weights multiply, biases and surrogates add.
+    """A rule and, behind it, what corrects it or is added to it: weights multiply, biases add.
 
-        w = prod_k w_k        b = sum_k b_k
+        w = prod_k w_k        b = sum_k b_k        surrogate = s_1 prod_{k>1} w_k + sum_{k>1} s_k
 
-    States and sums are tuples, one entry per rule. The surrogate is None if a rule's is.
+    A correction is a weight with surrogate 0, a penalty has weight 1. So the surrogate is the
+    published value in a flat chain that begins with its rule (one without a bias, if there is a
+    correction); the gradient knows no order. The surrogate is None if one of them is. States and
+    statistics are tuples, one entry per rule.
 
     Raises:
         ValueError: no rule is given; later, when two rules emit a metric of one name.
@@ -260,13 +273,15 @@ def chain(*objectives: Objective) -> Objective:
     if not objectives:
         raise ValueError("chain() needs at least one objective")
 
-    def coefficient(tokens, state, sums):
-        shares = zip(objectives, state, sums, strict=True)
+    def coefficient(tokens, state, stats):
+        shares = zip(objectives, state, stats, strict=True)
         parts = [_checked(rule, tokens, *share) for rule, *share in shares]
         weight_BT, bias_BT, _, surrogate_BT = parts[0]
         for part in parts[1:]:
             weight_BT = weight_BT * part.weight_BT
             bias_BT = bias_BT + part.bias_BT
+            surrogate_BT = _both(jnp.multiply, surrogate_BT, part.weight_BT)
+        for part in parts[1:]:
             surrogate_BT = _both(jnp.add, surrogate_BT, part.surrogate_BT)
         metrics = _join_metrics([part.metrics for part in parts])
         return Coefficient(weight_BT, bias_BT, metrics, surrogate_BT)
@@ -278,18 +293,18 @@ def select(predicate: Predicate, a: Objective, b: Objective) -> Objective:
     """Choose per token: rule a where the predicate of the tokens is True, rule b elsewhere.
 
     Each rule sees the whole sequences (a sequence-level ratio is not cut in two), but its metrics
-    speak of its own tokens; a metric that both emit is merged. State and sums are pairs.
+    speak of its own tokens; a metric that both emit is merged. State and statistics are pairs.
     """
 
-    def coefficient(tokens, state, sums):
+    def coefficient(tokens, state, stats):
         is_a_BT = predicate(tokens)
 
         def own_metrics(i: int, rule: Objective, is_own_BT: Array) -> Metrics:
             own = dataclasses.replace(tokens, is_response_BT=tokens.is_response_BT & is_own_BT)
-            return rule.coefficient(own, state[i], sums[i]).metrics
+            return rule.coefficient(own, state[i], stats[i]).metrics
 
-        of_a = _checked(a, tokens, state[0], sums[0])
-        of_b = _checked(b, tokens, state[1], sums[1])
+        of_a = _checked(a, tokens, state[0], stats[0])
+        of_b = _checked(b, tokens, state[1], stats[1])
         metrics_a, metrics_b = own_metrics(0, a, is_a_BT), own_metrics(1, b, ~is_a_BT)
         common = {name: metric for name, metric in metrics_a.items() if name in metrics_b}
 
@@ -304,6 +319,30 @@ def select(predicate: Predicate, a: Objective, b: Objective) -> Objective:
         )
 
     return _combine((a, b), coefficient)
+
+
+def per_microbatch(rule: Objective) -> Objective:
+    """The rule with what `prepare` says of the tokens at hand, not of the whole mini-batch.
+
+    For parity with published code, which takes the statistics of a coupled rule from each
+    micro-batch. Saves the forward pass, and makes the update depend on how the rows are split. To
+    be put around the whole of a rule, `chain` and `select` included.
+
+    Raises:
+        ValueError: the rule has a state: it would be updated by none of these statistics.
+    """
+    if jax.tree.leaves(jax.eval_shape(rule.init)):
+        raise ValueError(
+            "per_microbatch: the rule has a state, which is updated by statistics of the whole "
+            "mini-batch; expected a rule without one, leave per_microbatch out"
+        )
+    prepare = rule.prepare
+    if prepare is None:
+        return rule
+    return Objective(
+        lambda tokens, state, stats: rule.coefficient(tokens, state, prepare(tokens, state)),
+        init=rule.init,
+    )
 
 
 def _both(
@@ -322,7 +361,7 @@ def policy_loss(
     aggregate: Aggregate,
     totals: Totals | None = None,
     state: Any = (),
-    sums: Any = None,
+    stats: Any = None,
 ) -> tuple[Array, dict[str, Metric]]:
     """The policy loss and its metrics.
 
@@ -335,8 +374,8 @@ def policy_loss(
     totals: counts of the whole mini-batch (`count_totals`); parts of it then return summands
         that add up to its loss. None: these tokens are the whole mini-batch.
     state: the objective's state; ``()`` means a fresh one.
-    sums: what ``objective.prepare`` gathered over the whole mini-batch (parts add up). None: it is
-        gathered from these tokens, which is right only if they are the whole mini-batch.
+    stats: what ``objective.prepare`` says of the whole mini-batch. None: it is asked about these
+        tokens, which is right only if they are the whole mini-batch.
 
     Returns:
         ``(loss, aux)``: a scalar, at least float32, and ``{name: Mean | Max | Histogram}``.
@@ -350,10 +389,10 @@ def policy_loss(
     totals = count_totals(constants) if totals is None else totals
     if isinstance(state, tuple) and not state:
         state = objective.init()
-    if objective.prepare and sums is None:
-        sums = objective.prepare(constants, state)
+    if objective.prepare and stats is None:
+        stats = objective.prepare(constants, state)
 
-    rule = _checked(objective, constants, state, sums)
+    rule = _checked(objective, constants, state, stats)
     a_BT = aggregate(constants, totals)
     c_BT = rule.weight_BT * constants.advantage_BT + rule.bias_BT
     c_BT = jnp.where(constants.is_response_BT, c_BT, 0)

@@ -30,13 +30,14 @@ def ppo_clip(
     dual_clip: what happens to A < 0 beyond ``r > dual_cap``: "hard" removes the gradient (the
         published dual clip), "soft" keeps it at weight ``dual_cap``, "none" is plain PPO.
     Source: PPO, arXiv 1707.06347 Eq. 7; dual clip, arXiv 1912.09729.
+    Confidence: high: the papers, and numbers made by verl's code.
     """
     low, high = ratio_bounds("ppo_clip", clip_low, clip_high)
     if not dual_cap > 1:
         raise ValueError(f"ppo_clip.dual_cap = {dual_cap}; expected a ratio above 1")
     cap_negative = choose(CAPS, dual_clip, "ppo_clip.dual_clip")
 
-    def coefficient(tokens, state, sums):
+    def coefficient(tokens, state, stats):
         advantage_BT, logp_BT = tokens.advantage_BT, accurate(tokens.logp_BT)
         ratio_BT = ratio(tokens)
         capped = pick_by_sign(
@@ -54,9 +55,13 @@ def ppo_clip(
 def grpo(clip_low: float = 0.2, clip_high: float = 0.2) -> Objective:
     """GRPO: `ppo_clip`; what makes it GRPO is ``group_zscore`` and ``sequence_mean``.
 
+        A > 0:  w = r  if r <= 1 + clip_high  else 0
+        A < 0:  w = r  if r >= 1 - clip_low   else 0
+
     clip_low: a negative token counts while its ratio is at least 1 - clip_low; 0 to 1.
     clip_high: a positive token counts while its ratio is at most 1 + clip_high; 0 or more.
     Source: DeepSeekMath, arXiv 2402.03300 Eq. 3; add `kl_penalty` for its KL term.
+    Confidence: high: the paper and every framework.
     """
     return ppo_clip(clip_low, clip_high)
 
@@ -64,10 +69,14 @@ def grpo(clip_low: float = 0.2, clip_high: float = 0.2) -> Objective:
 def dapo(clip_low: float = 0.2, clip_high: float = 0.28, dual_cap: float = 10.0) -> Objective:
     """DAPO's clip-higher, with the hard dual clip of its scripts; goes with ``token_mean``.
 
+        A > 0:  w = r  if r <= 1 + clip_high            else 0
+        A < 0:  w = r  if 1 - clip_low <= r <= dual_cap  else 0
+
     clip_low: a negative token counts while its ratio is at least 1 - clip_low; 0 to 1.
     clip_high: a positive token counts while its ratio is at most 1 + clip_high; 0 or more.
     dual_cap: negative tokens beyond this ratio, above 1, lose their gradient.
     Source: arXiv 2503.14476. Dynamic sampling and overlong shaping belong to the data loop.
+    Confidence: high: the authors' code.
     """
     return ppo_clip(clip_low, clip_high, dual_cap, dual_clip="hard")
 
@@ -81,10 +90,11 @@ def grpo_without_is(clip_low: float = 0.2, clip_high: float = 0.2) -> Objective:
     clip_high: a positive token counts while its ratio is at most 1 + clip_high; 0 or more.
     Source: arXiv 2510.06062 §4.2. The paper does not say whether the gate stays ("identical
     except for the use of r"): it does here; `reinforce` drops it too.
+    Confidence: medium: the paper's words, no code.
     """
     low, high = ratio_bounds("grpo_without_is", clip_low, clip_high)
 
-    def coefficient(tokens, state, sums):
+    def coefficient(tokens, state, stats):
         ratio_BT = ratio(tokens)
         is_kept_BT = is_kept(ratio_BT, tokens.advantage_BT, low, high)
         weight_BT = is_kept_BT.astype(ratio_BT.dtype)
@@ -94,9 +104,15 @@ def grpo_without_is(clip_low: float = 0.2, clip_high: float = 0.2) -> Objective:
 
 
 def reinforce() -> Objective:
-    """REINFORCE: ``w = 1`` on every token, no ratio and no gate; surrogate ``-A log pi``."""
+    """REINFORCE: no ratio and no gate.
 
-    def coefficient(tokens, state, sums):
+        w = 1        surrogate: -A log pi
+
+    Source: Williams, Machine Learning 8 (1992).
+    Confidence: high: the definition.
+    """
+
+    def coefficient(tokens, state, stats):
         logp_BT = accurate(tokens.logp_BT)
         return weight_only(jnp.ones_like(logp_BT), -tokens.advantage_BT * logp_BT)
 
@@ -128,11 +144,12 @@ def positive_response_mean(
     gate: the positive tokens' gate looks at the "token" ratio or at the "response" mean; the
         paper does not say which.
     Source: arXiv 2510.06062 §5.3.
+    Confidence: medium: the paper's words, no code.
     """
     low, high = ratio_bounds("positive_response_mean", clip_low, clip_high)
     gate_ratio = choose(GATES, gate, "positive_response_mean.gate")
 
-    def coefficient(tokens, state, sums):
+    def coefficient(tokens, state, stats):
         advantage_BT, ratio_BT = tokens.advantage_BT, ratio(tokens)
         is_positive_BT = advantage_BT > 0
         free_BT = ratio_weight(ratio_BT)

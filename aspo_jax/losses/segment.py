@@ -7,6 +7,9 @@ also accepts further leading axes, e.g. ``[M, B, T]``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -47,6 +50,72 @@ def segment_count(tokens: Tokens | Rows) -> Array:
 def segment_mean(x_BT: Array, tokens: Tokens | Rows) -> Array:
     """Mean over the token's response, on each of its tokens: ``[B, T] -> [B, T]``."""
     return to_tokens(sums_per_sequence(x_BT, tokens), tokens) / segment_count(tokens)
+
+
+def sums_per_group(x_BT: Array, group_id_BT: Array, tokens: Tokens) -> Array:
+    """Sum of x over the response tokens of each prompt, at the prompt's number: ``[B T + 1]``."""
+    x_BT = jnp.where(tokens.is_response_BT, x_BT, 0)
+    return jax.ops.segment_sum(x_BT.ravel(), group_id_BT.ravel(), num_segments=x_BT.size + 1)
+
+
+def of_group(x_K: Array, group_id_BT: Array) -> Array:
+    """Hand every token its prompt's value, NaN if the table has none: ``[K] -> [B, T]``.
+
+    Only a part of a mini-batch can have a prompt beyond a table of its own making; its NaN makes
+    the update one that is skipped and counted.
+    """
+    return x_K.at[group_id_BT].get(mode="fill", fill_value=jnp.nan)
+
+
+def _is_linked(tokens: Tokens | Rows, reverse: bool) -> Array:
+    """True where the slot before (behind, if reverse) is of the same sequence, ``[B, T]``."""
+    id_BT = tokens.sequence_id_BT
+    if id_BT is None:
+        return jnp.ones(tokens.is_response_BT.shape, bool)
+    edge = (0, 1) if reverse else (1, 0)
+    return jnp.pad(id_BT[..., 1:] == id_BT[..., :-1], [(0, 0)] * (id_BT.ndim - 1) + [edge])
+
+
+Operator = Callable[[Array, Array], Array]
+
+
+# Compiled as one: step by step, the log2 T levels take seconds to compile.
+@partial(jax.jit, static_argnames=("times", "plus", "reverse"))
+def _recurrence(
+    x_BT: Array, link_BT: Array, times: Operator, plus: Operator, reverse: bool = False
+) -> Array:
+    """``y_t = plus(times(y_before, link_t), x_t)`` along each row."""
+
+    def join(a, b):
+        return times(a[0], b[0]), plus(times(a[1], b[0]), b[1])
+
+    row = x_BT.ndim - 1
+    return jax.lax.associative_scan(join, (link_BT, x_BT), reverse=reverse, axis=row)[1]
+
+
+def running_sum(
+    x_BT: Array, tokens: Tokens | Rows, *, decay: float = 1.0, reverse: bool = False
+) -> Array:
+    """Sum of x over the response tokens up to this one, itself included: ``[B, T] -> [B, T]``.
+
+    decay: x of a token that is n response tokens away counts ``decay ** n``.
+    reverse: from this token to the end of its response instead.
+    """
+    is_response_BT = tokens.is_response_BT
+    step_BT = jnp.where(is_response_BT, jnp.asarray(decay, x_BT.dtype), 1)
+    link_BT = jnp.where(_is_linked(tokens, reverse), step_BT, 0)
+    x_BT = jnp.where(is_response_BT, x_BT, 0)
+    return _recurrence(x_BT, link_BT, jax.lax.mul, jax.lax.add, reverse)
+
+
+def earlier_min(x_BT: Array, tokens: Tokens | Rows) -> Array:
+    """Least x of the response tokens before this one, inf before the first: ``[B, T]``."""
+    is_linked_BT = _is_linked(tokens, reverse=False)
+    link_BT = jnp.where(is_linked_BT, jnp.zeros_like(x_BT), jnp.inf)
+    x_BT = jnp.where(tokens.is_response_BT, x_BT, jnp.inf)
+    min_BT = _recurrence(x_BT, link_BT, jax.lax.add, jax.lax.min)
+    first_B1 = jnp.full_like(x_BT[..., :1], jnp.inf)
+    return jnp.concatenate([first_B1, min_BT[..., :-1]], axis=-1) + link_BT
 
 
 def segment_quantile(x_BT: Array, tokens: Tokens, quantile: float) -> Array:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from aspo_jax.build import build_shape
+from aspo_jax.model import ModelConfig
 from aspo_jax.model.decoder import REMAT
 from aspo_jax.model.sharding import row_shards
 from aspo_jax.planning.flops import (
@@ -86,6 +87,7 @@ def shard_bytes(tree: Any) -> int:
 
 PROCESS, PROCESS_BYTES = "Python, libraries and compiled programs", 0.9 * 2**30  # as measured
 WEIGHTS, OPTIMIZER, REFERENCE = "weights, float32", "optimizer state", "reference policy, bfloat16"
+TEACHER = "teacher"
 ROWS, PUBLISHED, CACHE = "rows of the mini-batches", "weights for sampling", "key-value cache"
 MORE_CHIPS = "raise Runtime.fsdp (more chips) or Runtime.tensor"
 
@@ -103,6 +105,9 @@ def held_parts(of: Programs) -> list[Part]:
     if of.has_reference:
         remedy = f"drop the KL penalty (Objective.penalties), or {MORE_CHIPS}"
         parts.append(Part(REFERENCE, shard_bytes(of.reference), remedy))
+    if of.teacher is not None:
+        remedy = f"take a smaller teacher (Teacher.path), or {MORE_CHIPS}"
+        parts.append(Part(TEACHER, shard_bytes(of.teacher), remedy))
     return parts
 
 
@@ -121,7 +126,7 @@ def budgets(of: Programs) -> dict[str, Budget]:
     work = {**_training_work(of), **_sampling_work(of)}
     programs = {
         UPDATE: ({WEIGHTS, OPTIMIZER}, _update_parts(of), f"Train.row_tokens, {rows}"),
-        SCORE: ({WEIGHTS, REFERENCE}, [_logits(of)], rows),
+        SCORE: ({WEIGHTS, REFERENCE, TEACHER}, [_logits(of, of.teacher_shape)], rows),
         PREFILL: ({PUBLISHED}, cache, "Sampler.slots or Sampler.max_prompt_tokens"),
         DECODE: ({PUBLISHED}, cache, "Sampler.slots"),
     }
@@ -164,9 +169,11 @@ def _update_parts(of: Programs) -> list[Part]:
     ]
 
 
-def _logits(of: Programs) -> Part:
+def _logits(of: Programs, other: ModelConfig | None = None) -> Part:
+    """Of the network or another one, whichever has the larger vocabulary."""
     chunk = min(of.config.train.head_chunk, _rows_per_chip(of) * of.batch.row_tokens)
-    size = 4.0 * chunk * of.shape.vocab_size / of.mesh.shape["tensor"]
+    vocabulary = max(each.vocab_size for each in (of.shape, other) if each)
+    size = 4.0 * chunk * vocabulary / of.mesh.shape["tensor"]
     return Part("logits of one chunk, float32", size, "lower Train.head_chunk")
 
 
@@ -190,18 +197,25 @@ def _training_work(of: Programs) -> dict[str, Work]:
     products = 0.0 if remat.keeps_products else 2.0 * layer_weights(shape) * tokens
     attention = 0.0 if remat.keeps_attention else attention_flops(shape, pairs)
     again = products + attention + head_flops(shape, tokens)
-    policies = 2 if of.has_reference else 1
-    matrices = layer_weights(shape) + shape.vocab_size * shape.hidden_size
-    size = jnp.dtype(of.config.model.dtype).itemsize
-    one_pass = size * matrices / of.mesh.shape["tensor"] * microbatches
+    one_pass = _one_pass(of, shape) * microbatches
+    scored = [shape, *([shape] if of.has_reference else [])]
+    scored += [of.teacher_shape] if of.teacher_shape else []
+    flops = sum(forward_flops(each, tokens, pairs) for each in scored)
+    read = sum(_one_pass(of, each) for each in scored) * microbatches
     state = shard_bytes((of.state.params, of.state.opt_state))
     # Weights are read forward, again, and twice backward; the rest is written and read.
     traffic = 4 * one_pass + 2 * microbatches * _kept(of) + 2 * state
     updates = of.config.train.epochs * of.batch.minibatches
     return {
         UPDATE: Work((3 * forward + again) / chips, traffic, updates),
-        SCORE: Work(policies * forward / chips, policies * one_pass, of.batch.minibatches),
+        SCORE: Work(flops / chips, read, of.batch.minibatches),
     }
+
+
+def _one_pass(of: Programs, shape: ModelConfig) -> float:
+    """Bytes per chip of a network's matrices as they are multiplied, read once."""
+    matrices = layer_weights(shape) + shape.vocab_size * shape.hidden_size
+    return jnp.dtype(of.config.model.dtype).itemsize * matrices / of.mesh.shape["tensor"]
 
 
 def _sampling_work(of: Programs) -> dict[str, Work]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from aspo_jax.config import Config, ConfigError
 from aspo_jax.config.reading import config_folder
 from aspo_jax.data import CHARACTERS, build_character_tokenizer
 from aspo_jax.head import Head
-from aspo_jax.learner import build_learner
+from aspo_jax.learner import Teacher, build_learner
 from aspo_jax.model import (
     Attention,
     ModelConfig,
@@ -31,8 +32,14 @@ from aspo_jax.model import (
     read_model_config,
 )
 from aspo_jax.model.sharding import placed
-from aspo_jax.origin import locate
-from aspo_jax.parts import build_goal, build_limits, build_optimizer, build_sampling_network
+from aspo_jax.origin import locate, locate_teacher
+from aspo_jax.parts import (
+    build_goal,
+    build_limits,
+    build_optimizer,
+    build_sampling_network,
+    has_teacher,
+)
 from aspo_jax.policy import build_network, new_shape
 from aspo_jax.rows import BatchShape, fill
 from aspo_jax.sampler import Limits, PagedSampler, cast_matrices
@@ -69,6 +76,7 @@ class Programs(NamedTuple):
     mesh, local: devices of the update, and of one host, on which it samples.
     platform: of the devices. batch: micro-batches of an update.
     state, reference, minibatch: of the update; the reference is None where no rule reads it.
+    teacher, teacher_shape: its weights and network; None where no rule reads it.
     weights, cache, limits: of one host's sampler.
     """
 
@@ -82,6 +90,8 @@ class Programs(NamedTuple):
     batch: BatchShape
     state: TrainState
     reference: Any
+    teacher: Any
+    teacher_shape: ModelConfig | None
     minibatch: Minibatch
     weights: Any
     cache: Any
@@ -108,16 +118,41 @@ def read_shape(config: Config) -> Shape:
     if config.model.path is None:
         vocabulary = len(build_character_tokenizer(CHARACTERS))
         return Shape(new_shape(config, vocabulary), "the config's own sizes")
-    path = config.model.path
+
+    def ask() -> tuple[str, str]:
+        found = locate(config, config.run_folder)
+        return str(found.model_folder), found.policy_source()
+
+    return _shape("Model.path", config.model.path, ask)
+
+
+def read_teacher_shape(config: Config) -> Shape | None:
+    """The shape of ``Teacher.path``, as `read_shape` finds it; None: no rule reads a teacher.
+
+    Raises:
+        ConfigError, ModelFolderError: as `read_shape`; see `aspo_jax.parts.has_teacher`.
+    """
+    if not has_teacher(config, build_goal(config)):
+        return None
+
+    def ask() -> tuple[str, str]:
+        found = locate_teacher(config, config.run_folder)
+        return str(found.teacher_folder), found.teacher_source()
+
+    return _shape("Teacher.path", str(config.teacher.path), ask)
+
+
+def _shape(setting: str, path: str, ask: Callable[[], tuple[str, str]]) -> Shape:
+    """The shape of a model; ask: the hub for its folder, and what to call it."""
     folder = Path(path).expanduser()
     if (folder / "config.json").is_file():
         return Shape(read_model_config(folder), str(folder / "config.json"))
-    name, doubt = None if folder.exists() else hub.parse_name(path), f"{folder} has no config.json"
+    name = None if folder.exists() else hub.parse_name(path, setting)
+    doubt = f"{folder} has no config.json"
     if name:
         try:
-            config = locate(config, config.run_folder)
-            source = f"{config.policy_source()} of the hub"
-            return Shape(read_model_config(str(config.model_folder)), source)
+            place, source = ask()
+            return Shape(read_model_config(place), f"{source} of the hub")
         except hub.HubError as error:
             doubt = str(error)
     stem = name.repo.partition("/")[2] if name else folder.name
@@ -127,13 +162,20 @@ def read_shape(config: Config) -> Shape:
         return Shape(shape, f"the packaged shape {packaged.name}, since {doubt}")
     known = ", ".join(sorted(path.stem for path in packaged.parent.glob("*.json")))
     raise ConfigError(
-        f"Model.path = {path!r}: no config.json there, and no packaged shape is named {stem!r}; "
+        f"{setting} = {path!r}: no config.json there, and no packaged shape is named {stem!r}; "
         "set it to a model folder, to a name on the hub, or to a folder named as one of "
         f"{known}{f'. {doubt}' if name else ''}"
     )
 
 
-def programs(config: Config, shape: ModelConfig, mesh: Any, local: Any, platform: str) -> Programs:
+def programs(
+    config: Config,
+    shape: ModelConfig,
+    mesh: Any,
+    local: Any,
+    platform: str,
+    teacher_shape: ModelConfig | None = None,
+) -> Programs:
     """Every program of a run.
 
     Args:
@@ -141,6 +183,7 @@ def programs(config: Config, shape: ModelConfig, mesh: Any, local: Any, platform
         mesh: the training mesh; real, described or abstract devices.
         local: the mesh of one host's devices, on which it samples its share of ``Sampler.slots``.
         platform: of the devices: cpu, gpu or tpu.
+        teacher_shape: of the teacher; None: no rule reads one.
 
     Raises:
         ConfigError: prompts, rows or slots do not split over hosts or devices.
@@ -151,20 +194,28 @@ def programs(config: Config, shape: ModelConfig, mesh: Any, local: Any, platform
     model = build_network(config, shape, mesh, config.train.row_tokens, platform)
     goal, batch = build_goal(config), build_shape(config, hosts)
     optimizer = build_optimizer(config, model.axes())[0]
-    learner = build_learner(model, _head(config, shape, mesh), goal, optimizer, mesh)
+    teacher, teacher_weights = _teacher(config, teacher_shape, mesh, platform)
+    head = _head(config, shape, mesh)
+    learner = build_learner(model, head, goal, optimizer, mesh, teacher)
     params, minibatch = learner.state.params, _minibatch(batch, mesh)
     has_reference = losses.reads(goal.objective, "ref_logp_BT")
     reference = jax.tree.map(lambda x: x.update(dtype=jnp.bfloat16), params)
     reference = reference if has_reference else None
     like = minibatch.rows.advantage_BT
-    old = OldPolicy(like, like, like if has_reference else None)
+    old = OldPolicy(
+        like,
+        like,
+        ref_logp_BT=like if has_reference else None,
+        teacher_logp_BT=like if teacher else None,
+        old_square_BT=like if losses.reads(goal.objective, "old_square_BT") else None,
+    )
     scored = dataclasses.replace(minibatch, old=old)
     sampler, weights = _sampler(config, shape, local, platform, hosts)
     prefill, decode = sampler.shapes()
     return Programs(
         by_name={
             UPDATE: Program(learner.step, (learner.state, scored)),
-            SCORE: Program(learner.old_policy, (params, reference, minibatch)),
+            SCORE: Program(learner.old_policy, (params, reference, minibatch, teacher_weights)),
             PREFILL: Program(sampler.prefill, (weights, *prefill)),
             DECODE: Program(sampler.decode, (weights, *decode)),
         },
@@ -177,11 +228,26 @@ def programs(config: Config, shape: ModelConfig, mesh: Any, local: Any, platform
         batch=batch,
         state=learner.state,
         reference=reference,
+        teacher=teacher_weights,
+        teacher_shape=teacher_shape,
         minibatch=scored,
         weights=weights,
         cache=decode[0],
         limits=sampler.limits,
     )
+
+
+def _teacher(
+    config: Config, shape: ModelConfig | None, mesh: Any, platform: str
+) -> tuple[Teacher | None, Any]:
+    """The network of a teacher and the shapes of its weights."""
+    if shape is None:
+        return None, None
+    model = build_network(config, shape, mesh, config.train.row_tokens, platform)
+    weights = placed(jax.eval_shape(model.init, jax.random.key(0)), model.shardings(mesh))
+    dtype = jnp.dtype(config.teacher.dtype)
+    weights = jax.tree.map(lambda x: x.update(dtype=dtype), weights)
+    return Teacher(model, _head(config, shape, mesh)), weights
 
 
 def _head(config: Config, shape: ModelConfig, mesh: Any) -> Head:

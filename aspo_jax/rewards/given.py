@@ -7,10 +7,12 @@ where their normalised texts are: no algebra is done here, it would need the gra
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from decimal import Decimal
 from typing import NamedTuple
 
 from aspo_jax.rewards.answers import find_answer
 from aspo_jax.rewards.math.latex import normalise
+from aspo_jax.rewards.number import last_number
 
 _LONGEST = 1500  # characters of an answer that is normalised
 
@@ -38,6 +40,11 @@ GIVEN = {
         normalise,
         "final answers as the grader `math` finds them; all right ones are one answer, wrong ones "
         "where their normalised LaTeX is the same text",
+    ),
+    "number": Given(
+        last_number,
+        lambda number: str(Decimal(number).normalize()),
+        "last numbers, as decimals",
     ),
     "exact": Given(
         lambda text, is_finished: _words(text) or None,

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from aspo_jax.rewards import countdown, custom, exact, reasoning
+from aspo_jax.rewards import countdown, custom, exact, number, reasoning
 from aspo_jax.rewards.code import code_tests
 from aspo_jax.rewards.verdict import RewardError, Rules, Submission, Verdict
 
@@ -90,6 +90,11 @@ GRADERS = {
         "the response is the answer, letter for letter but for white space",
         _on_text(exact.grade),
         exact.find_problem,
+    ),
+    "number": Grader(
+        "the last number is the gold one; nothing is evaluated",
+        _on_text(number.grade),
+        number.find_problem,
     ),
     "math": Grader(
         "the final answer equals a gold answer as mathematics",

@@ -96,7 +96,7 @@ def mask_truncated() -> Shape:
 
 
 def grpo_lambda(top: float = 0.2, alpha: float = 0.6) -> Shape:
-    """Fine the length of right answers where most answers are right (GRPO-lambda, 2505.18086).
+    """GRPO-lambda: fine the length of right answers where most answers are right.
 
         reward - alpha * sigmoid((length - mean) / std)
 
@@ -108,8 +108,13 @@ def grpo_lambda(top: float = 0.2, alpha: float = 0.6) -> Shape:
     top: share of the groups that are fined, those with most right answers; 0 to 1.
     alpha: the fine's largest size, as reward; 0 to 1.
 
+    Other papers are called so too: 2510.00194 (lambda-returns), lambda-GRPO 2510.06870.
+
     Raises:
         ValueError: top or alpha outside 0..1.
+
+    Source: arXiv 2505.18086; the formula. Sample code for it pays wrong answers by length as well.
+    Confidence: medium: a third party's description.
     """
     _check(
         "grpo_lambda",
@@ -153,20 +158,26 @@ def _fine_length(group: Sequence[Judged], alpha: float) -> list[Verdict]:
 def curriculum_budget(
     start: int = 256, decay: float = 0.9, every: int = 10, weight: float = 0.1
 ) -> Shape:
-    """Pay for lengths near a budget that shrinks as training goes on (2508.08940).
+    """Train Long, Think Short: pay for lengths near a budget that shrinks in training.
 
         reward + weight * max(0, 1 - |length - B| / B)      B = max(1, start * decay^(i // every))
 
-    at iteration i. The budget's schedule is the paper's; the triangle and the defaults of decay,
-    every and weight are ours, for the paper's were not to be had.
+    at iteration i. The paper puts the budget into the prompt too, which a shape cannot do.
 
     start: the first budget in tokens, at least 1.
     decay: what the budget is multiplied with, above 0 and at most 1.
     every: iterations between two decays, at least 1.
     weight: reward for a length of exactly the budget, 0 or more.
 
+    Right answers and form are paid apart, by the grader and `format_reward`.
+
     Raises:
         ValueError: a budget or period below 1, a decay outside (0, 1], a negative weight.
+
+    Unverified: the triangle, and the defaults of decay, every and weight, which are ours; the
+    schedule and its start are the paper's.
+    Source: arXiv 2508.08940.
+    Confidence: low: secondary text only.
     """
     _check(
         "curriculum_budget",

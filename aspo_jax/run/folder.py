@@ -2,10 +2,12 @@
 
 config.gin          the resolved config; a later start with another one is refused
 model_files.json    sizes and digests of the files of the model that the run started from
+teacher_files.json  the same of the teacher, if there is one
 metrics.jsonl       one line per iteration            tensorboard/  the same as events
 checkpoints/        everything a bitwise resume needs
 initial_model/      the warm-started model            model/        the trained one
 transcripts/        prompts, answers and verdicts of each iteration and each evaluation
+rollouts/           whole rollouts of the iterations of Train.record, see `aspo_jax.recording`
 profile/            traces of the iterations of Metrics.profile_iterations
 dynamics.png        the pictures                      .lock         who is writing
 """
@@ -31,11 +33,13 @@ from aspo_jax.files import absolute, is_local
 LOCK = ".lock"
 CONFIG = "config.gin"
 MODEL_FILES = "model_files.json"
+TEACHER_FILES = "teacher_files.json"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 INITIAL_MODEL = "initial_model"
-FILES = (LOCK, CONFIG, MODEL_FILES, METRICS, "dynamics.png")
-FOLDERS = (CHECKPOINTS, INITIAL_MODEL, "model", "tensorboard", "transcripts", "profile")
+ROLLOUTS = "rollouts"
+FILES = (LOCK, CONFIG, MODEL_FILES, TEACHER_FILES, METRICS, "dynamics.png")
+FOLDERS = (CHECKPOINTS, INITIAL_MODEL, "model", "tensorboard", "transcripts", ROLLOUTS, "profile")
 
 # NFS turns flock into a lock that needs a descriptor open for writing, which a folder has not.
 _NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL)

@@ -51,6 +51,8 @@ _UPDATE = {
     "ratio_kl": Info(
         "nats", "mean of r - 1 - log r over response tokens, r = pi / pi_old: drift within a step"
     ),
+    "ratio_variance": Info("", "mean of (r - 1)^2 over response tokens (R2VPO)"),
+    "dual_lam": Info("", "lambda of R2VPO, the learned price of that variance"),
     "abs_log_ratio_max": Info("nats", "largest |log pi - log pi_old| of a response token"),
     "clip_share": Info(
         "share of tokens",
@@ -67,8 +69,22 @@ _UPDATE = {
     "sampler_gap_outside": Info(
         "share of tokens", "response tokens whose two probabilities have a ratio beyond 1 +- 0.2"
     ),
+    "covariance_share": Info(
+        "share of tokens", "response tokens that Clip-Cov or KL-Cov picks out by their covariance"
+    ),
+    "ess": Info(
+        "share", "effective sample size (sum r)^2 / (n sum r^2) of a minibatch's n ratios (P3O)"
+    ),
+    "ratio_low": Info("ratio", "lower clip bound that the rule chose for the minibatch (BAPO)"),
+    "ratio_high": Info("ratio", "upper clip bound that the rule chose for the minibatch (BAPO)"),
     "ref_kl": Info("nats", "mean estimated KL divergence from the reference policy"),
+    "teacher_kl": Info(
+        "nats",
+        "mean log pi - log pi_teacher over response tokens: estimates the KL divergence from the"
+        " teacher (`distill`)",
+    ),
     "grad_norm": Info("", "global norm of the gradient before clipping, mean over the updates"),
+    "grad_norm_max": Info("", "the largest such norm of an applied update, 0 if none was applied"),
     "skipped_nonfinite": Info(
         "share of updates", "updates not applied because the gradient was not finite"
     ),
@@ -86,11 +102,29 @@ _UPDATE = {
         "share of tokens",
         "response tokens with {relation} whose weight the rule's cap bounds (ASPO)",
     ),
+    "vanished_share": Info(
+        "share of tokens",
+        "response tokens whose response's weight has vanished, below 1e-3 (VESPO)",
+    ),
     **_by_sign(
         "response_ratio_{sign}",
         "ratio",
         "mean over responses with {relation} of their mean ratio pi / pi_old",
     ),
+}
+_CORRECTIONS = {
+    "tis": "truncates the ratio of",
+    **dict.fromkeys(
+        (
+            *("mis", "icepop", "sequence_mask", "seq_mask_tis"),
+            *("geometric_rejection", "k3_rejection", "opsm", "outlier_veto"),
+        ),
+        "drops",
+    ),
+}
+_UPDATE |= {
+    f"{name}_share": Info("share of tokens", f"response tokens that the correction `{name}` {what}")
+    for name, what in _CORRECTIONS.items()
 }
 for _q in WEIGHT_QUANTILES:
     _UPDATE |= _by_sign(
@@ -109,7 +143,7 @@ _SECONDS = {
     "data": Info("seconds", "waiting for prompts: read, rendered by the chat template, tokenized"),
     "sample": Info("seconds", "drawing completions"),
     "grade": Info("seconds", "waiting for graders after sampling"),
-    "score": Info("seconds", "log-probabilities under the old and the reference policy"),
+    "score": Info("seconds", "log-probabilities under the old, reference and teacher policy"),
     "update": Info("seconds", "all optimizer updates"),
     "evaluate": Info("seconds", "held-out evaluation"),
     "save": Info("seconds", "waiting for saves since the line before; the last line has the last"),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aspo_jax import runtime
-from aspo_jax.config import Config, ConfigError, command, parse_config
+from aspo_jax.config import Config, ConfigError, Origin, command, parse_config
 from aspo_jax.config.factories import Factories
 from aspo_jax.config.gin import LAUNCH
 from aspo_jax.config.sections import section_of
@@ -19,9 +19,21 @@ from aspo_jax.files import Damaged, digests, read_sealed, sealed_text, write_tex
 from aspo_jax.hub import SETTINGS
 from aspo_jax.model.hf import weight_files
 from aspo_jax.run.checkpoint import MANIFEST, CheckpointError, Checkpoints
-from aspo_jax.run.folder import CHECKPOINTS, CONFIG, METRICS, MODEL_FILES, RunLock, lock_run
+from aspo_jax.run.folder import (
+    CHECKPOINTS,
+    CONFIG,
+    METRICS,
+    MODEL_FILES,
+    TEACHER_FILES,
+    RunLock,
+    lock_run,
+)
 
 _READ_AT_START = (".safetensors", ".json", ".jinja", ".txt")  # weights, settings, tokenizer
+_READ_FROM = {
+    MODEL_FILES: "The reference policy and the tokenizer are",
+    TEACHER_FILES: "The teacher is",
+}
 
 
 Scores = dict[str, float]
@@ -92,38 +104,70 @@ def has_results(folder: Path) -> bool:
 
 
 def claim_folder(config: Config, model_folder: str | Path) -> None:
-    """Write what the run is into its folder: its config and the files of its initial model.
+    """Write what the run is into its folder: its config, and the files of the models it rests on.
 
     Called when all is built and restored: a start that fails before claims nothing.
 
     Raises:
         ModelChanged: the folder holds results that began from other files.
     """
-    source, folder = Path(model_folder).expanduser(), Path(config.run_folder)
+    folder = Path(config.run_folder)
+    models = [_ModelFiles(folder / MODEL_FILES, config.model.path, model_folder, config.origin)]
+    if config.teacher_folder is not None:
+        path, place = folder / TEACHER_FILES, config.teacher_folder
+        models.append(_ModelFiles(path, config.teacher.path, place, config.teacher_origin))
 
     def claim() -> None:
-        commit = config.origin and config.origin.commit
-        # Of the hub's cache our own files alone: other programs put more beside them.
-        ours = {*SETTINGS, *weight_files(source)} if commit else None
-        found = digests(source, lambda name: name in ours if ours else _is_read_at_start(name))
+        found = [files.digests() for files in models]
         if has_results(folder) and not config.run.accept_changes:
-            _check_model_files(folder / MODEL_FILES, source, found)
-        origin = {"model": config.model.path, "commit": commit} if commit else {}
-        write_text_atomic(folder / MODEL_FILES, sealed_text({"files": found, **origin}))
+            for files, now in zip(models, found, strict=True):
+                _check_model_files(files.record, files.source, now)
+        for files, now in zip(models, found, strict=True):
+            write_text_atomic(files.record, sealed_text({"files": now, **files.named}))
         write_text_atomic(folder / CONFIG, config.text())
 
     runtime.on_main(claim)
 
 
-def recorded_commit(folder: Path, model: str) -> str | None:
+class _ModelFiles(NamedTuple):
+    """A model that a run rests on.
+
+    record: the file that remembers it. path: the setting. folder: what the setting means.
+    """
+
+    record: Path
+    path: str | None
+    folder: str | Path
+    origin: Origin | None
+
+    @property
+    def source(self) -> Path:
+        return Path(self.folder).expanduser()
+
+    @property
+    def named(self) -> dict[str, str]:
+        """Its name and commit on the hub; nothing of a folder of one's own."""
+        commit = self.origin and self.origin.commit
+        return {"model": str(self.path), "commit": commit} if commit else {}
+
+    def digests(self) -> Mapping[str, Any]:
+        """Of the files that are read at the start."""
+        # Of the hub's cache our own files alone: other programs put more beside them.
+        ours = {*SETTINGS, *weight_files(self.source)} if self.named else None
+        return digests(self.source, lambda x: x in ours if ours else _is_read_at_start(x))
+
+
+def recorded_commit(record: Path, model: str) -> str | None:
     """The commit on the hub that a run with results began with, if it began with this model.
+
+    record: file of the run's folder that remembers it.
 
     Raises:
         ModelChanged: what the run wrote of it is damaged.
     """
-    path = folder / MODEL_FILES
-    record = _read_model_record(path, model) if has_results(folder) and path.exists() else {}
-    return record.get("commit") if record.get("model") == model else None
+    known = record.exists() and has_results(record.parent)
+    written = _read_model_record(record, model) if known else {}
+    return written.get("commit") if written.get("model") == model else None
 
 
 def _is_read_at_start(name: str) -> bool:
@@ -148,8 +192,8 @@ def _check_model_files(path: Path, model_folder: Path, found: Mapping[str, Any])
     if changed := [x for x in sorted({*expected, *found}) if expected.get(x) != found.get(x)]:
         raise ModelChanged(
             f"{model_folder} is not what this run started from: {', '.join(changed)} changed, came "
-            "or went since. The reference policy and the tokenizer are read from there; put back "
-            "the files as they were, or go on with these under --set Run.accept_changes=True"
+            f"or went since. {_READ_FROM[path.name]} read from there; put back the files as they "
+            "were, or go on with these under --set Run.accept_changes=True"
         )
 
 
@@ -227,6 +271,8 @@ def next_command(config: Config) -> str:
     for folder in folders:
         if (Path(folder) / METRICS).is_file():
             return command("plot", config.run_folder, folder)
+    if config.teacher.path is not None:
+        return command("plot", config.run_folder)  # of a teacher the rival knows nothing
     settings = [f"Objective.name={rival}"]
     if config.run.folder is not None:
         # A plain word is text for --set, unless it could be another literal.

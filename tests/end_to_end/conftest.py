@@ -30,6 +30,7 @@ Train.iterations = {{iterations}}
 Train.prompts_per_step = 4
 Train.prompts_per_minibatch = 2
 Train.epochs = 2
+Train.record = 2
 Evaluate.every = 2
 Evaluate.prompts = 16
 Evaluate.samples = 4

@@ -6,6 +6,7 @@ With a KL penalty, so that the reference policy must be the initial one and not 
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -14,7 +15,15 @@ import time
 import numpy as np
 import pytest
 from toy import bits
-from trainer_runs import ITERATIONS, TRAP, last_checkpoint, metrics, scalars, transcripts
+from trainer_runs import (
+    ITERATIONS,
+    TRAP,
+    last_checkpoint,
+    metrics,
+    rollouts,
+    scalars,
+    transcripts,
+)
 
 from aspo_jax.run.metrics import read_metrics
 from aspo_jax.run.stop import EXIT_SAVED
@@ -31,6 +40,7 @@ def assert_same_run(finished, abstract_state):
         assert found.meta["data_position"] == expected.meta["data_position"]
         assert metrics(folder) == metrics(finished.folder)
         assert transcripts(folder) == transcripts(finished.folder)
+        assert rollouts(folder) == rollouts(finished.folder)
 
     return check
 
@@ -135,3 +145,37 @@ def test_a_run_that_refills_its_steps_is_killed_and_stopped_and_goes_on(
     assert bits(found.state) == bits(expected.state)
     assert metrics(folder) == metrics(whole) and transcripts(folder) == transcripts(whole)
     assert found.meta["data_position"] == expected.meta["data_position"] == sum(rounds)
+
+
+def test_an_advantage_remembers_prompts_across_a_stop(
+    runs, finished, abstract_state, tmp_path, monkeypatch
+):
+    """Three prompts, so that each comes in every step; stopped once one was added to the past."""
+    (tmp_path / "dense.py").write_text("def reward(completion): return len(set(completion)) / 9\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    data = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"{a} 2:{a + 2}", "answer": "x", "kind": "custom"} for a in (1, 3, 6)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = (
+        f"Model.path='{finished.folder / 'model'}'",
+        "Data.source='files'",
+        f"Data.train_path='{data}'",
+        f"Data.eval_path='{data}'",
+        "Reward.functions=['dense:reward']",
+        "Objective.advantage=prompt_smooth",
+        "Train.iterations=3",
+        "Checkpoint.every=1",
+    )
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    runs.run(whole, *settings)
+    trap = (*TRAP, "aspo_jax.steps:check_agreement:2:SIGINT")
+    out, _ = runs.run(folder, *settings, program=trap, expect=EXIT_SAVED)
+    assert "stopped after 1 iterations, saved" in out
+    visits = [i for i, *_ in last_checkpoint(folder, abstract_state).meta["history"].values()]
+    assert sorted(visits) == [1, 1, 2]  # those of the iteration that was dropped are not in it
+    runs.run(folder, *settings)
+    assert metrics(folder) == metrics(whole) and transcripts(folder) == transcripts(whole)
+    expected, found = (last_checkpoint(path, abstract_state) for path in (whole, folder))
+    assert bits(found.state) == bits(expected.state)
+    assert found.meta["history"] == expected.meta["history"]
+    assert [i for i, *_ in found.meta["history"].values()] == [4, 4, 4]

@@ -80,6 +80,10 @@ def transcripts(folder: Path) -> dict[str, str]:
     return {path.name: path.read_text() for path in sorted((folder / "transcripts").iterdir())}
 
 
+def rollouts(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((folder / "rollouts").iterdir())}
+
+
 def last_checkpoint(folder: Path, abstract_state: Any) -> Restored:
     with Checkpoints(folder / "checkpoints", keep=2) as checkpoints:
         restored = checkpoints.restore(abstract_state)

@@ -13,6 +13,7 @@ import pytest
 from loss_cases import loss_and_grad, token_sum
 
 from aspo_jax.losses import (
+    archer,
     archer2,
     aspo,
     chain,
@@ -24,7 +25,6 @@ from aspo_jax.losses import (
     kl_penalty,
     low_entropy_kl,
     ppo_clip,
-    select,
     sequence_mean,
     sequence_sum,
     token_mean,
@@ -39,17 +39,12 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "float32": dict(rtol=2e-5, atol=2e-6),
 }
 
-archer1 = select(
-    is_low_entropy(0.8),
-    ppo_clip(0.2, 0.2, 10.0, dual_clip="hard"),
-    ppo_clip(0.5, 0.5, 10.0, dual_clip="hard"),
-)
 RULES = {
     "aspo_code": archer2(),
     "aspo_paper": aspo(),
     "ppo_02_02_c3": ppo_clip(0.2, 0.2, 3.0, dual_clip="hard"),
     "ppo_02_028_c10": dapo(),
-    "archer1_02_05_c10": archer1,
+    "archer1_02_05_c10": archer(beta_low_entropy=0.0),
 }
 AGGREGATES = {
     "token-mean": token_mean,
@@ -139,8 +134,8 @@ def kl_only(beta, estimator):
     """A KL penalty whose (unit) weight meets no advantage."""
     penalty = kl_penalty(beta, estimator)
 
-    def coefficient(tokens, state, sums):
-        rule = penalty.coefficient(tokens, state, sums)
+    def coefficient(tokens, state, stats):
+        rule = penalty.coefficient(tokens, state, stats)
         return rule._replace(weight_BT=jnp.zeros_like(rule.weight_BT))
 
     return penalty._replace(coefficient=coefficient)

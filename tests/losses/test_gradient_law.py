@@ -5,18 +5,20 @@ stop_gradient, and share no line with the library.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from loss_cases import at_ratio, loss_and_grad, random_tokens, token_sum, weight
+from law import ratio_of, row_mean
+from laws import LAWS
+from loss_cases import at_ratio, coefficient, loss_and_grad, random_tokens, token_sum, weight
 
 from aspo_jax.losses import (
     OBJECTIVES,
     archer2,
     aspo,
-    chain,
     cispo,
     dapo,
     entropy_bonus,
@@ -35,147 +37,39 @@ from aspo_jax.losses import (
     token_mean,
 )
 
-sg = jax.lax.stop_gradient
-
-
-def ratio_of(logp, t):
-    return jnp.exp(jnp.clip(logp - t.old_logp_BT, -20, 20))
-
-
-def row_mean(x, t):
-    n = t.is_response_BT.sum(-1, keepdims=True)
-    return jnp.where(t.is_response_BT, x, 0).sum(-1, keepdims=True) / n
-
-
-def ppo(low=0.2, high=0.2, cap=None):
-    def surrogate(logp, t):
-        r, adv = ratio_of(logp, t), t.advantage_BT
-        value = jnp.maximum(-adv * r, -adv * jnp.clip(r, 1 - low, 1 + high))
-        if cap is None:
-            return value
-        return jnp.where(adv < 0, jnp.minimum(-adv * cap, value), value)
-
-    return surrogate
-
-
-def ppo_soft(logp, t):
-    r, adv = ratio_of(logp, t), t.advantage_BT
-    return jnp.where((adv < 0) & (r > 3), -adv * 3 * logp, ppo()(logp, t))
-
-
-def aspo_surrogate(low=0.2, high=0.2, positive="soft", negative="soft", cap=3.0):
-    def surrogate(logp, t):
-        r, adv = ratio_of(logp, t), t.advantage_BT
-        p = jnp.minimum(r, 1 + high)
-        flipped = p / sg(p) / sg(p)
-        up = -adv * flipped
-        down = -adv * jnp.maximum(r, 1 - low)
-        beyond = {"soft": -adv * cap * logp, "hard": -adv * cap}
-        if positive != "none":
-            up = jnp.where(1 / p > cap, beyond[positive], up)
-        if negative != "none":
-            down = jnp.where(jnp.maximum(r, 1 - low) > cap, beyond[negative], down)
-        return jnp.where(adv > 0, up, down)
-
-    return surrogate
-
-
-def archer2_surrogate(logp, t):
-    is_low = np.zeros(logp.shape, bool)
-    for b, mask in enumerate(np.asarray(t.is_response_BT)):
-        entropy = np.asarray(t.entropy_BT[b], np.float64)
-        is_low[b] = entropy <= np.quantile(entropy[mask], 0.8)
-    wide, narrow = aspo_surrogate(0.4, 0.4)(logp, t), aspo_surrogate()(logp, t)
-    return jnp.where(is_low, narrow, wide)
-
-
-def gated_log(logp, t):
-    r, adv = ratio_of(logp, t), t.advantage_BT
-    is_open = jnp.where(adv > 0, r <= 1.2, r >= 0.8)
-    return -adv * is_open * logp
-
-
-def response_mean(gate):
-    def surrogate(logp, t):
-        r, adv = ratio_of(logp, t), t.advantage_BT
-        free = jnp.where(jnp.abs(logp - t.old_logp_BT) < 20, r, 0)  # a clamped ratio counts 0
-        mean = sg(jnp.broadcast_to(row_mean(free, t), r.shape))
-        seen = row_mean(r, t) if gate == "response" else r
-        shared = jnp.where(seen <= 1.2, mean * jnp.exp(logp - sg(logp)), 1.2)
-        return jnp.where(adv > 0, -adv * shared, -adv * jnp.maximum(r, 0.8))
-
-    return surrogate
-
-
-def cispo_surrogate(low, high):
-    def surrogate(logp, t):
-        return -sg(jnp.clip(ratio_of(logp, t), low, high)) * t.advantage_BT * logp
-
-    return surrogate
-
-
-def gspo_surrogate(logp, t):
-    """The true sequence ratio, differentiated through the mean."""
-    s = jnp.exp(row_mean(jnp.clip(logp - t.old_logp_BT, -20, 20), t))
-    s = jnp.broadcast_to(s, logp.shape)
-    adv = t.advantage_BT
-    return jnp.maximum(-adv * s, -adv * jnp.clip(s, 1 - 3e-2, 1 + 4e-2))
-
-
-def with_kl(logp, t):
-    d = jnp.clip(t.ref_logp_BT - logp, -20, 20)
-    return aspo_surrogate()(logp, t) + 0.1 * jnp.clip(jnp.exp(d) - d - 1, -10, 10)
-
-
-LAWS = {
-    "ppo_clip": (ppo_clip(), ppo()),
-    "ppo_clip_hard": (ppo_clip(dual_clip="hard"), ppo(cap=3.0)),
-    "ppo_clip_soft": (ppo_clip(dual_clip="soft"), ppo_soft),
-    "grpo": (grpo(0.1, 0.3), ppo(0.1, 0.3)),
-    "dapo": (dapo(), ppo(0.2, 0.28, 10.0)),
-    "grpo_without_is": (grpo_without_is(), gated_log),
-    "reinforce": (reinforce(), lambda logp, t: -t.advantage_BT * logp),
-    "positive_response_mean": (positive_response_mean(), response_mean("token")),
-    "positive_response_mean_gate": (
-        positive_response_mean(gate="response"),
-        response_mean("response"),
-    ),
-    "aspo": (aspo(), aspo_surrogate()),
-    "aspo_hard": (
-        aspo(positive_cap="hard", negative_cap="hard"),
-        aspo_surrogate(positive="hard", negative="hard"),
-    ),
-    "aspo_none": (
-        aspo(positive_cap="none", negative_cap="none"),
-        aspo_surrogate(positive="none", negative="none"),
-    ),
-    "archer2": (archer2(), archer2_surrogate),
-    "cispo": (cispo(0.5, 2.0), cispo_surrogate(0.5, 2.0)),
-    "gspo": (gspo(3e-2, 4e-2), gspo_surrogate),
-    "kl_penalty": (chain(aspo(), kl_penalty(0.1)), with_kl),
-}
-
 
 def test_every_objective_has_a_law():
-    # low_entropy_kl has a denominator of its own: its law is the golden split-KL total.
-    assert set(OBJECTIVES) - set(LAWS) == {"low_entropy_kl"}
+    assert not set(OBJECTIVES) - set(LAWS)
 
 
 @pytest.mark.parametrize("name", LAWS)
 def test_gradient_law(name):
-    objective, surrogate = LAWS[name]
+    law = LAWS[name]
     with jax.enable_x64(True):
         for seed, spread in enumerate([0.05, 0.5, 3.0, 15.0]):  # up to beyond the clamp
-            tokens = random_tokens(seed, spread=spread, per_token=name != "gspo", dtype=np.float64)
+            tokens = random_tokens(seed, spread=spread, per_token=law.per_token, dtype=np.float64)
 
             def published(logp, tokens=tokens):
-                values = surrogate(logp, tokens)
+                values = law.surrogate(logp, tokens)
                 return jnp.where(tokens.is_response_BT, values, 0).sum()
 
             value, expected = jax.value_and_grad(published)(tokens.logp_BT)
-            (_, aux), grad = loss_and_grad(objective, tokens, token_sum)
+            (_, aux), grad = loss_and_grad(law.rule, tokens, token_sum)
             np.testing.assert_allclose(grad, expected, rtol=1e-9, atol=1e-12)
             np.testing.assert_allclose(aux["surrogate"].total, value, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_weight_and_bias_at_ratio_one(name):
+    law, tokens = LAWS[name], random_tokens(5)
+    same = ("old_logp_BT", "sampler_logp_BT")
+    tokens = dataclasses.replace(tokens, **dict.fromkeys(same, tokens.logp_BT))
+    found = coefficient(law.rule, tokens)
+    for value_BT, documented in [(found.weight_BT, law.at_one), (found.bias_BT, law.bias_at_one)]:
+        if documented is not None:
+            expected: Any = documented(tokens) if callable(documented) else documented
+            shown = [jnp.where(tokens.is_response_BT, x, 0) for x in (value_BT, expected)]
+            np.testing.assert_allclose(shown[0], shown[1], rtol=1e-6, atol=1e-7)
 
 
 def test_a_positive_token_below_ratio_one_is_pushed_up():
@@ -257,8 +151,9 @@ def test_a_ratio_equal_to_the_dual_cap_keeps_its_gradient():
 @pytest.mark.parametrize("name", LAWS)
 def test_extreme_log_ratios_are_finite(name, dtype):
     log_ratio = np.repeat([25.0, -25.0, 1e3, -1e3], 2)
-    tokens = at_ratio(log_ratio, np.tile([1.0, -1.0], 4), getattr(jnp, dtype))
-    result = loss_and_grad(LAWS[name][0], tokens, token_mean)
+    sign, old_logp = np.tile([1.0, -1.0], 4), np.minimum(-log_ratio, 0) - 1
+    tokens = at_ratio(log_ratio, sign, getattr(jnp, dtype), old_logp)
+    result = loss_and_grad(LAWS[name].rule, tokens, token_mean)
     assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(result))
     assert result[0][0].dtype == jnp.float32
 

@@ -28,10 +28,10 @@ from aspo_jax.losses import (
 from aspo_jax.losses.report import weight_histogram
 
 
-def constant(weight=1.0, bias=0.0, **parts):
-    def coefficient(tokens, state, sums):
+def constant(weight=1.0, bias=0.0, value=1.0, **parts):
+    def coefficient(tokens, state, stats):
         full = jnp.full(tokens.logp_BT.shape, 1.0)
-        return Coefficient(weight * full, bias * full, {}, full)
+        return Coefficient(weight * full, bias * full, {}, value * full)
 
     return Objective(coefficient, **parts)
 
@@ -40,12 +40,23 @@ def is_uncertain(tokens):
     return tokens.entropy_BT > 1
 
 
-def test_chain_multiplies_weights_and_adds_biases_and_surrogates():
+def test_chain_multiplies_weights_and_adds_biases():
     rule = chain(constant(2.0, 0.5), constant(3.0, -1.5), constant(0.5, 0.25))
     coefficient = rule.coefficient(random_tokens(0), rule.init(), None)
     assert (coefficient.weight_BT == 3.0).all()
     assert (coefficient.bias_BT == -0.75).all()
-    assert (coefficient.surrogate_BT == 3.0).all()
+
+
+def test_chain_corrects_the_surrogate_of_the_rule_and_not_that_of_a_penalty():
+    rule, correction, penalty = constant(2, value=5), constant(3, value=0), constant(value=7)
+    for chained in (
+        chain(rule, correction, penalty),
+        chain(rule, penalty, correction),
+        chain(chain(rule, correction), penalty),
+        chain(rule, chain(correction, penalty)),
+    ):
+        found = chained.coefficient(random_tokens(0), chained.init(), None).surrogate_BT
+        assert (found == 5.0 * 3.0 + 7.0).all()
 
 
 def test_chain_is_associative_and_has_reinforce_as_neutral_weight():
@@ -90,25 +101,25 @@ def test_states_and_sums_are_tuples_with_one_entry_per_rule():
     stateful = constant(
         init=lambda: jnp.float32(5.0),
         prepare=lambda tokens, state: state + 1,
-        update=lambda state, sums: state + sums,
+        update=lambda state, stats: state + stats,
     )
     tokens = random_tokens(0)
     for rule in (chain(aspo(), stateful), select(lambda t: t.logp_BT > 0, aspo(), stateful)):
         assert rule.prepare
         state = rule.init()
         assert state == ((), 5.0)
-        sums = rule.prepare(tokens, state)
-        assert sums == (None, 6.0)
-        assert rule.update(state, sums) == ((), 11.0)
+        stats = rule.prepare(tokens, state)
+        assert stats == (None, 6.0)
+        assert rule.update(state, stats) == ((), 11.0)
         policy_loss(rule, tokens, aggregate=token_mean)
     plain = chain(aspo(), kl_penalty())
     assert plain.prepare is None and plain.update(plain.init(), None) == ((), ())
 
 
 def test_coefficients_read_state_and_sums():
-    def coefficient(tokens, state, sums):
+    def coefficient(tokens, state, stats):
         full = jnp.ones_like(tokens.logp_BT)
-        return Coefficient(state * sums * full, 0 * full, {}, full)
+        return Coefficient(state * stats * full, 0 * full, {}, full)
 
     rule = Objective(
         coefficient,
@@ -119,7 +130,7 @@ def test_coefficients_read_state_and_sums():
     _, default = loss_and_grad(rule, tokens, token_mean)
     np.testing.assert_allclose(default, -np.full((4, 1), 2.0 * 8.0 / 4))
     loss, _ = policy_loss(
-        rule, tokens, aggregate=token_mean, state=jnp.float32(1.0), sums=jnp.float32(7.0)
+        rule, tokens, aggregate=token_mean, state=jnp.float32(1.0), stats=jnp.float32(7.0)
     )
     np.testing.assert_allclose(loss, -(7.0 * tokens.logp_BT).mean())
 

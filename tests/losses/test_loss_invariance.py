@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from laws import LAWS
 from loss_cases import assert_trees_close, lay_out, loss_and_grad, one_per_row, sequences
 
 from aspo_jax.losses import (
-    OBJECTIVES,
     Coefficient,
     Objective,
     aspo,
@@ -18,10 +19,10 @@ from aspo_jax.losses import (
     count_totals,
     entropy_bonus,
     fixed_length,
-    gspo,
     is_low_entropy,
     low_entropy_kl,
     policy_loss,
+    response_only,
     sequence_mean,
     sequence_sum,
     token_mean,
@@ -29,8 +30,7 @@ from aspo_jax.losses import (
 from aspo_jax.losses.segment import segment_mean
 from aspo_jax.structs import Histogram, Max, empty_metrics, merge_metrics
 
-RULES = {name: factory() for name, factory in OBJECTIVES.items()}
-RULES["gspo"] = gspo(0.05, 0.05)
+RULES = {name: law.rule for name, law in LAWS.items()}
 RULES["chained"] = chain(aspo(), low_entropy_kl(0.1))
 AGGREGATES = {
     "token_mean": token_mean,
@@ -40,7 +40,13 @@ AGGREGATES = {
 }
 TOLERANCE: dict[str, Any] = dict(rtol=2e-5, atol=2e-6)
 every_rule = pytest.mark.parametrize("rule", RULES)
-every_aggregate = pytest.mark.parametrize("aggregate", AGGREGATES)
+# No rule knows its aggregate: each is tried with one, and all of them with some rules.
+every_pair = pytest.mark.parametrize(
+    ("rule", "aggregate"),
+    [(rule, "sequence_mean") for rule in RULES]
+    + [(rule, name) for rule in ("aspo", "chained") for name in AGGREGATES if "_mean" not in name]
+    + [(rule, "token_mean") for rule in ("aspo", "chained")],
+)
 
 
 def by_sequence(grad_BT, bins, seqs):
@@ -55,8 +61,7 @@ def by_sequence(grad_BT, bins, seqs):
     return np.concatenate([parts[i] for i in range(len(seqs))])
 
 
-@every_rule
-@every_aggregate
+@every_pair
 def test_packing(rule, aggregate):
     seqs = sequences(0, spread=0.4)
     alone = [[i] for i in range(6)]
@@ -71,18 +76,17 @@ def test_packing(rule, aggregate):
         assert_trees_close(results[0], other, **TOLERANCE)
 
 
-@every_rule
-@every_aggregate
+@every_pair
 def test_micro_batches_add_up(rule, aggregate):
     objective = RULES[rule]
     tokens = one_per_row(sequences(1, spread=0.4))
     (loss, aux), grad = loss_and_grad(objective, tokens, AGGREGATES[aggregate])
     parts = [jax.tree.map(lambda x, i=i: x[2 * i : 2 * i + 2], tokens) for i in range(3)]
     totals = add_up([count_totals(part) for part in parts])
-    sums = None
+    stats = None
     if objective.prepare:
-        sums = add_up([objective.prepare(part, objective.init()) for part in parts])
-    results = [loss_and_grad(objective, p, AGGREGATES[aggregate], totals, sums) for p in parts]
+        stats = objective.prepare(response_only(tokens), objective.init())
+    results = [loss_and_grad(objective, p, AGGREGATES[aggregate], totals, stats) for p in parts]
     merged = empty_metrics(aux)
     for (_, part_aux), _ in results:
         merged = merge_metrics(merged, part_aux)
@@ -107,7 +111,7 @@ def test_masked_garbage_changes_nothing(rule):
 
 
 def test_what_a_rule_says_about_masked_tokens_is_ignored():
-    def coefficient(tokens, state, sums):
+    def coefficient(tokens, state, stats):
         spoilt_BT = jnp.where(tokens.is_response_BT, 1.0, jnp.nan)
         return Coefficient(spoilt_BT, spoilt_BT, {}, spoilt_BT)
 
@@ -124,11 +128,35 @@ def test_no_response_token_at_all_gives_zero():
 
 
 @every_rule
-def test_jit_changes_nothing(rule):
-    tokens = one_per_row(sequences(3))
-    plain = loss_and_grad(RULES[rule], tokens, sequence_mean)
-    jitted = jax.jit(lambda t: loss_and_grad(RULES[rule], t, sequence_mean))(tokens)
-    assert_trees_close(plain, jitted, **TOLERANCE)
+def test_jit_and_vmap_change_nothing(rule):
+    both = [one_per_row(sequences(seed, spread=0.4)) for seed in (3, 4)]
+    plain = [loss_and_grad(RULES[rule], tokens, sequence_mean) for tokens in both]
+    mapped = jax.jit(jax.vmap(lambda t: loss_and_grad(RULES[rule], t, sequence_mean)))
+    found = mapped(jax.tree.map(lambda *xs: jnp.stack(xs), *both))
+    assert_trees_close(jax.tree.map(lambda *xs: jnp.stack(xs), *plain), found, **TOLERANCE)
+
+
+COUPLED = [name for name, rule in RULES.items() if rule.prepare]
+
+
+@pytest.mark.parametrize("rule", [*COUPLED, "aspo", "gspo"])
+def test_the_devices_that_share_the_rows_change_nothing(rule):
+    """Neither the statistics of the mini-batch nor its gradient."""
+    objective = RULES[rule]
+    tokens = lay_out(sequences(5, spread=0.4), [[0], [1, 4], [2, 5], [3]], 32)
+    mesh = jax.make_mesh((4,), ("rows",), axis_types=(AxisType.Auto,))
+    shared = jax.device_put(tokens, NamedSharding(mesh, PartitionSpec("rows")))
+
+    @jax.jit
+    def update(tokens):
+        stats = None
+        if objective.prepare:
+            stats = objective.prepare(response_only(tokens), objective.init())
+        return stats, loss_and_grad(objective, tokens, sequence_mean, stats=stats)
+
+    alone, on_four = update(tokens), update(shared)
+    assert len(on_four[1][1].sharding.device_set) == 4
+    assert_trees_close(alone, on_four, **TOLERANCE)
 
 
 def test_entropy_bonus_adds_up():

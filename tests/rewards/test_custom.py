@@ -240,7 +240,7 @@ def test_a_kind_and_functions_add_up_by_weight(module):
         submissions = [say(text, "exact", answer) for text, answer in said]
         right, wrong = scorer.score(submissions, group=2)
         (own,) = scorer.score([say("!!!!")])
-        assert scorer.parts == ("exact", "style", "ranks")
+        assert list(scorer.parts) == ["exact", "style", "ranks"]
     assert right == Verdict(
         1 + 0.5 * 0.2 - 2 * 0.1,
         "match",
@@ -264,7 +264,7 @@ def test_the_first_function_says_what_is_right(module):
 
 def test_a_single_function_needs_no_parts_but_with_a_weight(module):
     with scorer_of("style") as scorer:
-        assert scorer.score([say("!")]) == [Verdict(0.1, "mismatch")] and scorer.parts == ()
+        assert scorer.score([say("!")]) == [Verdict(0.1, "mismatch")] and scorer.parts == {}
     with scorer_of("style", weights=(3.0,)) as scorer:
         (verdict,) = scorer.score([say("!")])
     assert verdict.reward == pytest.approx(0.3) and verdict.parts["style"].reward == 0.1

@@ -162,7 +162,8 @@ class Scorer:
             `aspo_jax.rewards.pool.worker`.
 
     sandbox: one line about the sandbox for the kind ``code``; None without that kind.
-    parts: names of what rewards can be made of, kinds and functions; none where there is only one.
+    parts: what rewards can be made of, kinds and functions, by name: what each is multiplied with.
+        None where there is only one.
 
     Raises:
         ValueError: no worker, no time, or a kind that there is no grader for.
@@ -190,7 +191,7 @@ class Scorer:
         self._kinds = tuple(sorted(kinds))
         self._functions = custom.names(rules.functions, KINDS)
         self._weights = tuple(rules.weights) or (1.0,) * len(self._functions)
-        self.parts = self._named_parts()
+        self.parts: Mapping[str, float] = self._weighted_parts()
         self._of_groups: tuple[str, ...] = ()  # functions, as a worker says when it is ready
         longest = max(rules.timeout_s, *(GRADERS[kind].limit_s(rules) for kind in kinds))
         self._command = (
@@ -207,15 +208,16 @@ class Scorer:
         self._failed_starts = 0  # in a row
         self._start_missing()  # now, so that they get ready while the trainer compiles
 
-    def _named_parts(self) -> tuple[str, ...]:
+    def _weighted_parts(self) -> dict[str, float]:
         names, weights = self._functions, self._weights
         if len(names) != len(weights):
             raise RewardError(
                 f"found {len(weights)} Reward.weights for {len(names)} Reward.functions, expected "
                 "one for each"
             )
-        every = (*(kind for kind in self._kinds if kind != CUSTOM), *names)
-        return every if names and (len(every) > 1 or weights != (1.0,)) else ()
+        own = dict.fromkeys((kind for kind in self._kinds if kind != CUSTOM), 1.0)
+        every = own | dict(zip(names, weights, strict=True))
+        return every if names and (len(every) > 1 or weights != (1.0,)) else {}
 
     def __enter__(self) -> Scorer:
         return self
