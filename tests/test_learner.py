@@ -236,7 +236,9 @@ def test_neither_layout_nor_order_changes_the_update_of_a_coupled_rule(
     assert_same_figures(figures, coupled_at_once[1])
 
 
-@pytest.mark.parametrize("sizes", [{"data": 4}, {"fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [pytest.param({"data": 4}, marks=pytest.mark.slow), {"fsdp": 2, "tensor": 2}], ids=str
+)
 def test_nor_do_the_devices_change_it(params, behaviour, reference, coupled_at_once, sizes):
     change, figures = on_devices(COUPLED, params, behaviour, reference, sizes)
     assert_relative(change, coupled_at_once[0], 1e-5)

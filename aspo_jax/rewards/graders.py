@@ -91,17 +91,17 @@ GRADERS = {
         _on_text(exact.grade),
         exact.find_problem,
     ),
-    "number": Grader(
-        "the last number is the gold one; nothing is evaluated",
-        _on_text(number.grade),
-        number.find_problem,
-    ),
     "math": Grader(
         "the final answer equals a gold answer as mathematics",
         _open_math,
         _find_problem_of_golds,
         limit_s=lambda rules: rules.timeout_s + 1.0,
         chunk=8,
+    ),
+    "number": Grader(
+        "the last number is the gold one; nothing is evaluated",
+        _on_text(number.grade),
+        number.find_problem,
     ),
     "code": Grader(
         "the last program passes its tests, each in a sandbox",
