@@ -107,11 +107,5 @@ def dual_clipped(
     ratio_BT: Array, advantage_BT: Array, low: float | Array, high: float | Array, cap: float
 ) -> tuple[Array, Array]:
     """PPO's clip with a hard dual clip on A < 0: the weight, and the clipped ratio ``[B, T]``."""
-    clipped_BT = jnp.where(
-        advantage_BT > 0,
-        jnp.minimum(ratio_BT, high),
-        jnp.minimum(jnp.maximum(ratio_BT, low), cap),
-    )
-    is_below_cap_BT = (advantage_BT > 0) | (ratio_BT <= cap)
-    is_kept_BT = is_kept(ratio_BT, advantage_BT, low, high) & is_below_cap_BT
-    return jnp.where(is_kept_BT, ratio_weight(ratio_BT), 0), clipped_BT
+    gated = gate(ratio_BT, advantage_BT, low, high, cap)
+    return jnp.where(gated.is_kept_BT, ratio_weight(ratio_BT), 0), gated.value_BT

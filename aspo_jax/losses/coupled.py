@@ -18,6 +18,7 @@ from jax import Array
 
 from aspo_jax.losses.clip import gate, is_free, ratio_weight
 from aspo_jax.losses.objective import (
+    ANCHORS,
     Coefficient,
     Objective,
     accurate,
@@ -138,7 +139,6 @@ def bapo(
     return Objective(coefficient, prepare)
 
 
-_ANCHORS = {"old": "old_logp_BT", "sampler": "sampler_logp_BT"}
 _P3O_LIMIT = 10.0  # nats, the authors' clamp of the exponent in their KL estimate
 
 
@@ -162,7 +162,7 @@ def p3o(*, anchor: Literal["old", "sampler"] = "sampler") -> Objective:
     Source: arXiv 2605.12380; the authors' code (FeynRL), which takes the ESS of each micro-batch.
     Confidence: high: the authors' code
     """
-    field = choose(_ANCHORS, anchor, "p3o.anchor")
+    field = choose(ANCHORS, anchor, "p3o.anchor")
 
     def anchored_log_ratio(tokens: Tokens) -> Array:
         return log_ratio(dataclasses.replace(tokens, old_logp_BT=require(tokens, field, "p3o")))

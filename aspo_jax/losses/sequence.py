@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from aspo_jax.losses.clip import gate, is_free, ratio_weight
 from aspo_jax.losses.objective import (
+    ANCHORS,
     LOG_RATIO_LIMIT,
     Objective,
     accurate,
@@ -59,7 +60,6 @@ def gmpo(*, clip_low: float = 0.4, clip_high: float = 0.4) -> Objective:
 
 
 # The field that each anchor of a ratio names.
-ANCHORS = {"old": "old_logp_BT", "sampler": "sampler_logp_BT"}
 VANISHED = 1e-3  # a weight below it teaches nothing
 
 
