@@ -255,14 +255,16 @@ def scored(
 ) -> tuple[Array, ...]:
     """What is seen of every predicted token, [M, B, T] each; 0 past the count."""
 
+    def seen(m):
+        return look(model, head, params, _microbatch(minibatch.rows, m))
+
     def of_microbatch(m, found):
-        new = look(model, head, params, _microbatch(minibatch.rows, m))
         return jax.tree.map(
-            lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, m, 0), found, new
+            lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, m, 0), found, seen(m)
         )
 
-    zeros_MBT = jnp.zeros(minibatch.rows.target_BT.shape, jnp.float32)
-    zeros = (zeros_MBT,) * (3 if look is forward_with_squares else 2)
+    most = len(minibatch.rows.target_BT)
+    zeros = jax.tree.map(lambda x: jnp.zeros((most, *x.shape), x.dtype), _zeros(seen))
     return jax.lax.fori_loop(0, minibatch.count, of_microbatch, zeros)
 
 

@@ -34,7 +34,7 @@ from aspo_jax.policy import load_policy
 from aspo_jax.recording import RecordError, read_rollout, recorded_iterations, trained_on
 from aspo_jax.replaying import SIGNS, Replay, Spread, replay
 from aspo_jax.rules import named_objectives
-from aspo_jax.run.figures import COLOURS, GRID, INK
+from aspo_jax.run.figures import COLOURS, INK, plain
 from aspo_jax.run.folder import INITIAL_MODEL
 from aspo_jax.run.records import Saved, run_config
 
@@ -267,10 +267,8 @@ def _spreads(ax: Any, spreads: Sequence[Spread], shift: float, number: int) -> N
 
 def _frame(ax: Any, title: str) -> None:
     ax.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK)
-    ax.grid(True, color=GRID, linewidth=0.8)
-    ax.set_axisbelow(True)
-    ax.tick_params(labelsize=9, colors=INK, length=0)
-    ax.spines[:].set_visible(False)
+    plain(ax, 9)
+    ax.spines["bottom"].set_visible(False)
 
 
 if __name__ == "__main__":

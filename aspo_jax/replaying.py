@@ -158,9 +158,7 @@ def _coefficients(
 ) -> tuple[Array, Array]:
     """w and a (w A + b) of a whole mini-batch, with a fresh state."""
     try:
-        state = objective.init()
-        stats = objective.prepare(tokens, state) if objective.prepare else None
-        made = objective.coefficient(tokens, state, stats)
+        made = losses.coefficient_of(objective, tokens)
     except MissingField as missing:
         raise ReplayError(
             f"the objective {name!r} reads Tokens.{missing.field}, which the run did not record, "

@@ -41,7 +41,7 @@ from matplotlib.figure import Figure
 from picture import smooth
 from scipy import stats
 
-from aspo_jax.run.figures import COLOURS, GRID, INK
+from aspo_jax.run.figures import COLOURS, INK, plain
 from aspo_jax.run.metrics import read_metrics
 
 ITERATIONS, LATE = 80, 20
@@ -363,9 +363,7 @@ def draw(runs: Runs, name: str, path: Path) -> None:
 
 
 def _panel(ax: Any, runs: Runs, metric: str) -> None:
-    ax.grid(True, color=GRID, linewidth=0.8)
-    ax.tick_params(labelsize=10, colors=INK, length=0)
-    ax.spines[["top", "right", "left"]].set_visible(False)
+    plain(ax, 10)
     for colour, (arm, seeds) in zip(COLOURS, runs.items(), strict=False):
         curves = [run.curve(metric) for run in seeds.values()]
         x = curves[0][0]

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from aspo_jax.run.figures import COLOURS, GRID, INK
+from aspo_jax.run.figures import COLOURS, INK, plain
 from aspo_jax.run.metrics import read_metrics
 
 SMOOTHED = 7  # iterations
@@ -44,9 +44,7 @@ def main(words: list[str]) -> None:
         ax.set_title(panel.title, loc="left", fontsize=13, fontweight="bold", color=INK)
         ax.set_ylabel(panel.unit, fontsize=11, color=INK)
         ax.set_xlabel("iteration", fontsize=11, color=INK)
-        ax.grid(True, color=GRID, linewidth=0.8)
-        ax.tick_params(labelsize=11, colors=INK, length=0)
-        ax.spines[["top", "right", "left"]].set_visible(False)
+        plain(ax, 11)
         for colour, (label, folder) in zip(COLOURS, runs.items(), strict=False):
             x, y = series(Path(folder), panel.metric)
             style = {"marker": "o", "markersize": 6} if panel.is_held_out else {}

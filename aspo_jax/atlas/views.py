@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aspo_jax.losses import Objective, Tokens, response_only
+from aspo_jax.losses import Objective, Tokens, coefficient_of, response_only
 
 OTHERS = ("sampler_logp_BT", "ref_logp_BT", "teacher_logp_BT")  # as the old policy unless they move
 ENTROPIES = ("entropy_BT", "old_entropy_BT")
@@ -176,9 +176,7 @@ def _coefficients(objective: Objective, tokens: Tokens) -> tuple[np.ndarray, np.
     """w and b of the first token of each of N mini-batches, ``[N, B, T] -> [N]`` each."""
 
     def of_minibatch(tokens: Tokens):
-        tokens, state = response_only(tokens), objective.init()
-        stats = objective.prepare(tokens, state) if objective.prepare else None
-        made = objective.coefficient(tokens, state, stats)
+        made = coefficient_of(objective, response_only(tokens))
         return made.weight_BT[0, 0], made.bias_BT[0, 0]
 
     weight_N, bias_N = jax.vmap(of_minibatch)(tokens)

@@ -84,22 +84,6 @@ def _launch(config: Config) -> Iterator[Problem]:
         yield "Runtime.process_id", f" must be below {limit}; processes count from 0"
 
 
-_GROUP_ADVANTAGES = (
-    "batch_zscore",
-    "gdpo",
-    "group_mean",
-    "group_zscore",
-    "grpo_passk",
-    "leave_one_out",
-    "maxrl",
-    "opo",
-    "passk",
-    "prompt_smooth",
-    "shifted_mean",
-    "token_group_zscore",
-)
-
-
 def _objective(config: Config) -> Iterator[Problem]:
     objective = config.objective
     rules = (objective.name, *objective.penalties)
@@ -113,7 +97,9 @@ def _objective(config: Config) -> Iterator[Problem]:
             )
     for name in config.factories.get("adamw", ()):
         yield f"adamw.{name}", f": adamw.{name} is set as Optim.{name}; write that"
-    if config.train.samples_per_prompt == 1 and objective.advantage in _GROUP_ADVANTAGES:
+    # All of ours compare the samples of a prompt, but for the one that is 0 for all.
+    is_ours, name = ":" not in objective.advantage, objective.advantage.partition(".")[0]
+    if config.train.samples_per_prompt == 1 and is_ours and name != "none":
         yield (
             "Train.samples_per_prompt",
             f" leaves Objective.advantage = {objective.advantage!r} nothing to compare a sample"

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from aspo_jax.losses.clip import (
-    dual_clipped,
+    clipped,
     hard_cap,
     is_kept,
     no_cap,
@@ -24,18 +24,13 @@ from aspo_jax.losses.objective import (
     choose,
     ratio,
     ratio_bounds,
-    require,
+    require_above_one,
     require_non_negative,
     require_positive,
     require_share,
     weight_only,
 )
 from aspo_jax.structs import Tokens
-
-
-def _require_dual_cap(rule: str, dual_cap: float) -> None:
-    if not dual_cap > 1:
-        raise ValueError(f"{rule}.dual_cap = {dual_cap}; expected a ratio above 1")
 
 
 def ce_gppo(
@@ -65,7 +60,7 @@ def ce_gppo(
     """
     low, high = ratio_bounds("ce_gppo", clip_low, clip_high)
     require_non_negative("ce_gppo", beta_low=beta_low, beta_high=beta_high)
-    _require_dual_cap("ce_gppo", dual_cap)
+    require_above_one("ce_gppo", dual_cap=dual_cap)
 
     def coefficient(tokens, state, stats):
         advantage_BT, logp_BT = tokens.advantage_BT, accurate(tokens.logp_BT)
@@ -104,7 +99,7 @@ def gppo(*, clip_low: float = 0.2, clip_high: float = 0.28, dual_cap: float = 10
     Confidence: high: the paper and the authors' code.
     """
     ratio_bounds("gppo", clip_low, clip_high)
-    _require_dual_cap("gppo", dual_cap)
+    require_above_one("gppo", dual_cap=dual_cap)
     return ce_gppo(
         clip_low=clip_low, clip_high=clip_high, beta_low=1.0, beta_high=1.0, dual_cap=dual_cap
     )
@@ -206,34 +201,31 @@ def dcpo(
     Confidence: high: the authors' code.
     """
     require_positive("dcpo", clip_low=clip_low, clip_high=clip_high)
-    _require_dual_cap("dcpo", dual_cap)
-    if not ratio_max > 1:
-        raise ValueError(f"dcpo.ratio_max = {ratio_max}; expected a ratio above 1")
+    require_above_one("dcpo", dual_cap=dual_cap, ratio_max=ratio_max)
 
     def coefficient(tokens, state, stats):
         inverse_BT = 4 * jnp.exp(-accurate(tokens.old_logp_BT))
         low_BT = (1 + jnp.sqrt(jnp.maximum(1 - clip_low * inverse_BT, 0))) / 2
         high_BT = jnp.minimum((1 + jnp.sqrt(1 + clip_high * inverse_BT)) / 2, ratio_max)
-        weight_BT, clipped_BT = dual_clipped(
-            ratio(tokens), tokens.advantage_BT, low_BT, high_BT, dual_cap
-        )
-        return weight_only(weight_BT, -tokens.advantage_BT * clipped_BT)
+        advantage_BT = tokens.advantage_BT
+        weight_BT, value_BT = clipped(ratio(tokens), advantage_BT, low_BT, high_BT, dual_cap)
+        return weight_only(weight_BT, -advantage_BT * value_BT)
 
     return Objective(coefficient)
 
 
-def _capped_ratio(tokens: Tokens, sampler_logp_BT: Array, cap: float) -> Array:
+def _capped_ratio(tokens: Tokens, cap: float) -> Array:
     """min(pi / mu, cap)."""
-    return jnp.minimum(ratio(dataclasses.replace(tokens, old_logp_BT=sampler_logp_BT)), cap)
+    return jnp.minimum(ratio(tokens, "sampler", "minirl"), cap)
 
 
-def _capped_mismatch(tokens: Tokens, sampler_logp_BT: Array, cap: float) -> Array:
+def _capped_mismatch(tokens: Tokens, cap: float) -> Array:
     """r min(pi_old / mu, cap)."""
     old = dataclasses.replace(tokens, logp_BT=tokens.old_logp_BT)
-    return ratio_weight(ratio(tokens)) * _capped_ratio(old, sampler_logp_BT, cap)
+    return ratio_weight(ratio(tokens)) * _capped_ratio(old, cap)
 
 
-_CAPPED: Mapping[str, Callable[[Tokens, Array, float], Array]] = {
+_CAPPED: Mapping[str, Callable[[Tokens, float], Array]] = {
     "ratio": _capped_ratio,
     "mismatch": _capped_mismatch,
 }
@@ -270,10 +262,9 @@ def minirl(
     capped = choose(_CAPPED, cap_on, "minirl.cap_on")
 
     def coefficient(tokens, state, stats):
-        sampler_logp_BT = require(tokens, "sampler_logp_BT", "minirl")
         advantage_BT = tokens.advantage_BT
         is_kept_BT = is_kept(ratio(tokens), advantage_BT, low, high)
-        weight_BT = jnp.where(is_kept_BT, capped(tokens, sampler_logp_BT, cap), 0)
+        weight_BT = jnp.where(is_kept_BT, capped(tokens, cap), 0)
         return weight_only(weight_BT, -advantage_BT * weight_BT * accurate(tokens.logp_BT))
 
     return Objective(coefficient)

@@ -103,9 +103,13 @@ def pick_by_sign(advantage_BT: Array, positive: Capped, negative: Capped) -> Cap
     return jax.tree.map(lambda x, y: jnp.where(advantage_BT > 0, x, y), positive, negative)
 
 
-def dual_clipped(
-    ratio_BT: Array, advantage_BT: Array, low: float | Array, high: float | Array, cap: float
+def clipped(
+    ratio_BT: Array,
+    advantage_BT: Array,
+    low: float | Array,
+    high: float | Array,
+    cap: float = math.inf,
 ) -> tuple[Array, Array]:
-    """PPO's clip with a hard dual clip on A < 0: the weight, and the clipped ratio ``[B, T]``."""
+    """PPO's clip with a hard dual clip at the cap: the weight, and the clipped ratio ``[B, T]``."""
     gated = gate(ratio_BT, advantage_BT, low, high, cap)
     return jnp.where(gated.is_kept_BT, ratio_weight(ratio_BT), 0), gated.value_BT

@@ -7,7 +7,6 @@ from each micro-batch instead: `per_microbatch` does that.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Literal
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from aspo_jax.losses.clip import gate, is_free, ratio_weight
+from aspo_jax.losses.clip import clipped, is_free
 from aspo_jax.losses.objective import (
     ANCHORS,
     Coefficient,
@@ -27,12 +26,13 @@ from aspo_jax.losses.objective import (
     ratio,
     ratio_bounds,
     require,
+    require_above_one,
     require_positive,
     require_share,
     weight_only,
 )
 from aspo_jax.losses.report import mean_over
-from aspo_jax.losses.segment import segment_count, segment_mean, sums_per_group
+from aspo_jax.losses.segment import of_group, segment_count, segment_mean, sums_per_group
 from aspo_jax.structs import Tokens
 
 # The bounds and targets that BAPO's authors name in three places, which do not agree.
@@ -47,11 +47,6 @@ BAPO_PUBLISHED: Mapping[str, Mapping[str, float]] = {
         "step": 0.1,
     },
 }
-
-
-def _require_dual_cap(rule: str, dual_cap: float) -> None:
-    if not dual_cap > 1:
-        raise ValueError(f"{rule}.dual_cap = {dual_cap}; expected a ratio above 1")
 
 
 def bapo(
@@ -94,7 +89,7 @@ def bapo(
     """
     require_share("bapo", share=share, ratio_min_start=ratio_min_start, ratio_min_end=ratio_min_end)
     require_positive("bapo", step=step)
-    _require_dual_cap("bapo", dual_cap)
+    require_above_one("bapo", dual_cap=dual_cap)
     if ratio_min_start > ratio_min_end:
         raise ValueError(
             f"bapo.ratio_min_start = {ratio_min_start}; expected at most ratio_min_end = "
@@ -128,10 +123,10 @@ def bapo(
     def coefficient(tokens, state, stats):
         low, high = stats
         ratio_BT, is_response_BT = ratio(tokens), tokens.is_response_BT
-        gated = gate(ratio_BT, tokens.advantage_BT, low, high, dual_cap)
+        weight_BT, value_BT = clipped(ratio_BT, tokens.advantage_BT, low, high, dual_cap)
         return weight_only(
-            jnp.where(gated.is_kept_BT, ratio_weight(ratio_BT), 0),
-            -tokens.advantage_BT * gated.value_BT,
+            weight_BT,
+            -tokens.advantage_BT * value_BT,
             ratio_low=mean_over(jnp.full_like(ratio_BT, low), is_response_BT),
             ratio_high=mean_over(jnp.full_like(ratio_BT, high), is_response_BT),
         )
@@ -162,20 +157,17 @@ def p3o(*, anchor: Literal["old", "sampler"] = "sampler") -> Objective:
     Source: arXiv 2605.12380; the authors' code (FeynRL), which takes the ESS of each micro-batch.
     Confidence: high: the authors' code
     """
-    field = choose(ANCHORS, anchor, "p3o.anchor")
-
-    def anchored_log_ratio(tokens: Tokens) -> Array:
-        return log_ratio(dataclasses.replace(tokens, old_logp_BT=require(tokens, field, "p3o")))
+    choose(ANCHORS, anchor, "p3o.anchor")
 
     def prepare(tokens, state):
-        ratio_BT = jnp.exp(anchored_log_ratio(tokens))
+        ratio_BT = ratio(tokens, anchor, "p3o")
         ratio_BT = jnp.where(tokens.is_response_BT, ratio_BT, 0)
         divisor = tokens.is_response_BT.sum() * jnp.square(ratio_BT).sum()
         ess = jnp.square(ratio_BT.sum()) / jnp.where(divisor > 0, divisor, 1)
         return jnp.minimum(ess, 1)  # rounding
 
     def coefficient(tokens, state, ess):
-        log_ratio_BT = anchored_log_ratio(tokens)
+        log_ratio_BT = log_ratio(tokens, anchor, "p3o")
         weight_BT = jnp.minimum(jnp.exp(log_ratio_BT), ess)
         clamped_BT = jnp.clip(log_ratio_BT, -_P3O_LIMIT, _P3O_LIMIT)
         excess_BT = jnp.expm1(-clamped_BT)  # 1/r - 1
@@ -231,7 +223,7 @@ def hapo(
     """
     ratio_bounds("hapo", clip_low, clip_high)
     require_share("hapo", quantile=quantile)
-    _require_dual_cap("hapo", dual_cap)
+    require_above_one("hapo", dual_cap=dual_cap)
 
     def log_entropy(tokens: Tokens) -> Array:
         entropy_BT = accurate(require(tokens, "entropy_BT", "hapo"))
@@ -256,11 +248,10 @@ def hapo(
         ratio_BT, advantage_BT = ratio(tokens), tokens.advantage_BT
         is_near_BT = (ratio_BT > 1 - width_low_BT / 2) & (ratio_BT < 1 + width_high_BT / 2)
         factor_BT = jnp.where(is_near_BT == is_low_BT, 1 + h_BT, 1)
-        gated = gate(ratio_BT, advantage_BT, 1 - width_low_BT, 1 + width_high_BT, dual_cap)
-        return weight_only(
-            jnp.where(gated.is_kept_BT, factor_BT * ratio_weight(ratio_BT), 0),
-            -advantage_BT * factor_BT * gated.value_BT,
+        weight_BT, value_BT = clipped(
+            ratio_BT, advantage_BT, 1 - width_low_BT, 1 + width_high_BT, dual_cap
         )
+        return weight_only(factor_BT * weight_BT, -advantage_BT * factor_BT * value_BT)
 
     return Objective(coefficient, prepare)
 
@@ -317,14 +308,9 @@ def real(*, tau: float = 0.5) -> Objective:
     def coefficient(tokens, state, stats):
         group_id_BT = require(tokens, "group_id_BT", "real")
         odds_BT, is_right_BT, ratio_BT = parts(tokens)
-        # A group beyond the table, which only a part of a mini-batch can have, is not passed over:
-        # its NaN makes the update one that is skipped and counted.
-        of_group = {
-            name: table_K.at[group_id_BT].get(mode="fill", fill_value=jnp.nan)
-            for name, table_K in stats.items()
-        }
-        slope_BT = jnp.where(is_right_BT, of_group["right"], -of_group["wrong"])
+        own = {name: of_group(table_K, group_id_BT) for name, table_K in stats.items()}
+        slope_BT = jnp.where(is_right_BT, own["right"], -own["wrong"])
         bias_BT = jnp.where(is_free(ratio_BT), slope_BT * odds_BT, 0)
-        return Coefficient(jnp.zeros_like(bias_BT), bias_BT, {}, of_group["value"])
+        return Coefficient(jnp.zeros_like(bias_BT), bias_BT, {}, own["value"])
 
     return Objective(coefficient, prepare)

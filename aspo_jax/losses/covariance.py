@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from aspo_jax.losses.clip import gate, is_free, is_kept, ratio_weight
+from aspo_jax.losses.clip import clipped, is_free, is_kept, ratio_weight
 from aspo_jax.losses.objective import (
     Coefficient,
     Objective,
@@ -157,10 +157,10 @@ def clip_cov(
         is_drawn_BT = _draws(key, tokens, "clip_cov") < probability
         is_chosen_BT = is_candidate(tokens, means) & is_drawn_BT
         advantage_BT, ratio_BT = tokens.advantage_BT, ratio(tokens)
-        gated = gate(ratio_BT, advantage_BT, low, high)
+        weight_BT, value_BT = clipped(ratio_BT, advantage_BT, low, high)
         return weight_only(
-            jnp.where(gated.is_kept_BT & ~is_chosen_BT, ratio_weight(ratio_BT), 0),
-            jnp.where(is_chosen_BT, 0, -advantage_BT * gated.value_BT),
+            jnp.where(is_chosen_BT, 0, weight_BT),
+            jnp.where(is_chosen_BT, 0, -advantage_BT * value_BT),
             covariance_share=mean_over(is_chosen_BT, tokens.is_response_BT),
         )
 

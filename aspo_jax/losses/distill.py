@@ -11,7 +11,7 @@ from jax import Array
 
 from aspo_jax.losses.clip import ratio_weight
 from aspo_jax.losses.objective import (
-    LOG_RATIO_LIMIT,
+    ANCHORS,
     Coefficient,
     Objective,
     accurate,
@@ -19,10 +19,11 @@ from aspo_jax.losses.objective import (
     require,
     require_non_negative,
 )
+from aspo_jax.losses.objective import ratio as importance_ratio
 from aspo_jax.losses.report import mean_over
 from aspo_jax.structs import Tokens
 
-POLICIES = {"current": "logp_BT", "old": "old_logp_BT", "sampler": "sampler_logp_BT"}
+POLICIES = {"current": "logp_BT", **ANCHORS}
 PolicyName = Literal["current", "old", "sampler"]
 RATIOS = {"none": None, "old": "old", "sampler": "sampler"}
 
@@ -95,8 +96,7 @@ def distill(
         gap_BT, logp_BT = _gap(tokens, anchor, floor, rule), accurate(tokens.logp_BT)
         scale_BT, value_BT = jnp.ones_like(gap_BT), logp_BT
         if to is not None:
-            log_ratio_BT = logp_BT - _policy(tokens, to, rule)
-            value_BT = jnp.exp(jnp.clip(log_ratio_BT, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+            value_BT = importance_ratio(tokens, to, rule)
             scale_BT = ratio_weight(value_BT)
         return Coefficient(
             weight_BT=jnp.ones_like(gap_BT),

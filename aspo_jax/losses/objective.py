@@ -99,12 +99,14 @@ def choose(table: Mapping[str, Value], name: str, field: str) -> Value:
     return table[name]
 
 
-def _numbers(is_right: Callable[[float], bool], expected: str) -> Callable[..., None]:
+def _numbers(
+    is_right: Callable[[float], bool], expected: str, what: str = "a number"
+) -> Callable[..., None]:
     def check(rule: str, **values: float) -> None:
         """Raise a ValueError naming the first hyper-parameter out of range, or NaN."""
         for name, value in values.items():
             if not is_right(value):
-                raise ValueError(f"{rule}.{name} = {value}; expected a number {expected}")
+                raise ValueError(f"{rule}.{name} = {value}; expected {what} {expected}")
 
     return check
 
@@ -112,6 +114,7 @@ def _numbers(is_right: Callable[[float], bool], expected: str) -> Callable[..., 
 require_non_negative = _numbers(lambda x: x >= 0, ">= 0")
 require_positive = _numbers(lambda x: x > 0, "> 0")
 require_share = _numbers(lambda x: 0 <= x <= 1, "from 0 to 1")
+require_above_one = _numbers(lambda x: x > 1, "above 1", "a ratio")
 require_decay = _numbers(lambda x: 0 <= x < 1, "from 0 to below 1")
 
 
@@ -132,15 +135,18 @@ def anchor_logp(tokens: Tokens, anchor: str, rule: str) -> Array:
     return accurate(require(tokens, ANCHORS[anchor], rule))
 
 
-def log_ratio(tokens: Tokens) -> Array:
-    """``log pi_theta - log pi_old``, clamped to +-20 nats; ``[B, T]``."""
-    difference_BT = accurate(tokens.logp_BT) - accurate(tokens.old_logp_BT)
+def log_ratio(tokens: Tokens, anchor: str = "old", rule: str = "log_ratio") -> Array:
+    """``log pi_theta - log pi_old``, clamped to +-20 nats; ``[B, T]``.
+
+    anchor: another policy of `ANCHORS` in place of pi_old. rule: who asks, see `require`.
+    """
+    difference_BT = accurate(tokens.logp_BT) - anchor_logp(tokens, anchor, rule)
     return jnp.clip(difference_BT, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 
-def ratio(tokens: Tokens) -> Array:
-    """The importance ratio ``r = pi_theta / pi_old``, at most e^20; ``[B, T]``."""
-    return jnp.exp(log_ratio(tokens))
+def ratio(tokens: Tokens, anchor: str = "old", rule: str = "ratio") -> Array:
+    """The importance ratio ``r = pi_theta / pi_old``, at most e^20; ``[B, T]``. See `log_ratio`."""
+    return jnp.exp(log_ratio(tokens, anchor, rule))
 
 
 def weight_only(weight_BT: Array, surrogate_BT: Array, **metrics: Metric) -> Coefficient:
@@ -345,6 +351,20 @@ def per_microbatch(rule: Objective) -> Objective:
     )
 
 
+def coefficient_of(
+    objective: Objective, tokens: Tokens, state: Any = (), stats: Any = None
+) -> Coefficient:
+    """What an objective says of tokens as `response_only` shows them; see `policy_loss`.
+
+    state: ``()`` means a fresh one. stats: None where the tokens are a whole mini-batch.
+    """
+    if isinstance(state, tuple) and not state:
+        state = objective.init()
+    if objective.prepare and stats is None:
+        stats = objective.prepare(tokens, state)
+    return _checked(objective, tokens, state, stats)
+
+
 def _both(
     function: Callable[[Array, Array], Array], x: Array | None, y: Array | None
 ) -> Array | None:
@@ -387,12 +407,8 @@ def policy_loss(
     tokens = response_only(tokens)
     constants = jax.tree.map(jax.lax.stop_gradient, tokens)
     totals = count_totals(constants) if totals is None else totals
-    if isinstance(state, tuple) and not state:
-        state = objective.init()
-    if objective.prepare and stats is None:
-        stats = objective.prepare(constants, state)
 
-    rule = _checked(objective, constants, state, stats)
+    rule = coefficient_of(objective, constants, state, stats)
     a_BT = aggregate(constants, totals)
     c_BT = rule.weight_BT * constants.advantage_BT + rule.bias_BT
     c_BT = jnp.where(constants.is_response_BT, c_BT, 0)

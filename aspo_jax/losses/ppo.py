@@ -7,7 +7,15 @@ from typing import Literal
 import jax.numpy as jnp
 
 from aspo_jax.losses.clip import CAPS, CapName, is_kept, no_cap, pick_by_sign, ratio_weight
-from aspo_jax.losses.objective import Objective, accurate, choose, ratio, ratio_bounds, weight_only
+from aspo_jax.losses.objective import (
+    Objective,
+    accurate,
+    choose,
+    ratio,
+    ratio_bounds,
+    require_above_one,
+    weight_only,
+)
 from aspo_jax.losses.segment import segment_mean
 
 
@@ -33,8 +41,7 @@ def ppo_clip(
     Confidence: high: the papers, and numbers made by verl's code.
     """
     low, high = ratio_bounds("ppo_clip", clip_low, clip_high)
-    if not dual_cap > 1:
-        raise ValueError(f"ppo_clip.dual_cap = {dual_cap}; expected a ratio above 1")
+    require_above_one("ppo_clip", dual_cap=dual_cap)
     cap_negative = choose(CAPS, dual_clip, "ppo_clip.dual_clip")
 
     def coefficient(tokens, state, stats):

@@ -7,7 +7,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from aspo_jax.losses.clip import gate, ratio_weight
+from aspo_jax.losses.clip import clipped, gate
 from aspo_jax.losses.objective import (
     Objective,
     accurate,
@@ -124,8 +124,7 @@ def fipo(
         influence_BT = jnp.exp(jnp.clip(future_BT, *bounds))
         is_unsafe_BT = (advantage_BT < 0) & (ratio_BT > safety_ratio)
         influence_BT = jnp.where(is_unsafe_BT, jnp.clip(influence_BT, 0.8, 1), influence_BT)
-        is_kept_BT, value_BT = gate(ratio_BT, advantage_BT, low, high, cap)
-        weight_BT = jnp.where(is_kept_BT, ratio_weight(ratio_BT), 0)
+        weight_BT, value_BT = clipped(ratio_BT, advantage_BT, low, high, cap)
         return weight_only(influence_BT * weight_BT, -advantage_BT * influence_BT * value_BT)
 
     return Objective(coefficient)

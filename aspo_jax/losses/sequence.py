@@ -16,7 +16,6 @@ from aspo_jax.losses.objective import (
     log_ratio,
     ratio,
     ratio_bounds,
-    require,
     require_non_negative,
     require_positive,
     require_share,
@@ -59,7 +58,6 @@ def gmpo(*, clip_low: float = 0.4, clip_high: float = 0.4) -> Objective:
     return Objective(coefficient)
 
 
-# The field that each anchor of a ratio names.
 VANISHED = 1e-3  # a weight below it teaches nothing
 
 
@@ -92,13 +90,11 @@ def vespo(
     """
     require_positive("vespo", k_positive=k_positive, lam_positive=lam_positive)
     require_positive("vespo", k_negative=k_negative, lam_negative=lam_negative)
-    field = choose(ANCHORS, anchor, "vespo.anchor")
+    choose(ANCHORS, anchor, "vespo.anchor")
 
     def coefficient(tokens, state, stats):
         advantage_BT, logp_BT = tokens.advantage_BT, accurate(tokens.logp_BT)
-        gap_BT = logp_BT - accurate(require(tokens, field, "vespo"))
-        gap_BT = jnp.clip(gap_BT, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-        log_w_BN = sums_per_sequence(gap_BT, tokens)
+        log_w_BN = sums_per_sequence(log_ratio(tokens, anchor, "vespo"), tokens)
         log_w_BT = to_tokens(jnp.clip(log_w_BN, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT), tokens)
         k_BT = jnp.where(advantage_BT >= 0, k_positive, k_negative)
         lam_BT = jnp.where(advantage_BT >= 0, lam_positive, lam_negative)

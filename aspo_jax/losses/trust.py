@@ -15,10 +15,9 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from aspo_jax.losses.clip import gate, ratio_weight
+from aspo_jax.losses.clip import clipped, ratio_weight
 from aspo_jax.losses.objective import (
     ANCHORS,
-    LOG_RATIO_LIMIT,
     AnchorName,
     Coefficient,
     Objective,
@@ -55,9 +54,8 @@ class Move(NamedTuple):
 
 def _move(tokens: Tokens, anchor: str, rule: str) -> Move:
     logp_BT, anchor_BT = accurate(tokens.logp_BT), anchor_logp(tokens, anchor, rule)
-    log_ratio_BT = jnp.clip(logp_BT - anchor_BT, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     gap_BT = jnp.exp(logp_BT) - jnp.exp(anchor_BT)
-    return Move(logp_BT, anchor_BT, jnp.exp(log_ratio_BT), gap_BT)
+    return Move(logp_BT, anchor_BT, ratio(tokens, anchor, rule), gap_BT)
 
 
 def _pushed(advantage_BT: Array, up_BT: Array, down_BT: Array) -> Array:
@@ -328,9 +326,8 @@ def ripo(
         scale_BT = jnp.exp(-accurate(tokens.old_logp_BT) / 2)
         low_BT = jnp.maximum(1 - math.sqrt(delta_low) * scale_BT, ratio_min)
         high_BT = jnp.minimum(1 + math.sqrt(delta_high) * scale_BT, ratio_max)
-        gated = gate(ratio_BT, advantage_BT, low_BT, high_BT)
-        weight_BT = jnp.where(gated.is_kept_BT, ratio_weight(ratio_BT), 0)
-        return weight_only(weight_BT, -advantage_BT * gated.value_BT)
+        weight_BT, value_BT = clipped(ratio_BT, advantage_BT, low_BT, high_BT)
+        return weight_only(weight_BT, -advantage_BT * value_BT)
 
     return Objective(coefficient)
 

@@ -109,13 +109,21 @@ def dynamics(runs: Mapping[str, Rows], path: str | Path) -> None:
     canvas.print_png(str(path))
 
 
+def plain(ax: Axes, size: float) -> None:
+    """The look of every chart: a faint grid behind what is drawn, a line below and no frame.
+
+    size: of the numbers along the axes.
+    """
+    ax.grid(True, color=GRID, linewidth=0.8)
+    ax.set_axisbelow(True)
+    ax.tick_params(labelsize=size, colors=INK, length=0)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+
+
 def _draw(ax: Axes, panel: Panel, runs: Mapping[str, Rows]) -> None:
     ax.set_title(panel.title, loc="left", fontsize=11, fontweight="bold", color=INK)
     ax.set_ylabel(panel.unit, fontsize=9, color=INK)
-    ax.grid(True, color=GRID, linewidth=0.8)
-    ax.set_axisbelow(True)
-    ax.tick_params(labelsize=9, colors=INK, length=0)
-    ax.spines[["top", "right", "left"]].set_visible(False)
+    plain(ax, 9)
     ax.spines["bottom"].set_color("#bbbbbb")
     drawn = [
         _curve(ax, curve, rows, COLOURS[i % len(COLOURS)])

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aspo_jax.losses import policy_loss, response_only
+from aspo_jax.losses import coefficient_of, policy_loss, response_only
 from aspo_jax.structs import Tokens
 
 POLICIES = ("logp_BT", "old_logp_BT", "sampler_logp_BT", "ref_logp_BT", "teacher_logp_BT")
@@ -118,11 +118,9 @@ def at_ratio(log_ratio, advantage, dtype: Any = jnp.float32, old_logp: Any = 0.0
     )
 
 
-def coefficient(objective, tokens):
+def coefficient(objective, tokens) -> Any:
     """What the rule says of tokens that are the whole mini-batch."""
-    tokens, state = response_only(tokens), objective.init()
-    stats = objective.prepare(tokens, state) if objective.prepare else None
-    return objective.coefficient(tokens, state, stats)
+    return coefficient_of(objective, response_only(tokens))
 
 
 def weight(objective, tokens):
