@@ -24,6 +24,7 @@ from aspo_jax.config import Config, ConfigError
 from aspo_jax.config.factories import make as make_any
 from aspo_jax.config.sections import section_of
 from aspo_jax.data import PromptStream
+from aspo_jax.engines.building import build_external
 from aspo_jax.imports import raised_at
 from aspo_jax.inputs import SOURCES, build_prompts, data_kinds, held_out_prompts
 from aspo_jax.learner import Goal
@@ -87,6 +88,7 @@ def parts(config: Config, mesh: Mesh) -> Parts:
         UserError: of the part that cannot be made; see `aspo_jax.build.check_inputs`.
     """
     policy, peers = load_policy(config, config.model_folder, mesh), build_peers()
+    sampler = build_sampler if config.sampler.engine is None else build_external
     optimizer, rate = build_optimizer(config, policy.model.axes())
     return Parts(
         policy=policy,
@@ -95,7 +97,7 @@ def parts(config: Config, mesh: Mesh) -> Parts:
         learning_rate=rate,
         advantage=build_advantage(config),
         reward_shape=build_reward_shape(config),
-        sampler=build_sampler(config, policy, mesh),
+        sampler=sampler(config, policy, mesh),
         open_scorer=functools.partial(open_scorer, config),
         prompts=build_prompts(config, policy.tokenizer, peers.index, peers.count),
         held_out=held_out_prompts(config, policy.tokenizer),
@@ -325,7 +327,7 @@ def build_reward_shape(config: Config) -> Shape:
 
 
 def build_sampler(config: Config, policy: Policy, mesh: Mesh) -> PagedSampler:
-    """The sampler of training rollouts, on this process's own devices."""
+    """A sampler on this process's own devices."""
     local = runtime.local_mesh(mesh)
     model = build_sampling_network(config, policy.model.config, local)
     strings = config.sampler.stop_strings

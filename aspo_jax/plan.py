@@ -154,8 +154,13 @@ class Plan:
         """Sequences that could decode at once in what the rest leaves of the memory, less headroom.
 
         Temporaries of the compiled decode program are taken to grow with the sequences.
+
+        Raises:
+            ValueError: an engine decodes elsewhere.
         """
-        decode = next(row for row in self.rows if row.program == DECODE)
+        decode = next((row for row in self.rows if row.program == DECODE), None)
+        if decode is None:
+            raise ValueError("the plan has no decode program, for an engine samples")
         s, share = self.programs.config.sampler, self.programs.local.shape["tensor"]
         chips = self.topology.size
         size = cache_bytes(self.programs)
@@ -204,7 +209,13 @@ def plan(
     teacher = read_teacher_shape(config)
     meshes = abstract_mesh(sizes), abstract_mesh(own)
     of = programs(config, shape.config, *meshes, platform, teacher and teacher.config)
-    rows = [Row(name, "estimated", it, topology.chip) for name, it in budgets(of).items()]
+    # An engine samples in memory of its own.
+    left_out = (PREFILL, DECODE) if config.sampler.engine else ()
+    rows = [
+        Row(name, "estimated", it, topology.chip)
+        for name, it in budgets(of).items()
+        if name not in left_out
+    ]
     if all(row.fits for row in rows):
         of = of if lower_only else _on_devices(of, devices, topology)
         attempt = functools.partial(_lowered if lower_only else _compiled, of)
@@ -325,7 +336,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def report(found: Plan) -> str:
     """Everything that a user wants to know, as text."""
-    of, topology, room = found.programs, found.topology, found.capacity
+    of, topology = found.programs, found.topology
     mesh = " ".join(f"{axis}={size}" for axis, size in of.mesh.shape.items())
     held = {part.name: part.bytes for row in found.rows for part in row.parts}
     shown = ", ".join(f"{name} {gib(size)}" for name, size in held.items() if size > GIB / 1000)
@@ -343,13 +354,22 @@ def report(found: Plan) -> str:
             "full, and for decode one position with the cache full; seconds: no faster than the "
             "chip's arithmetic and memory, communication left out.",
             f"parts: {shown}",
-            f"sampler: room for {room.sequences:,} sequences of {room.tokens:,} tokens at once, "
-            f"{gib(room.bytes_per_sequence)} GiB each, beside weights for sampling of "
-            f"{gib(held[PUBLISHED])} GiB and {HEADROOM:.0%} headroom; "
-            f"Sampler.slots = {of.config.sampler.slots:,}",
+            _sampler(found, held.get(PUBLISHED, 0.0)),
             *_duration(found),
             found.verdict,
         ]
+    )
+
+
+def _sampler(found: Plan, weights: float) -> str:
+    settings = found.programs.config.sampler
+    if settings.engine:
+        return f"sampler: {settings.engine}, an engine whose memory and time are not counted here"
+    room = found.capacity
+    return (
+        f"sampler: room for {room.sequences:,} sequences of {room.tokens:,} tokens at once, "
+        f"{gib(room.bytes_per_sequence)} GiB each, beside weights for sampling of "
+        f"{gib(weights)} GiB and {HEADROOM:.0%} headroom; Sampler.slots = {settings.slots:,}"
     )
 
 
@@ -362,7 +382,7 @@ def _duration(found: Plan) -> list[str]:
     line = f"an iteration: at least {total / 3600:.2f} h if every answer is of full length"
     if not more:
         return [line]
-    total += more * (seconds[PREFILL] + seconds[DECODE])
+    total += more * (seconds.get(PREFILL, 0.0) + seconds.get(DECODE, 0.0))
     return [line, f"refill: {total / 3600:.2f} h where all {more} more rounds are sampled"]
 
 

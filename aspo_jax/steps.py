@@ -72,6 +72,14 @@ def introduce(m: Machines, console: Console) -> None:
     count, attention = parameter_count(m.learner.state.params), m.parts.policy.model.attention
     console.note(f"{count:,} parameters, {jax.device_count()} device(s)")
     console.note(f"attention: {attention.name} ({attention.reason})")
+    if (said := getattr(m.parts.sampler, "description", "")) and runtime.is_main():
+        console.note(said)
+
+
+def closing(m: Machines) -> contextlib.AbstractContextManager[Any]:
+    """Ends what the sampler has started outside this process, if it has."""
+    close = getattr(m.parts.sampler, "close", None)
+    return contextlib.nullcontext() if close is None else contextlib.closing(m.parts.sampler)
 
 
 def restore_or_init(checkpoints: Checkpoints, m: Machines) -> tuple[TrainState, int]:

@@ -34,6 +34,7 @@ from aspo_jax.run.records import check_config, claim_folder, keeping, lock_folde
 from aspo_jax.run.stop import EXIT_SAVED, Interrupted, StopRequest
 from aspo_jax.steps import (
     Run,
+    closing,
     evaluate,
     finish,
     introduce,
@@ -108,6 +109,7 @@ def _train(
     checkpoints = Checkpoints(folder / CHECKPOINTS, config.checkpoint.keep, lock.check)
     with (
         m.collector.scorer,
+        closing(m),
         checkpoints,
         keeping(checkpoints),
         console.phase("training", config.train.iterations, "iterations") as bar,

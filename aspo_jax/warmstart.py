@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from aspo_jax import runtime
 from aspo_jax.build import build_evaluate, check_shares
 from aspo_jax.config import Config
+from aspo_jax.config.sections import OF_ENGINES
 from aspo_jax.data import CountdownSpec, demonstration, encode, problem, render
 from aspo_jax.errors import UserError, describe, writing
 from aspo_jax.files import (
@@ -135,6 +136,7 @@ def cache_key(config: Config) -> str:
     used = ("Run.seed", "Countdown.", "Model.", "WarmStart.", "Sampler.", "Train.row_tokens")
     used_of_evaluate = tuple(f"Evaluate.{x}" for x in ("prompts", "samples", "seed", "temperature"))
     unused = ("WarmStart.cache", "Sampler.slots", "Sampler.cache_tokens", "Sampler.max_gap")
+    unused += tuple(f"Sampler.{name}" for name in OF_ENGINES)  # this process draws here
     relevant = {
         name: value
         for name, value in config.bindings().items()

@@ -14,15 +14,16 @@ import aspo_jax
 
 PACKAGE = Path(aspo_jax.__file__).parent
 FLOORS = [  # top to bottom; strangers on one floor do not import each other
-    ["evaluate", "replay"],
+    ["evaluate", "replay", "serve"],
     [
         *("train", "plan", "export", "check", "library", "overlap", "scoring", "conform"),
-        "replaying",
+        *("replaying", "serving"),
     ],
     ["plot", "steps", "warmstart", "planning", "loading"],
     ["rounding", "atlas"],
     ["build", "rules"],
     ["parts"],
+    ["engines"],
     ["policy"],
     ["evaluation", "refill", "origin", "recording"],
     ["suites"],
@@ -78,6 +79,7 @@ def test_imports_go_down(path):
         ("aspo_jax.config.suites", "jax numpy flax transformers grain orbax optax"),
         ("aspo_jax.statistics", "jax flax transformers grain orbax optax pydantic pyarrow"),
         ("aspo_jax.rewards.pool.worker", "jax numpy pydantic"),
+        ("aspo_jax.engines.fleet", "jax flax transformers grain orbax optax pydantic"),
         ("aspo_jax.conform", "jax torch flax transformers grain orbax optax pydantic"),
     ],
 )

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from aspo_jax.config.factories import Factory, Use, arguments
 from aspo_jax.config.gin import LAUNCH
 from aspo_jax.config.schema import describe
-from aspo_jax.config.sections import Config
+from aspo_jax.config.sections import OF_ENGINES, Config, Sampler, fields
 
 
 def factory_problems(
@@ -48,7 +48,8 @@ Problem = tuple[str, str]  # a setting, or "" for none, and what stands behind i
 def cross_checks(config: Config, places: Mapping[str, str]) -> Iterator[str]:
     """Settings that contradict each other, with both numbers and the remedy."""
     values = config.bindings()
-    for check in (_runtime, _launch, _objective, _sizes, _sampler, _reward, _model, _data):
+    checks = (_runtime, _launch, _objective, _sizes, _sampler, _engine, _reward, _model, _data)
+    for check in checks:
         for key, problem in check(config):
             yield f"{at(key, places)}{key} = {values[key]!r}{problem}" if key else problem
 
@@ -146,6 +147,41 @@ def _sampler(config: Config) -> Iterator[Problem]:
             " always takes the likeliest token; Evaluate.top_k, top_p and min_p then mean nothing,"
             " leave them out",
         )
+
+
+def _engine(config: Config) -> Iterator[Problem]:
+    sampler, known = config.sampler, fields("Sampler")
+    if sampler.engine is None:
+        for field in OF_ENGINES:
+            if getattr(sampler, field) != known[field].default:
+                kinds = "'vllm', 'sglang' or 'aspo_jax'"
+                yield f"Sampler.{field}", f" is for an engine; set Sampler.engine to {kinds}"
+        return
+    if bool(sampler.addresses) == bool(sampler.command):
+        found = "neither" if not sampler.addresses else "both"
+        yield (
+            "Sampler.engine",
+            f" needs Sampler.addresses or Sampler.command, found {found}; set the one to where the"
+            " engines are, or the other to what starts one",
+        )
+    yield from _engine_places(sampler)
+    if (config.runtime.num_processes or 1) > 1:
+        yield (
+            "Sampler.engine",
+            f" is for a run of one process, found Runtime.num_processes ="
+            f" {config.runtime.num_processes}; leave it out, or start one process",
+        )
+
+
+def _engine_places(sampler: Sampler) -> Iterator[Problem]:
+    for address in sampler.addresses:
+        if not re.fullmatch(r"https?://[^\s/]+:\d+/?", address):
+            yield "Sampler.addresses", f": {address!r} is none; write 'http://HOST:PORT'"
+        if sampler.addresses.count(address) > 1:
+            yield "Sampler.addresses", f" names {address!r} twice; name it once"
+    for name in ("{model}", "{port}"):
+        if sampler.command and name not in sampler.command:
+            yield "Sampler.command", f" lacks {name}; write it where the engine is to be told it"
 
 
 _UNSHAPED = {  # what some advantages need of rewards, which shapes change

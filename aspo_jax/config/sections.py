@@ -207,7 +207,10 @@ class WarmStart:
 
 @section
 class Sampler:
-    """How completions are drawn."""
+    """How completions are drawn: by this process, or by an engine that is a server (engine).
+
+    An engine is there already (addresses), or the run starts it (command).
+    """
 
     temperature: float = setting(1.0, "", "sampling temperature in training", gt=0)
     top_k: int = setting(0, "tokens", "only 0 = off: biases training, see Evaluate.top_k", ge=0)
@@ -238,6 +241,34 @@ class Sampler:
     )
     nonfinite: Literal["stop", "drop"] = setting(
         "stop", "", "samples that ended in a distribution that is not finite: stop, or go without"
+    )
+    engine: Literal["vllm", "sglang", "aspo_jax"] | None = setting(
+        None, "", "kind of server that training and evaluation draw from; None: this process draws"
+    )
+    addresses: tuple[str, ...] = setting(
+        (), "", "where the engines are, such as 'http://127.0.0.1:8000'; groups are spread over all"
+    )
+    command: str | None = setting(
+        None,
+        "",
+        "starts an engine on this machine, which ends with the run; '{model}' and '{port}' stand"
+        " for the folder of its weights and its port; no shell reads it",
+    )
+    served_model: str = setting("policy", "", "the name that the engines serve the policy by")
+    weights_folder: str | None = setting(
+        None,
+        "path",
+        "where weights for the engines are written, on a file system that they share; None: the"
+        " machine's memory, /dev/shm",
+    )
+    weights_dtype: Literal["float32", "bfloat16"] | None = setting(
+        None, "", "type of those weights; None: Model.dtype"
+    )
+    request_timeout_s: float = setting(
+        1800.0, "seconds", "time allowed for a group's answers, the engine's queue included", gt=0
+    )
+    engine_start_s: float = setting(
+        1800.0, "seconds", "time allowed for an engine to become ready", gt=0
     )
 
 
@@ -420,6 +451,10 @@ class Runtime:
     )
 
 
+OF_ENGINES = (  # settings of Sampler that say nothing to a sampler in this process
+    *("engine", "addresses", "command", "served_model", "weights_folder", "weights_dtype"),
+    *("request_timeout_s", "engine_start_s"),
+)
 SECTIONS: dict[str, type[Any]] = {
     cls.__name__: cls
     for cls in (

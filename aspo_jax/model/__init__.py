@@ -1,7 +1,7 @@
 """The policy network, a dense decoder: pure functions over a nested dict of arrays."""
 
 from aspo_jax.model.attention import Attention, AttentionError, choose_attention
-from aspo_jax.model.cache import Cache, Decode, Prefill, cache_specs
+from aspo_jax.model.cache import Cache, Decode, Extend, Prefill, cache_specs
 from aspo_jax.model.decoder import Model, build_model
 from aspo_jax.model.hf import load_params
 from aspo_jax.model.hf_config import ModelFolderError, parse_model_config, read_model_config
@@ -16,6 +16,7 @@ __all__ = [
     "AttentionError",
     "Cache",
     "Decode",
+    "Extend",
     "Llama3",
     "Model",
     "ModelConfig",

@@ -82,6 +82,11 @@ class Prefill:
 
     def attend(self, y: Array, q_ATHC, k_ATKC, v_ATKC, fresh: Callable) -> tuple[Prefill, Array]:
         """Layer y: the new tokens' attention to each other; their keys and values into pages."""
+        cache = self.store(y, k_ATKC, v_ATKC)
+        return dataclasses.replace(self, cache=cache), fresh(q_ATHC, k_ATKC, v_ATKC)
+
+    def store(self, y: Array, k_ATKC: Array, v_ATKC: Array) -> Cache:
+        """The cache with the keys and values of layer y in the prompts' pages."""
         E = self.cache.key_EKYXSC.shape[0]
         A, J = self.page_AJ.shape
         page_Em = self.page_AJ.reshape(E, -1)
@@ -96,8 +101,64 @@ class Prefill:
 
             return _each(set_pages, pool_EKYX, x_EKm, numbers=(page_Em,))
 
-        cache = _stored(self.cache, (paged(k_ATKC), paged(v_ATKC)), put)
-        return dataclasses.replace(self, cache=cache), fresh(q_ATHC, k_ATKC, v_ATKC)
+        return _stored(self.cache, (paged(k_ATKC), paged(v_ATKC)), put)
+
+
+@struct
+class Extend:
+    """Prompts of which the next T tokens are read; they attend to all that came before too.
+
+    table_JA: pages of A prompts, a multiple of the shards E; 0 where a prompt has none.
+    start_A: tokens of each prompt that are in its pages, a multiple of T, as T is of the page.
+    length_A: how many of the T tokens there are; 0: none of this prompt.
+    """
+
+    cache: Cache
+    table_JA: Array
+    start_A: Array
+    length_A: Array
+    pages_per_read: int = dataclasses.field(default=1, metadata={"static": True})
+
+    def attend(self, y: Array, q_ATHC, k_ATKC, v_ATKC, fresh: Callable) -> tuple[Extend, Array]:
+        """Layer y: the new tokens' keys and values into pages; attention to all of the prompt's."""
+        del fresh  # for tokens that attend to each other only
+        E, S = self.cache.key_EKYXSC.shape[0], self.cache.key_EKYXSC.shape[4]
+        A, T, H, C = q_ATHC.shape
+        K = k_ATKC.shape[2]
+        table_AJ = jnp.pad(
+            self.table_JA.T, ((0, 0), (0, -self.table_JA.shape[0] % self.pages_per_read))
+        )
+        slot_T = jnp.arange(T)
+        place_AJ = self.start_A[:, None] // S + jnp.arange(T // S)
+        page_AJ = jnp.take_along_axis(table_AJ, place_AJ, axis=1, mode="fill", fill_value=0)
+        is_filled_AJ = jnp.arange(0, T, S) < self.length_A[:, None]
+        pages = Prefill(self.cache, jnp.where(is_filled_AJ, page_AJ, 0))
+        cache = pages.store(y, k_ATKC, v_ATKC)
+
+        def by_shard(x_A: Array) -> Array:
+            return x_A.reshape(E, A // E, *x_A.shape[1:])
+
+        g = H // K
+        query_En1mT = by_shard(self.start_A)[..., None] + jnp.tile(slot_T, g)
+        q = (q_ATHC * C**-0.5).reshape(A, T, K, g, C).transpose(0, 2, 3, 1, 4)
+        longest = jnp.max(jnp.where(self.length_A > 0, self.start_A + self.length_A, 0))
+        keys = jnp.arange(self.pages_per_read * S)
+
+        def is_visible(i: Array) -> Array:
+            key_s = i * self.pages_per_read * S + keys
+            return (key_s <= query_En1mT[..., None])[:, None]
+
+        out = _over_pages(
+            cache,
+            y,
+            by_shard(q.reshape(A, K, g * T, C)),
+            by_shard(table_AJ),
+            is_visible,
+            -(-longest // (S * self.pages_per_read)),
+            self.pages_per_read,
+        )
+        out_ATHC = out.reshape(A, K, g, T, C).transpose(0, 3, 1, 2, 4).reshape(A, T, H, C)
+        return dataclasses.replace(self, cache=cache), out_ATHC
 
 
 @struct
@@ -159,10 +220,19 @@ class Decode:
             self.own_N[:, None] + 1 - (numbers - of_prompt_N[:, None]) * S,
         )
         q_cEnKgC = by_class((q_N1HC * C**-0.5).reshape(N, K, H // K, C))
-        out_cEnKgC = jax.lax.map(
-            lambda xs: _over_pages(cache, y, *xs, pages_per_read=self.pages_per_read),
-            (q_cEnKgC, by_class(table_NJ), by_class(held_NJ), self.reads_c),
-        )
+
+        def of_class(xs):
+            q_EnKgC, table_EnJ, held_EnJ, reads = xs
+
+            def is_visible(i: Array) -> Array:
+                held_Enj = _some(held_EnJ, i, self.pages_per_read)
+                is_filled_EnjS = jnp.arange(S) < held_Enj[..., None]
+                return is_filled_EnjS.reshape(E, 1, -1, 1, self.pages_per_read * S)
+
+            return _over_pages(cache, y, q_EnKgC, table_EnJ, is_visible, reads, self.pages_per_read)
+
+        arrays = (q_cEnKgC, by_class(table_NJ), by_class(held_NJ), self.reads_c)
+        out_cEnKgC = jax.lax.map(of_class, arrays)
         return out_cEnKgC.swapaxes(0, 1).reshape(N, 1, H, C)
 
 
@@ -171,26 +241,24 @@ def _over_pages(
     y: Array,
     q_EnKgC: Array,
     table_EnJ: Array,
-    held_EnJ: Array,
+    is_visible: Callable[[Array], Array],
     reads: Array,
     pages_per_read: int,
 ) -> Array:
-    """Attention of one query per row to the first ``reads`` x ``pages_per_read`` pages of its row.
+    """Attention of a row's g queries to the first ``reads`` x ``pages_per_read`` pages of its row.
 
-    held_EnJ: how many slots of each page hold a token, from the first one on.
+    is_visible: (number of the read) -> which of its slots s each query sees, of a shape that goes
+        with [E, K, n, g, s].
     """
     E, n, K, g, C = q_EnKgC.shape
     S, dtype = cache.key_EKYXSC.shape[4], q_EnKgC.dtype
     q_EKngC = q_EnKgC.swapaxes(1, 2)
 
-    def some(x_EnJ: Array, i: Array) -> Array:
-        return jax.lax.dynamic_slice_in_dim(x_EnJ, i * pages_per_read, pages_per_read, axis=2)
-
     def pages_of(pool_EKYX: Array, scale_EKYX: Array | None, i: Array) -> Array:
         def take(x_EKYX: Array) -> Array:
             x_EKy = x_EKYX.reshape(E, K, -1, *x_EKYX.shape[4:])
             return jax.vmap(lambda x_Ky, page_nj: x_Ky[:, page_nj])(
-                x_EKy, y * cache.key_EKYXSC.shape[3] + some(table_EnJ, i)
+                x_EKy, y * cache.key_EKYXSC.shape[3] + _some(table_EnJ, i, pages_per_read)
             )
 
         pages = take(pool_EKYX)
@@ -204,8 +272,7 @@ def _over_pages(
         score = jnp.einsum(
             "ekngc,eknsc->ekngs", q_EKngC, k_EKnsC, preferred_element_type=jnp.float32
         )
-        is_filled_EnjS = jnp.arange(S) < some(held_EnJ, i)[..., None]
-        score = jnp.where(is_filled_EnjS.reshape(E, 1, n, 1, pages_per_read * S), score, MASKED)
+        score = jnp.where(is_visible(i), score, MASKED)
         new_top = jnp.maximum(top, jnp.max(score, axis=-1))
         p, shrink = jnp.exp(score - new_top[..., None]), jnp.exp(top - new_top)
         part = jnp.einsum(
@@ -219,6 +286,11 @@ def _over_pages(
     _, mass, total = jax.lax.fori_loop(0, reads, add, nothing)
     # The mass is 1 at least, but for a row that no one waits for and that has read nothing.
     return (total / jnp.maximum(mass, 1.0)[..., None]).astype(dtype).swapaxes(1, 2)
+
+
+def _some(x_EnJ: Array, i: Array, count: int) -> Array:
+    """The ``i``-th ``count`` of J."""
+    return jax.lax.dynamic_slice_in_dim(x_EnJ, i * count, count, axis=2)
 
 
 def _each(of_head: Callable, pool_EKYX: Array, *arrays: Array, numbers: tuple[Array, ...]) -> Array:

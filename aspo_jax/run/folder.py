@@ -7,6 +7,8 @@ metrics.jsonl       one line per iteration            tensorboard/  the same as 
 checkpoints/        everything a bitwise resume needs
 initial_model/      the warm-started model            model/        the trained one
 transcripts/        prompts, answers and verdicts of each iteration and each evaluation
+drawn/              what external engines drew, so that it need not be drawn again
+engine.log          what the engine of Sampler.command says
 rollouts/           whole rollouts of the iterations of Train.record, see `aspo_jax.recording`
 profile/            traces of the iterations of Metrics.profile_iterations
 dynamics.png        the pictures                      .lock         who is writing
@@ -38,8 +40,13 @@ METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 INITIAL_MODEL = "initial_model"
 ROLLOUTS = "rollouts"
-FILES = (LOCK, CONFIG, MODEL_FILES, TEACHER_FILES, METRICS, "dynamics.png")
-FOLDERS = (CHECKPOINTS, INITIAL_MODEL, "model", "tensorboard", "transcripts", ROLLOUTS, "profile")
+DRAWN = "drawn"
+ENGINE_LOG = "engine.log"
+FILES = (LOCK, CONFIG, MODEL_FILES, TEACHER_FILES, METRICS, ENGINE_LOG, "dynamics.png")
+FOLDERS = (
+    *(CHECKPOINTS, INITIAL_MODEL, "model", "tensorboard", "transcripts", ROLLOUTS, DRAWN),
+    "profile",
+)
 
 # NFS turns flock into a lock that needs a descriptor open for writing, which a folder has not.
 _NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL)

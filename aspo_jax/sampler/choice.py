@@ -8,13 +8,14 @@ the softmax. u is made of seed, identity and position by `fold_in`: a draw depen
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from aspo_jax.head import FORBIDDEN
+from aspo_jax.structs import struct
 
 _CHUNK = 128  # ids whose masses are added up before one of them is looked for
 
@@ -85,6 +86,97 @@ def choose(z_NV: Array, key_N: Array, choice: Choice, is_greedy: Array | bool = 
     )
     z_N = jnp.take_along_axis(z_NV, token_N[:, None], axis=-1)[:, 0]
     return Chosen(token_N, z_N - kept_lse_N, z_N - lse_N, jnp.isfinite(lse_N))
+
+
+@struct
+class Drawings:
+    """How each row draws: `Drawing`, row by row."""
+
+    temperature_N: Any
+    top_k_N: Any
+    top_p_N: Any
+    min_p_N: Any
+    ignores_stops_N: Any
+    top_N: Any
+    written_N: Any
+
+
+class Listed(NamedTuple):
+    """The likeliest ids of each row and their log-probabilities, likeliest first."""
+
+    token_Nk: Array
+    logp_Nk: Array
+
+
+def choose_each(
+    z_NV: Array, key_N: Array, how: Drawings, *, is_raw: bool, listed: int
+) -> tuple[Chosen, Listed]:
+    """The next id of each row, drawn as that row wants, and the ``listed`` likeliest ids.
+
+    z_NV: logits at temperature 1. is_raw: log-probabilities are those of the whole softmax at
+        temperature 1; else of the distribution that the row draws from. A row at temperature 0
+        draws nothing, and reports the former in both cases.
+
+    A row's numbers do not depend on how its neighbours draw: what is left out where no row needs it
+    is a bound that would exclude nothing.
+    """
+    is_greedy_N = how.temperature_N == 0
+    scaled_NV = z_NV / jnp.where(is_greedy_N, 1.0, how.temperature_N)[:, None]
+    top_N = jnp.max(scaled_NV, axis=-1)
+    e_NV = jnp.exp(scaled_NV - top_N[:, None])
+    lse_N = top_N + jnp.log(jnp.sum(e_NV, axis=-1))
+    floor_N = jnp.where(is_greedy_N, -jnp.inf, _floor(scaled_NV, top_N, how))
+    is_kept_NV = scaled_NV >= floor_N[:, None]
+    e_NV = jnp.where(is_kept_NV, e_NV, 0.0)
+    kept_lse_N = top_N + jnp.log(jnp.sum(e_NV, axis=-1))
+    drawn_N = jax.vmap(_draw)(e_NV, jax.vmap(jax.random.uniform)(key_N))
+    token_N = jnp.where(is_greedy_N, jnp.argmax(z_NV, axis=-1), drawn_N).astype(jnp.int32)
+    if is_raw:
+        shown_NV, normaliser_N = z_NV, jax.nn.logsumexp(z_NV, axis=-1)
+    else:
+        shown_NV, normaliser_N = jnp.where(is_kept_NV, scaled_NV, -jnp.inf), kept_lse_N
+
+    def of(x_NV: Array) -> Array:
+        return jnp.take_along_axis(x_NV, token_N[:, None], axis=-1)[:, 0]
+
+    listed_Nk = Listed(
+        jnp.zeros((z_NV.shape[0], listed), jnp.int32), jnp.zeros((z_NV.shape[0], listed))
+    )
+    if listed:
+        listed_Nk = jax.lax.cond(
+            jnp.any(how.top_N > 0),
+            lambda: _listed(shown_NV, normaliser_N, listed),
+            lambda: listed_Nk,
+        )
+    chosen = Chosen(
+        token_N, of(shown_NV) - normaliser_N, of(scaled_NV) - lse_N, jnp.isfinite(lse_N)
+    )
+    return chosen, listed_Nk
+
+
+def _listed(z_NV: Array, normaliser_N: Array, count: int) -> Listed:
+    z_Nk, token_Nk = jax.lax.top_k(z_NV, count)
+    return Listed(token_Nk, z_Nk - normaliser_N[:, None])
+
+
+def _floor(z_NV: Array, top_N: Array, how: Drawings) -> Array:
+    """The least logit that each row keeps, -inf where it keeps all; `truncate` row by row."""
+
+    def of_sorted() -> Array:
+        sorted_NV = jnp.flip(jnp.sort(z_NV, axis=-1), axis=-1)
+        rank_V = jnp.arange(z_NV.shape[-1])
+        is_kept_NV = (how.top_k_N[:, None] == 0) | (rank_V < how.top_k_N[:, None])
+        p_NV = jax.nn.softmax(jnp.where(is_kept_NV, sorted_NV, -jnp.inf), axis=-1)
+        is_nucleus_NV = jnp.cumsum(p_NV, axis=-1) - p_NV < how.top_p_N[:, None]
+        is_kept_NV &= is_nucleus_NV | (how.top_p_N >= 1)[:, None]
+        return jnp.min(jnp.where(is_kept_NV, sorted_NV, jnp.inf), axis=-1)
+
+    nothing_N = jnp.full_like(top_N, -jnp.inf)
+    is_cut = jnp.any((how.top_k_N > 0) | (how.top_p_N < 1))
+    floor_N = jax.lax.cond(is_cut, of_sorted, lambda: nothing_N)
+    # A row that cuts nothing must not depend on the sort of its neighbours.
+    floor_N = jnp.where((how.top_k_N > 0) | (how.top_p_N < 1), floor_N, nothing_N)
+    return jnp.maximum(floor_N, top_N + jnp.log(how.min_p_N))
 
 
 def _draw(weight_V: Array, u: Array) -> Array:

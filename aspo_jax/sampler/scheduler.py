@@ -11,8 +11,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 
+from aspo_jax.sampler.limits import Limits
 from aspo_jax.sampler.seam import Request
 
 Numbered = tuple[int, Request]
@@ -23,14 +24,27 @@ class Group:
     """A prompt and those of its samples that wait.
 
     bucket: length to which the prompt is padded. pages: of the prompt, while it is in the cache.
-    readers: running sequences that read them.
+    read: tokens that are in them. readers: running sequences that read them.
     """
 
     tokens: tuple[int, ...]
     bucket: int
     waiting: deque[Numbered]
     pages: list[int] = dataclasses.field(default_factory=list)
+    read: int = 0
     readers: int = 0
+
+    @property
+    def is_read(self) -> bool:
+        """The last token is the first to be decoded."""
+        return self.read == len(self.tokens) - 1
+
+    def drop(self, number: int) -> bool:
+        """Forget a waiting sample; whether it was one of these."""
+        kept = deque(one for one in self.waiting if one[0] != number)
+        is_here = len(kept) < len(self.waiting)
+        self.waiting = kept
+        return is_here
 
 
 @dataclasses.dataclass(eq=False)
@@ -55,51 +69,73 @@ class Sequence:
 
 
 class Queue:
-    """Requests to come, pulled as needed; neighbours with the same prompt are one group.
+    """Requests that wait; neighbours with the same prompt are one group.
 
-    buckets: lengths to which prompts are padded, ascending. A prompt's own length alone decides
-    its bucket, so that it is read in the same way whatever other prompts are read with it.
+    A prompt's own length alone decides its bucket, so that it is read in the same way whatever
+    other prompts are read with it.
     """
 
     AHEAD = 64  # prompts looked at for one of the same bucket
 
-    def __init__(self, requests: Iterable[Request], max_prompt: int, buckets: tuple[int, ...]):
-        self._max_prompt, self._buckets = max_prompt, buckets
-        samples = itertools.groupby(enumerate(requests), key=lambda one: tuple(one[1].tokens))
-        self._coming: Iterator[Group] = (self._group(tokens, of_it) for tokens, of_it in samples)
-        self._seen: deque[Group] = deque()
+    def __init__(self, limits: Limits):
+        self._limits, self._count = limits, 0
+        self._groups: deque[Group] = deque()
+        self._newest: Group | None = None  # to which the next request may belong
 
-    def _group(self, tokens: tuple[int, ...], samples: Iterator[Numbered]) -> Group:
-        waiting = deque(samples)
-        number, request = waiting[0]
-        if not 0 < len(tokens) <= self._max_prompt:
+    def submit(self, request: Request) -> int:
+        """Let a request wait; returns its number.
+
+        Raises:
+            ValueError: its prompt is empty or too long.
+        """
+        number, tokens = self._count, tuple(request.tokens)
+        if self._newest is None or self._newest.tokens != tokens:
+            self._newest = Group(tokens, self._bucket(number, request), deque())
+            self._groups.append(self._newest)
+        self._newest.waiting.append((number, request))
+        self._count += 1
+        return number
+
+    def _bucket(self, number: int, request: Request) -> int:
+        count, limits = len(request.tokens), self._limits
+        if not 0 < count <= limits.max_prompt_tokens:
             raise ValueError(
-                f"request {number} (identity {request.identity}): its prompt has {len(tokens)} "
-                f"tokens, expected 1 to {self._max_prompt}; raise Sampler.max_prompt_tokens or "
-                "shorten it"
+                f"request {number} (identity {request.identity}): its prompt has {count} "
+                f"tokens, expected 1 to {limits.max_prompt_tokens}; raise "
+                "Sampler.max_prompt_tokens or shorten it"
             )
-        bucket = next(size for size in self._buckets if len(tokens) - 1 <= size)
-        return Group(tokens, bucket, waiting)
+        if limits.chunk is not None:
+            return limits.chunk
+        return next(size for size in limits.buckets if count - 1 <= size)
+
+    def cancel(self, number: int) -> bool:
+        """Forget a request; whether it waited here."""
+        for group in self._groups:
+            if group.drop(number):
+                if not group.waiting:
+                    self._remove(group)
+                return True
+        return False
 
     def __bool__(self) -> bool:
-        self._look(1)
-        return bool(self._seen)
-
-    def _look(self, count: int) -> None:
-        self._seen.extend(itertools.islice(self._coming, max(count - len(self._seen), 0)))
+        return bool(self._groups)
 
     def take(self, bucket: int | None = None) -> Group | None:
         """The next prompt; with a bucket the next of that size, if one is near."""
-        self._look(self.AHEAD if bucket else 1)
-        for group in self._seen:
+        for group in itertools.islice(self._groups, self.AHEAD):
             if bucket in (None, group.bucket):
-                self._seen.remove(group)
+                self._remove(group)
                 return group
         return None
 
+    def _remove(self, group: Group) -> None:
+        self._groups.remove(group)
+        if group is self._newest:
+            self._newest = None
+
     def put_back(self, group: Group) -> None:
         """Let a prompt that is not in the cache come first again."""
-        self._seen.appendleft(group)
+        self._groups.appendleft(group)
 
 
 class Shard:
@@ -136,22 +172,29 @@ class Shard:
         self._groups.append(group)
         return True
 
-    def run_waiting(self, longest: int) -> Iterator[int]:
+    def unread(self, count: int) -> list[Group]:
+        """The first prompts of which not all is in their pages, at most so many."""
+        return [group for group in self._groups if not group.is_read][:count]
+
+    def run_waiting(self, longest: Callable[[int], int]) -> Iterator[int]:
         """Let waiting samples run in free rows; yields those, by number, that ask for no token.
 
-        longest: the longest response of a request without a limit of its own.
+        longest: (length of a prompt) -> the longest response that there is room for.
         """
-        while self._groups and self._free_rows:
-            group = self._groups[0]
+        while self._free_rows:
+            group = next((group for group in self._groups if group.is_read), None)
+            if group is None:
+                return
             if group.readers and len(self.running) >= len(self._free_pages):
                 return  # every row may need a page soon
             number, request = group.waiting.popleft()
-            limit = longest if request.max_tokens is None else min(request.max_tokens, longest)
+            room = longest(len(group.tokens))
+            limit = room if request.max_tokens is None else min(request.max_tokens, room)
             if limit > 0:
                 group.readers += 1
                 self.running[number] = Sequence(group, number, request, limit)
             if not group.waiting:
-                self._groups.popleft()
+                self._groups.remove(group)
                 self._evict_if_done(group)
             if limit <= 0:
                 yield number
@@ -169,6 +212,15 @@ class Shard:
         self._stop(sequence)
         self._evict_if_done(sequence.group)
 
+    def cancel(self, number: int) -> None:
+        """Forget a request that waits or runs here."""
+        if number in self.running:
+            self.finish(self.running[number])
+        for group in list(self._groups):
+            if group.drop(number) and not group.waiting:
+                self._groups.remove(group)
+                self._evict_if_done(group)
+
     def _stop(self, sequence: Sequence) -> None:
         del self.running[sequence.number]
         self._free_pages += sequence.pages
@@ -181,7 +233,7 @@ class Shard:
     def _evict(self, group: Group) -> None:
         """Take the prompt out of the cache."""
         self._free_pages += group.pages
-        group.pages = []
+        group.pages, group.read = [], 0
 
     def reserve(self, steps: int) -> tuple[list[Group], int]:
         """Give every running sequence the pages of its next ``steps`` tokens, most drawn first.

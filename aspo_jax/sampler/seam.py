@@ -9,8 +9,27 @@ import numpy as np
 
 from aspo_jax.sampler.choice import Choice
 
-TRAIN, EVALUATE = range(2)  # domains of random draws
+TRAIN, EVALUATE, SERVE = range(3)  # domains of random draws
 STOP, LENGTH, NONFINITE = "stop", "length", "nonfinite"  # why a completion ended
+ABORTED = "abort"  # it was cancelled from outside
+
+
+class Drawing(NamedTuple):
+    """How the ids of one request are drawn, where the sampler takes that from each request.
+
+    temperature: divides the logits; 0: the likeliest id.
+    top_k, top_p, min_p: see `Choice`.
+    ignores_stops: the sampler's stop ids do not end the response.
+    top: how many of the likeliest ids are reported at each position; at most what the sampler has
+        room for.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    ignores_stops: bool = False
+    top: int = 0
 
 
 class Request(NamedTuple):
@@ -19,11 +38,16 @@ class Request(NamedTuple):
     tokens: prompt token ids.
     identity: (domain, draw index, retry round, sample index), each a non-negative 32-bit integer.
     max_tokens: longest response; None: the sampler's own limit. 0 asks for nothing and gets it.
+    drawing: None: as the sampler draws.
+    written: so many of the last ``tokens`` were drawn for this identity before; the draws go on
+        behind them.
     """
 
     tokens: Sequence[int]
     identity: tuple[int, int, int, int]
     max_tokens: int | None = None
+    drawing: Drawing | None = None
+    written: int = 0
 
 
 class Completion(NamedTuple):
@@ -53,6 +77,29 @@ class Completion(NamedTuple):
     def policy_logp_T(self) -> np.ndarray:
         """Log-probabilities to compare with the trainer's: those of the whole softmax."""
         return self.logp_T if self.full_logp_T is None else self.full_logp_T
+
+
+class Delta(NamedTuple):
+    """What a running request grew by in one step.
+
+    request: its number. start: tokens that it had before; a request that was preempted begins again
+        at 0, with the same tokens.
+    tokens, logp: see `Completion`.
+    top: at each position the likeliest (id, log-probability), as many as the request asked for.
+    """
+
+    request: int
+    start: int
+    tokens: list[int]
+    logp: list[float]
+    top: list[list[tuple[int, float]]]
+
+
+class Step(NamedTuple):
+    """What came of one `step`: the requests that ended, and what every running one grew by."""
+
+    completions: list[Completion]
+    deltas: list[Delta]
 
 
 class Sampler(Protocol):
