@@ -17,7 +17,8 @@ from aspo_jax.evaluation import Evaluate, evaluator, set_collectors
 from aspo_jax.history import History
 from aspo_jax.inputs import Source, held_out_source, start_tokenizer, train_source
 from aspo_jax.learner import Learner, Teacher, build_learner
-from aspo_jax.model import load_params, parameter_axes
+from aspo_jax.model import build_model, load_params, trained_part
+from aspo_jax.model.peft import check_adapter
 from aspo_jax.model.sharding import row_shards
 from aspo_jax.parts import (
     Parts,
@@ -29,21 +30,31 @@ from aspo_jax.parts import (
     check_rules,
     has_teacher,
 )
-from aspo_jax.policy import check_teacher, load_teacher, network_shape, stop_ids
+from aspo_jax.policy import (
+    Policy,
+    build_lora,
+    check_teacher,
+    load_teacher,
+    network_shape,
+    stop_ids,
+)
 from aspo_jax.rewards import unshaped
 from aspo_jax.rollout import Collector, Peers, Signal, by_reward, by_teacher
 from aspo_jax.rows import BatchShape, batch_shape, own_groups
 from aspo_jax.sampler import Choice
 from aspo_jax.structs import Prompt
 from aspo_jax.suites import HeldOut, held_out_problems, set_sizes
+from aspo_jax.weights import load_frozen, load_initial
 
 
 class Machines(NamedTuple):
     """What follows from the parts of a run.
 
     parts: with the policy as it is loaded.
-    initial_params: () -> the weights that the run starts from.
-    reference: bfloat16 weights of the frozen reference policy; None when no rule reads it.
+    initial_params: () -> what is trained, as the run starts: weights, or an adapter.
+    frozen: the weights that an adapter is trained beside; None: all are trained.
+    reference: weights of the frozen reference policy, bfloat16 or those of ``frozen``; None when
+        no rule reads it.
     teacher: weights of ``Teacher.path``; None when no rule reads it.
     signal: which groups train.
     collector: sampler and graders of training; its scorer is to be closed.
@@ -53,6 +64,7 @@ class Machines(NamedTuple):
 
     parts: Parts
     initial_params: Callable[[], Any]
+    frozen: Any
     reference: Any
     teacher: Any
     signal: Signal
@@ -64,25 +76,29 @@ class Machines(NamedTuple):
     evaluate_sets: Mapping[str, Evaluate]  # by the names of the sets of Evaluate.suites
     history: History  # of the training prompts; empty unless the advantage asks for their past
 
+    def weights(self, trained: Any) -> Any:
+        """The policy's params, of which these are what is trained."""
+        return self.parts.policy.trained.whole(trained, self.frozen)
+
 
 def build_machines(config: Config, parts: Parts, folder: str | Path, mesh: Mesh) -> Machines:
     """All machines of a run that starts from the weights in ``folder``."""
     check_shares(config, mesh)
     policy = parts.policy._replace(source=Path(folder))
-    weights = policy.model.shardings(mesh)
-    load = functools.partial(load_params, folder, policy.model.config, shardings=weights)
+    frozen = load_frozen(config, policy, folder, mesh)
     has_reference = losses.reads(parts.goal.objective, "ref_logp_BT")
     teacher = load_teacher(config, policy, mesh) if has_teacher(config, parts.goal) else None
     collector = Collector(parts.sampler, parts.open_scorer(), policy.decode, parts.reward_shape)
     return Machines(
         parts=parts._replace(policy=policy),
-        initial_params=load,
-        reference=load(dtype=jnp.bfloat16) if has_reference else None,
+        initial_params=functools.partial(load_initial, config, policy, folder, mesh),
+        frozen=frozen,
+        reference=_reference(policy, folder, frozen, mesh) if has_reference else None,
         teacher=teacher and load_teacher_params(config, teacher, mesh),
         signal=by_teacher if teacher else by_reward,
         collector=collector,
         learner=build_learner(
-            policy.model, policy.head, parts.goal, parts.optimizer, mesh, teacher
+            policy.model, policy.head, parts.goal, parts.optimizer, mesh, teacher, policy.lora
         ),
         shape=build_shape(config),
         peers=build_peers(),
@@ -90,6 +106,15 @@ def build_machines(config: Config, parts: Parts, folder: str | Path, mesh: Mesh)
         evaluate_sets=build_evaluate_sets(config, collector, parts.suites),
         history=History(),
     )
+
+
+def _reference(policy: Policy, folder: str | Path, frozen: Any, mesh: Mesh) -> Any:
+    """The weights that the run starts from: the frozen ones themselves, or a copy in bfloat16."""
+    if frozen is not None:
+        return frozen
+    network = policy.model
+    places = network.shardings(mesh)
+    return load_params(folder, network.config, shardings=places, dtype=jnp.bfloat16)
 
 
 def load_teacher_params(config: Config, teacher: Teacher, mesh: Mesh) -> Any:
@@ -112,11 +137,10 @@ def check_inputs(config: Config) -> list[tuple[str, str]]:
     sources: list[Source] = []
     checks = (
         lambda: check_rules(config),
-        lambda: build_optimizer(
-            config, parameter_axes(network_shape(config, path, len(tokenizer)))
-        ),
+        lambda: build_optimizer(config, _trained_axes(config, path, len(tokenizer))),
         lambda: (build_reward_shape(config), build_writers(config)),
         lambda: stop_ids(config, tokenizer, path),
+        lambda: _check_adapter(config),
         lambda: config.teacher.path and check_teacher(config, tokenizer),
         lambda: sources.append(train_source(config, tokenizer)),
         lambda: sources.append(held_out_source(config, tokenizer)),
@@ -136,6 +160,17 @@ def check_inputs(config: Config) -> list[tuple[str, str]]:
     ]
     sizes = config.derived(train_rows=len(train.rows), held_out_rows=len(held_out.rows))
     return [*sizes, *([("rows left out", "; ".join(left_out))] if left_out else []), *more]
+
+
+def _check_adapter(config: Config) -> None:
+    lora = build_lora(config)
+    if lora is not None and config.lora.path is not None:
+        check_adapter(config.lora.path, lora)
+
+
+def _trained_axes(config: Config, path: str | None, vocab_size: int) -> Any:
+    network = build_model(network_shape(config, path, vocab_size))
+    return trained_part(network, build_lora(config)).axes
 
 
 def _problem(check: Callable[[], Any]) -> UserError | None:

@@ -31,8 +31,6 @@ from aspo_jax.config.reading import DEFAULT
 from aspo_jax.errors import CommandParser, UserError, run_command
 from aspo_jax.inputs import held_out_prompts
 from aspo_jax.learner import make_old_policy, place
-from aspo_jax.model import load_params
-from aspo_jax.model.sharding import placed
 from aspo_jax.origin import fetch_weights, locate
 from aspo_jax.parts import FACTORIES, build_sampler
 from aspo_jax.paths import path_argument
@@ -40,15 +38,20 @@ from aspo_jax.policy import Policy, load_policy
 from aspo_jax.rollout import draw
 from aspo_jax.rows import BatchShape, answered, fill
 from aspo_jax.run.folder import INITIAL_MODEL
-from aspo_jax.run.records import Saved, find_run, run_config, trained_weights
+from aspo_jax.run.records import Saved, find_run, run_config
 from aspo_jax.sampler import EVALUATE
+from aspo_jax.weights import load_saved, load_start
 
 
 def as_dtype(config: Config, dtype: str, cache_type: Any) -> Config:
-    """The config with other types of computation and cache."""
+    """The config with other types of computation and cache; frozen weights keep theirs."""
+    lora = config.lora
+    if lora.rank is not None:
+        lora = dataclasses.replace(lora, weights=config.frozen_dtype)
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, dtype=dtype),
+        lora=lora,
         sampler=dataclasses.replace(config.sampler, cache_type=cache_type),
     )
 
@@ -78,14 +81,13 @@ def _policy_and_params(config: Config, mesh: Mesh, saved: Saved | None) -> tuple
     """The policy with the weights of a checkpoint, of ``Model.path``, or new ones."""
     folder = config.model_folder or (saved and saved.run / INITIAL_MODEL)
     policy = load_policy(config, folder, mesh)
-    model, key = policy.model, jax.random.key(config.run.seed)
-    weights = model.shardings(mesh)
     if saved:
-        wanted = placed(jax.eval_shape(model.init, key), weights)
-        return policy, trained_weights(saved, config, wanted)[1]
+        return policy, load_saved(saved, config, policy, mesh)[1]
     if folder:
-        return policy, load_params(folder, model.config, shardings=weights)
-    return policy, jax.jit(model.init, out_shardings=weights)(key)
+        return policy, load_start(config, policy, folder, mesh)
+    model = policy.model
+    new = jax.jit(model.init, out_shardings=model.shardings(mesh))
+    return policy, new(jax.random.key(config.run.seed))
 
 
 def report(title: str, found: Sequence[Gap]) -> str:
@@ -132,6 +134,7 @@ def check(config: Config, prompts: int, saved: Saved | None = None) -> int:
     config = locate(config, saved.run if saved else config.run_folder)
     if saved is None:
         fetch_weights(config)
+    config = as_dtype(config, config.model.dtype, config.sampler.cache_type)
     in_float32 = as_dtype(config, "float32", None)
     # GPUs and TPUs multiply float32 in shorter types by themselves.
     with jax.default_matmul_precision("highest"):

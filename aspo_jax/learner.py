@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from aspo_jax import losses
 from aspo_jax.errors import UserError
 from aspo_jax.head import Head, logp_and_entropy, square_mass
-from aspo_jax.model import Model, batch_sharding
+from aspo_jax.model import Lora, Model, batch_sharding, trained_part
 from aspo_jax.model.sharding import placed
 from aspo_jax.structs import (
     Max,
@@ -60,11 +60,11 @@ class Teacher(NamedTuple):
 class Learner(NamedTuple):
     """The jitted functions of the update.
 
-    state: shapes and shardings of the TrainState.
-    init: params -> TrainState. Donates the params.
+    state: shapes and shardings of the TrainState, whose params are what is trained.
+    init: trained weights -> TrainState. Donates them.
     old_policy: (params, ref_params or None, minibatch, teacher_params or None) -> OldPolicy of the
         minibatch's rows.
-    step: (state, minibatch) -> (state, report). Donates the state.
+    step: (state, minibatch, frozen weights or None) -> (state, report). Donates the state alone.
     place: minibatch on the host -> on the devices, rows over the data axes. With several processes
         each passes its own rows of every micro-batch, as many as the others, and the same count.
     """
@@ -72,7 +72,7 @@ class Learner(NamedTuple):
     state: TrainState
     init: Callable[[Any], TrainState]
     old_policy: Callable[..., OldPolicy]
-    step: Callable[[TrainState, Minibatch], tuple[TrainState, Metrics]]
+    step: Callable[..., tuple[TrainState, Metrics]]
     place: Callable[[Minibatch], Minibatch]
 
     def with_old(
@@ -90,25 +90,28 @@ def build_learner(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     teacher: Teacher | None = None,
+    lora: Lora | None = None,
 ) -> Learner:
     """Jit the update for a mesh; shardings are the model's and the batch's, none is guessed.
 
     teacher: whose log-probabilities the goal reads; None: it reads none.
+    lora: the adapters that are trained, beside frozen weights; None: all weights are.
 
     Raises:
         PlacementError: a large array of the optimizer's or the objective's state is no parameter's,
             and there are several devices.
     """
-    weights = model.shardings(mesh)
+    trained = trained_part(model, lora)
+    weights = trained.shardings(mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def init(params) -> TrainState:
         step = jnp.zeros((), jnp.int32)
         return TrainState(params, optimizer.init(params), goal.objective.init(), step)
 
-    abstract = jax.eval_shape(init, jax.eval_shape(model.init, jax.random.key(0)))
+    abstract = jax.eval_shape(init, jax.eval_shape(trained.init, jax.random.key(0)))
     state_shardings = _state_shardings(abstract, weights, replicated)
-    step = make_train_step(model, head, goal, optimizer, weights)
+    step = make_train_step(model, head, goal, optimizer, weights, trained.whole)
     return Learner(
         state=placed(abstract, state_shardings),
         init=jax.jit(init, donate_argnums=0, out_shardings=state_shardings),
@@ -118,7 +121,6 @@ def build_learner(
         step=jax.jit(
             step,
             donate_argnums=0,
-            in_shardings=(state_shardings, None),
             out_shardings=(state_shardings, replicated),
             compiler_options=_compiler_options(mesh),
         ),
@@ -313,13 +315,13 @@ def _make_loss(model: Model, head: Head, goal: Goal):
 
 
 def _make_gather(model: Model, head: Head, prepare: Callable[[Tokens, Any], Any]):
-    """(state, minibatch) -> what a rule must know of the whole mini-batch, for coupled rules.
+    """(params, objective state, minibatch) -> what a coupled rule must know of the whole of it.
 
     A forward pass by micro-batches comes first; the rule then sees all rows at once.
     """
 
-    def gather(state: TrainState, minibatch: Minibatch):
-        new = scored(model, head, state.params, minibatch)
+    def gather(params, objective_state, minibatch: Minibatch):
+        new = scored(model, head, params, minibatch)
         if minibatch.old is None:
             raise ValueError("a minibatch without its old policy; expected Learner.with_old's")
         tokens = tokens_of(minibatch.rows, minibatch.old, *new)
@@ -328,7 +330,7 @@ def _make_gather(model: Model, head: Head, prepare: Callable[[Tokens, Any], Any]
         # Rows before micro-batches: the axis that the devices share stays the outer one, and
         # flattening moves nothing between them.
         flat = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, x.shape[-1]), tokens)
-        return prepare(losses.response_only(flat), state.objective_state)
+        return prepare(losses.response_only(flat), objective_state)
 
     return gather
 
@@ -345,23 +347,28 @@ def make_train_step(
     goal: Goal,
     optimizer: optax.GradientTransformation,
     weights: Any = None,
-) -> Callable[[TrainState, Minibatch], tuple[TrainState, dict]]:
+    whole: Callable[[Any, Any], Any] = lambda params, frozen: params,
+) -> Callable[..., tuple[TrainState, dict]]:
     """The pure update. A non-finite gradient or an empty mini-batch leaves the state unchanged.
 
-    weights: shardings of the parameters, which the summed gradients share; None: one device.
+    weights: shardings of the trained weights, which the summed gradients share; None: one device.
+    whole: (trained, frozen weights) -> the network's params; see `aspo_jax.model.trained_part`.
     """
     objective = goal.objective
     loss = _make_loss(model, head, goal)
     gather = _make_gather(model, head, objective.prepare) if objective.prepare else None
 
-    def train_step(state: TrainState, minibatch: Minibatch):
+    def train_step(state: TrainState, minibatch: Minibatch, frozen: Any = None):
         totals = losses.count_totals(minibatch.rows)
-        stats = gather(state, minibatch) if gather else None
+        stats = None
+        if gather:
+            stats = gather(whole(state.params, frozen), state.objective_state, minibatch)
 
         def of_microbatch(m, grads_ref):
             rows, old = _microbatch((minibatch.rows, minibatch.old), m)
 
             def of(params):
+                params = whole(params, frozen)
                 return loss(params, rows, old, totals, state.objective_state, stats)
 
             value, pull_back, metrics = jax.vjp(of, state.params, has_aux=True)

@@ -24,7 +24,6 @@ from aspo_jax.evaluation import Scores, evaluator
 from aspo_jax.inputs import held_out_prompts
 from aspo_jax.learner import make_old_policy, place
 from aspo_jax.loading import ROOM, fitted_sampler, rounded
-from aspo_jax.model import load_params
 from aspo_jax.model.sharding import row_shards
 from aspo_jax.origin import fetch_weights, locate
 from aspo_jax.parts import FACTORIES, open_scorer
@@ -33,6 +32,7 @@ from aspo_jax.rollout import Collector, Rollout, draw
 from aspo_jax.rows import BatchShape, answered, fill
 from aspo_jax.sampler import EVALUATE, EVERYTHING, Completion, PagedSampler
 from aspo_jax.structs import OldPolicy, Prompt
+from aspo_jax.weights import load_start
 
 
 class Loaded(NamedTuple):
@@ -86,6 +86,8 @@ def start(config: Config) -> Mesh:
 def load(folder: str | Path, *settings: str) -> Loaded:
     """The model of a Hugging Face folder or name, with settings: ``"Model.dtype=bfloat16"``.
 
+    An adapter of it: ``"Lora.path='FOLDER'", "Lora.rank=16", "Lora.alpha=32"``.
+
     folder: or a name on the hub, ``owner/name`` or ``owner/name@revision``.
 
     Raises:
@@ -98,7 +100,7 @@ def load(folder: str | Path, *settings: str) -> Loaded:
     place = str(config.model_folder)
     policy = load_policy(config, place, mesh)
     model = policy.model
-    params = load_params(place, model.config, shardings=model.shardings(mesh))
+    params = load_start(config, policy, place, mesh)
     every = np.ones(model.config.vocab_size, bool)
     head = policy.head._replace(temperature=1.0, is_allowed_V=every)
     return Loaded(config, mesh, policy, params, make_old_policy(model, head, mesh), {})

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
@@ -19,16 +18,17 @@ from aspo_jax import hub, runtime
 from aspo_jax.config import Config
 from aspo_jax.errors import UserError
 from aspo_jax.files import digest, digests
-from aspo_jax.model import ModelConfig, load_params
-from aspo_jax.model.sharding import placed, row_shards
+from aspo_jax.model import ModelConfig
+from aspo_jax.model.sharding import row_shards
 from aspo_jax.origin import fetch_weights
 from aspo_jax.parts import FACTORIES, build_sampler
 from aspo_jax.paths import user_path
 from aspo_jax.policy import Policy
 from aspo_jax.run.checkpoint import MANIFEST, Checkpoints
 from aspo_jax.run.folder import CHECKPOINTS, INITIAL_MODEL
-from aspo_jax.run.records import NoRun, Saved, find_run, run_config, trained_weights
+from aspo_jax.run.records import NoRun, Saved, find_run, run_config
 from aspo_jax.sampler import PagedSampler
+from aspo_jax.weights import load_saved, load_start
 
 _FILES = (".safetensors", ".json", ".jinja", ".txt")  # weights, settings, tokenizer
 ROOM = 64  # prompts are padded to a multiple, so that similar ones share a compiled program
@@ -43,7 +43,7 @@ class Named(NamedTuple):
 
     path: a Hugging Face folder or a name on the hub: config and tokenizer, and the weights too,
         unless they are of a run's step.
-    settings: of the run, as far as they say what a response is.
+    settings: of the run, as far as they say what a response is and what its weights are.
     """
 
     path: str
@@ -80,6 +80,8 @@ def find_model(text: str, step: int | None = None) -> Named:
         raise ModelError(f"--checkpoint {step}: {saved.run} has no such step; complete: {there}")
     s = config.sampler
     said = {"Model.dtype": config.model.dtype, "Run.seed": config.run.seed}
+    if config.lora.rank is not None:
+        said |= {f"Lora.{name}": value for name, value in config.lora_shape.items()}
     said |= {"Sampler.stop_ids": s.stop_ids, "Sampler.stop_strings": s.stop_strings}
     return Named(config.model.path or str(saved.run / INITIAL_MODEL), Saved(saved.run, step), said)
 
@@ -120,7 +122,8 @@ def identity(model: Named, config: Config) -> dict[str, Any]:
     )
     if run is not None:
         manifest = digest(epath.Path(run / CHECKPOINTS / str(step) / MANIFEST))
-        files = {k: v for k, v in files.items() if not k.endswith(".safetensors")}
+        if config.lora.rank is None:  # else the frozen weights are part of it
+            files = {k: v for k, v in files.items() if not k.endswith(".safetensors")}
         files[MANIFEST] = manifest
     return {"path": path, "step": step, "digest": _digest(files)}
 
@@ -131,24 +134,20 @@ def _digest(files: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def load_weights(model: Named, config: Config, policy: Policy, mesh: Mesh) -> Any:
-    """The float32 weights, on the devices of the mesh; config: a located one.
+    """The weights, on the devices of the mesh; config: a located one.
 
     Raises:
         UserError: they cannot be read.
     """
-    network = policy.model
-    weights = network.shardings(mesh)
     if model.saved is None:
         fetch_weights(config)
-        folder = config.model_folder or model.path
-        return load_params(folder, network.config, shardings=weights)
+        return load_start(config, policy, config.model_folder or model.path, mesh)
     if not runtime.is_alone():
         raise ModelError(
             f"{model.saved.run}: a checkpoint is read by one process; export it first "
             "(python -m aspo_jax.export) and evaluate the folder"
         )
-    wanted = placed(jax.eval_shape(network.init, jax.random.key(0)), weights)
-    return trained_weights(model.saved, config, wanted)[1]
+    return load_saved(model.saved, config, policy, mesh)[1]
 
 
 # --- a sampler that has room ----------------------------------------------------------------------

@@ -176,8 +176,11 @@ def clipped(
 
 
 def is_matrix(axes: tuple[str, ...]) -> bool:
-    """Whether an array reads from the residual stream or writes to it: no bias, no scale."""
-    return "embed" in axes
+    """Whether an array is one of the network or of an adapter: no bias, no scale.
+
+    Those of the network read from the residual stream or write to it.
+    """
+    return "embed" in axes or "rank" in axes
 
 
 def muon_dimensions(axes: tuple[str, ...]) -> MuonDimensionNumbers | None:
@@ -188,5 +191,5 @@ def muon_dimensions(axes: tuple[str, ...]) -> MuonDimensionNumbers | None:
     if not is_matrix(axes) or "vocab" in axes:
         return None
     own = tuple(i for i, name in enumerate(axes) if name != "layers")
-    reads = 1 if axes[own[0]] == "embed" else len(own) - 1
+    reads = 1 if axes[own[0]] in ("embed", "rank") else len(own) - 1
     return MuonDimensionNumbers(own[:reads], own[reads:])

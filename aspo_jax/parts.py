@@ -35,7 +35,13 @@ from aspo_jax.policy import Policy, build_network, load_policy
 from aspo_jax.rewards import SHAPES, Rules, Scorer, Shape, chain, overlong_ramp
 from aspo_jax.rollout import Peers
 from aspo_jax.run.writers import WRITERS, Open, TensorBoard
-from aspo_jax.sampler import Limits, PagedSampler, Sampler, make_publish, stop_length
+from aspo_jax.sampler import (
+    Limits,
+    PagedSampler,
+    Sampler,
+    make_publish,
+    stop_length,
+)
 from aspo_jax.structs import Prompt
 from aspo_jax.suites import HeldOut, held_out_problems
 
@@ -89,7 +95,7 @@ def parts(config: Config, mesh: Mesh) -> Parts:
     """
     policy, peers = load_policy(config, config.model_folder, mesh), build_peers()
     sampler = build_sampler if config.sampler.engine is None else build_external
-    optimizer, rate = build_optimizer(config, policy.model.axes())
+    optimizer, rate = build_optimizer(config, policy.trained.axes)
     return Parts(
         policy=policy,
         goal=build_goal(config),
@@ -259,7 +265,7 @@ def build_optimizer(
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The optimizer of the RL phase behind a clip of the gradient's norm, and its learning rate.
 
-    axes: logical axes of every parameter (`aspo_jax.model.Model.axes`).
+    axes: logical axes of everything that is trained (`aspo_jax.policy.Policy.trained`).
     """
     o, t = config.optim, config.train
     updates = t.iterations * t.epochs * (t.prompts_per_step // t.prompts_per_minibatch)
@@ -330,7 +336,7 @@ def build_sampler(config: Config, policy: Policy, mesh: Mesh) -> PagedSampler:
     """A sampler on this process's own devices."""
     local = runtime.local_mesh(mesh)
     model = build_sampling_network(config, policy.model.config, local)
-    strings = config.sampler.stop_strings
+    strings, lora = config.sampler.stop_strings, None if config.lora.is_merged else policy.lora
     return PagedSampler(
         model,
         policy.head,
@@ -338,7 +344,7 @@ def build_sampler(config: Config, policy: Policy, mesh: Mesh) -> PagedSampler:
         local,
         seed=config.run.seed,
         stops=functools.partial(stop_length, policy.decode, strings) if strings else None,
-        publish=make_publish(model, mesh, local, config.model.dtype),
+        publish=make_publish(model, mesh, local, config.model.dtype, lora),
     )
 
 

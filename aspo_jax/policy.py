@@ -18,14 +18,18 @@ from aspo_jax.head import Head
 from aspo_jax.inputs import start_tokenizer
 from aspo_jax.learner import Teacher
 from aspo_jax.model import (
+    Lora,
     Model,
     ModelConfig,
     build_model,
     choose_attention,
+    merge,
     read_eos_ids,
     read_model_config,
     save_model,
+    trained_part,
 )
+from aspo_jax.model.lora import Trained
 from aspo_jax.rollout import Decode
 from aspo_jax.runtime import MeshError
 
@@ -36,6 +40,7 @@ class Policy(NamedTuple):
     decode: token ids -> text, special tokens not shown.
     stop_ids: what ends a response, in sampling and in the export; the tokenizer's <eos> first.
     source: the folder it came from; None for a new one.
+    lora: the adapters that are trained beside its weights; None: all weights are.
     """
 
     model: Model
@@ -44,6 +49,12 @@ class Policy(NamedTuple):
     head: Head
     stop_ids: tuple[int, ...]
     source: Path | None = None
+    lora: Lora | None = None
+
+    @property
+    def trained(self) -> Trained:
+        """What a run trains of it."""
+        return trained_part(self.model, self.lora)
 
 
 def load_policy(config: Config, folder: str | Path | None, mesh: Mesh) -> Policy:
@@ -64,7 +75,16 @@ def load_policy(config: Config, folder: str | Path | None, mesh: Mesh) -> Policy
         head=head,
         stop_ids=ends,
         source=None if folder is None else Path(folder),
+        lora=build_lora(config),
     )
+
+
+def build_lora(config: Config) -> Lora | None:
+    """The adapters of the config; None: it trains all weights."""
+    asked = config.lora
+    if asked.rank is None:
+        return None
+    return Lora(asked.rank, asked.alpha, asked.targets, asked.is_rank_stabilised)
 
 
 def load_teacher(config: Config, policy: Policy, mesh: Mesh) -> Teacher:
@@ -213,13 +233,16 @@ def _check_splits(shape: ModelConfig, mesh: Mesh) -> None:
 
 
 def save_policy(policy: Policy, params: Any, folder: str | Path, dtype: str = "float32") -> None:
-    """Write a folder that `transformers` loads; what came with the model's own folder is kept."""
+    """Write a folder that `transformers` loads; what came with the model's own folder is kept.
+
+    Adapters are merged.
+    """
     save_tokenizer = policy.tokenizer.save_pretrained
     if policy.source is not None:
         save_tokenizer = functools.partial(copy_tokenizer, policy.source)
     save_model(
         folder,
-        params,
+        merge(params, jnp.dtype(dtype)),
         policy.model.config,
         save_tokenizer,
         eos_token_id=policy.stop_ids,

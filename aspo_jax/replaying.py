@@ -170,17 +170,26 @@ def _coefficients(
 
 
 def _make_gradient(policy: Policy) -> Callable[[Any, Minibatch, Any], Any]:
-    """(params, minibatch, c_MBT) -> the gradient of ``- sum c log pi``, by micro-batches."""
+    """(params, minibatch, c_MBT) -> the gradient of ``- sum c log pi``, by micro-batches.
 
-    def of_microbatch(params, rows, c_BT):
+    With respect to what the run trained.
+    """
+    part = policy.trained
+
+    def of_microbatch(trained, frozen, rows, c_BT):
+        params = part.whole(trained, frozen)
         return -jnp.sum(c_BT * forward(policy.model, policy.head, params, rows)[0])
 
     def gradient(params, minibatch: Minibatch, c_MBT):
+        trained, frozen = part.split(params)
+
         def add(m, grads):
             rows, c_BT = jax.tree.map(lambda x: x[m], (minibatch.rows, c_MBT))
-            return jax.tree.map(jnp.add, grads, jax.grad(of_microbatch)(params, rows, c_BT))
+            return jax.tree.map(
+                jnp.add, grads, jax.grad(of_microbatch)(trained, frozen, rows, c_BT)
+            )
 
-        zeros = jax.tree.map(jnp.zeros_like, params)
+        zeros = jax.tree.map(jnp.zeros_like, trained)
         return jax.lax.fori_loop(0, minibatch.count, add, zeros)
 
     return jax.jit(gradient)

@@ -39,12 +39,13 @@ from aspo_jax.rounding import rounding_cost
 from aspo_jax.run.checkpoint import Checkpoints
 from aspo_jax.run.console import Bar, Console
 from aspo_jax.run.figures import dynamics
-from aspo_jax.run.folder import CHECKPOINTS, METRICS, RunLock
+from aspo_jax.run.folder import ADAPTER, CHECKPOINTS, METRICS, MODEL, RunLock
 from aspo_jax.run.metrics import Clock, Log, read_metrics, update_name
 from aspo_jax.run.records import before_and_after, next_command
 from aspo_jax.run.writers import JsonLines, Open, Start, rows_to
 from aspo_jax.sampler import TRAIN
 from aspo_jax.structs import Mean, Minibatch, Prompt, TrainState, merge_metrics
+from aspo_jax.weights import save_trained_adapter
 
 
 class Run(NamedTuple):
@@ -70,7 +71,11 @@ class Run(NamedTuple):
 def introduce(m: Machines, console: Console) -> None:
     """Say what was built."""
     count, attention = parameter_count(m.learner.state.params), m.parts.policy.model.attention
-    console.note(f"{count:,} parameters, {jax.device_count()} device(s)")
+    if m.frozen is None:
+        parameters = f"{count:,} parameters"
+    else:
+        parameters = f"{count:,} trained parameters beside {parameter_count(m.frozen):,} frozen"
+    console.note(f"{parameters}, {jax.device_count()} device(s)")
     console.note(f"attention: {attention.name} ({attention.reason})")
     if (said := getattr(m.parts.sampler, "description", "")) and runtime.is_main():
         console.note(said)
@@ -121,10 +126,8 @@ def roll_out(run: Run, state: TrainState, iteration: int) -> tuple[list[Minibatc
     assembled, figures = assemble(rollout, *how, history=m.history, signal=m.signal)
     minibatches = [part for part in assembled if part.count]  # counts are the same on all processes
     with run.phase("score", len(minibatches), "minibatches") as bar:
-        placed = [m.learner.place(part) for part in minibatches]
-        minibatches = [
-            m.learner.with_old(state.params, m.reference, part, m.teacher) for part in placed
-        ]
+        placed, weights = [m.learner.place(part) for part in minibatches], m.weights(state.params)
+        minibatches = [m.learner.with_old(weights, m.reference, part, m.teacher) for part in placed]
         for part in minibatches:
             jax.block_until_ready(part)
             bar.advance()
@@ -140,7 +143,7 @@ def sample(run: Run, state: TrainState, iteration: int) -> tuple[Rollout, Select
         with run.clock("data"):
             return next(m.parts.prompts)
 
-    asked = (m.collector, state.params)
+    asked = (m.collector, m.weights(state.params))
     if not train.refill_rounds:
         when = {"domain": TRAIN, "iteration": iteration}
         prompts = draw_prompts()
@@ -198,7 +201,7 @@ def update(
     with run.phase("update", epochs * len(minibatches), "updates") as bar:
         for _ in range(epochs):
             for part in minibatches:
-                state, report = m.learner.step(state, part)
+                state, report = m.learner.step(state, part, m.frozen)
                 reports.append(jax.block_until_ready(report))
                 bar.advance()
         # The next thing is to sample from the new weights: waiting here costs nothing and makes
@@ -231,8 +234,9 @@ _gap_metrics = jax.jit(gap_metrics)
 def evaluate(run: Run, state: TrainState, iteration: int) -> None:
     """Score the policy on the held-out prompts, and on the sets of ``Evaluate.suites``."""
     m = run.machines
+    weights = m.weights(state.params)
     for name, score in {"": m.evaluate, **m.evaluate_sets}.items():
-        scores, rollout = score(state.params, lambda _, *size: run.phase("evaluate", *size))
+        scores, rollout = score(weights, lambda _, *size: run.phase("evaluate", *size))
         figures = {f"evaluate/{k}": v for k, v in scores.items()}
         prefix = f"evaluate/{name}/" if name else "evaluate/"
         run.log.write(iteration, {f"{prefix}{k}": v for k, v in scores.items()})
@@ -314,11 +318,14 @@ def settle(run: Run, done: int) -> None:
 def finish(run: Run, state: TrainState, console: Console) -> None:
     """Export, draw and say where everything is; one process does, the others wait."""
     dtype, policy = run.config.run.export_dtype, run.machines.parts.policy
-    target = run.folder / "model"
+    target = run.folder / (MODEL if policy.lora is None else ADAPTER)
     run.lock.check()
     with writing(target):
-        save_policy(policy, state.params, target, dtype)
-    if dtype != "float32":
+        if policy.lora is None:
+            save_policy(policy, state.params, target, dtype)
+        else:
+            save_trained_adapter(run.config, policy, state.params, target)
+    if policy.lora is None and dtype != "float32":
         console.note(rounding_cost(run.config, policy, state.params, dtype).line(dtype))
     run.lock.check()
     runtime.on_main(lambda: _conclude(run, console))
@@ -333,7 +340,8 @@ def _conclude(run: Run, console: Console) -> None:
     with writing(folder / "dynamics.png"):
         dynamics({folder.name: rows}, folder / "dynamics.png")
     paths = {
-        "model (Hugging Face)": folder / "model",
+        "model (Hugging Face)": folder / MODEL,
+        "adapter (peft)": folder / ADAPTER,
         "checkpoints": folder / CHECKPOINTS,
         "metrics": folder / METRICS,
         "TensorBoard": folder / "tensorboard",

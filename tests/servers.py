@@ -58,13 +58,13 @@ def serving(folder: Path, log: Path) -> AbstractContextManager[Served]:
     return _started(command, folder, log)
 
 
-def vllm(folder: Path, log: Path) -> AbstractContextManager[Served]:
+def vllm(folder: Path, log: Path, *flags: str) -> AbstractContextManager[Served]:
     """The vLLM of ``ASPO_VLLM``, the path of its executable, on the CPU and in float32."""
     command = f"""env VLLM_SERVER_DEV_MODE=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1
       VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS={os.cpu_count()} {os.environ["ASPO_VLLM"]}
       serve {{model}} --port {{port}} --host 127.0.0.1 --served-model-name {MODEL} --dtype float32
       --enforce-eager --max-model-len 1024 --max-num-seqs 16 --generation-config vllm
-      --logprobs-mode processed_logprobs --seed 0"""
+      --logprobs-mode processed_logprobs --seed 0 {" ".join(flags)}"""
     return _started(command, folder, log)
 
 

@@ -262,6 +262,9 @@ BAD_FLAGS = [
      " Runtime.fsdp = -1, Runtime.tensor = 1; set the others to 1"),
     (["Runtime.tensor=0"], "--set #1: Runtime.tensor = 0: a mesh axis has no size 0; set 1,"
      " or -1 for the rest"),
+    (["Lora.path=adapter"], "--set #1: Lora.path = 'adapter' starts from an adapter and Lora.rank ="
+     " None trains none; set Lora.rank"),
+    (["Lora.rank=0"], "--set #1: Lora.rank = 0: expected a whole number >= 1 or None, found 0"),
     (["Run.seed"], "--set #1: found 'Run.seed'; expected Section.field=value"),
     (["Run.seed=one"], "--set #1: Run.seed = 'one': expected a whole number >= 0, found 'one'"),
     (["Run.folder=__import__('os')"], "--set #1: found \"__import__('os')\"; expected a literal:"

@@ -36,6 +36,7 @@ BILLIONS = {
     "Qwen3-1.7B": 1.72,
     "Qwen3-4B": 4.02,
     "Qwen3-8B": 8.19,
+    "Qwen3-14B": 14.77,
     "SmolLM2-135M-Instruct": 0.13,
 }
 

@@ -22,7 +22,7 @@ FLOORS = [  # top to bottom; strangers on one floor do not import each other
     ["plot", "steps", "warmstart", "planning", "loading"],
     ["rounding", "atlas"],
     ["build", "rules"],
-    ["parts"],
+    ["parts", "weights"],
     ["engines"],
     ["policy"],
     ["evaluation", "refill", "origin", "recording"],

@@ -18,11 +18,16 @@ from aspo_jax.parts import FACTORIES
 from aspo_jax.plan import HEADROOM, Plan, parse_exhausted, plan, report
 from aspo_jax.planning import topology as topologies
 from aspo_jax.planning.budget import (
+    ADAPTER,
     CACHE,
+    FROZEN,
     OPTIMIZER,
     PROCESS,
     PROCESS_BYTES,
+    PUBLISHED,
+    REFERENCE,
     TEACHER,
+    WEIGHTS,
     shard_bytes,
 )
 from aspo_jax.planning.flops import causal_pairs, forward_flops
@@ -81,6 +86,49 @@ def test_calls_of_an_iteration(tiny):
     # 32 prompts x 16 samples in 512 slots; 4 mini-batches x 2 epochs; 24 positions. A CPU reads
     # 256 tokens of prompts at once: 2 prompts of a page of 24 on each of 4 devices.
     assert [row.budget.work.calls for row in tiny.rows] == [8, 4, 4, 24]
+
+
+def test_adapters_are_small_and_the_frozen_weights_are_there_once():
+    """With a reference policy, which is the frozen weights."""
+    lora = ("Lora.rank=2", "Lora.weights='bfloat16'")
+    reference = "Objective.penalties=['kl_penalty']"
+    found, full = (
+        plan(_read(*flags, reference, "Runtime.fsdp=2"), "cpu:4", lower_only=True)
+        for flags in (lora, [])
+    )
+    of = found.programs
+    parts = {part.name: part.bytes for row in found.rows for part in row.parts}
+    before = {part.name: part.bytes for row in full.rows for part in row.parts}
+    assert REFERENCE not in parts and WEIGHTS not in parts and before[REFERENCE]
+    assert parts[FROZEN] == shard_bytes(of.frozen) == before[REFERENCE]  # bfloat16 both
+    assert parts[ADAPTER] == shard_bytes(of.state.params) < parts[FROZEN] / 2
+    assert parts[OPTIMIZER] == pytest.approx(2 * parts[ADAPTER], rel=0.01)
+    assert parts["gradients, float32"] == parts[ADAPTER]
+    rows = parts["rows of the mini-batches"] / of.batch.minibatches
+    for name, more in ((UPDATE, parts[OPTIMIZER]), (SCORE, 0)):
+        given = shard_bytes(of.by_name[name].arguments)
+        assert given == pytest.approx(parts[ADAPTER] + parts[FROZEN] + more + rows, rel=0.1)
+    (update, score), (full_update, full_score) = found.rows[:2], full.rows[:2]
+    assert update.budget.beside < full_update.budget.beside  # nor is there a second copy beside it
+    assert 0.6 < update.budget.work.flops / full_update.budget.work.flops < 0.9
+    assert 1 < score.budget.work.flops / full_score.budget.work.flops < 1.3
+
+
+def test_without_merging_one_chip_holds_the_frozen_weights_once():
+    lora = ("Lora.rank=2", "Model.dtype='bfloat16'")
+    merged, unmerged = (
+        plan(_read(*lora, f"Lora.is_merged={is_merged}"), "h100:1", lower_only=True)
+        for is_merged in (True, False)
+    )
+    of = unmerged.programs
+    assert of.shares_weights and not merged.programs.shares_weights
+    (_, _, *sampling), (_, _, *before) = unmerged.rows, merged.rows
+    for row, other in zip(sampling, before, strict=True):
+        parts, copied = ({p.name: p.bytes for p in x.parts} for x in (row, other))
+        assert PUBLISHED not in parts and copied[PUBLISHED] > 0.9 * parts[FROZEN]
+        assert row.needed < other.needed - 0.9 * parts[FROZEN]
+        given = shard_bytes(of.by_name[row.program].arguments[0])
+        assert given == pytest.approx(parts[FROZEN] + parts[ADAPTER] / 2, rel=0.05)
 
 
 def test_a_teacher_is_held_and_scores(tmp_path):

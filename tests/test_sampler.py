@@ -17,6 +17,7 @@ from toy import (
     PAD,
     VOCAB,
     on,
+    random_adapter,
     random_params,
     toy_mesh,
     toy_model,
@@ -24,7 +25,8 @@ from toy import (
 
 from aspo_jax.head import logits
 from aspo_jax.learner import forward
-from aspo_jax.model import build_model
+from aspo_jax.model import Lora, build_model
+from aspo_jax.model.lora import attach
 from aspo_jax.rows import BatchShape, answered, fill
 from aspo_jax.sampler import (
     EVALUATE,
@@ -333,9 +335,30 @@ def test_published_layers_and_pages_at_once_change_no_token(params, completions)
 
 
 @pytest.mark.parametrize("is_stacked", [True, False])
+def test_adapters_are_sampled_from_merged_or_beside(params, is_stacked):
+    lora = Lora(rank=3, alpha=5.0)
+    model, mesh = build_model(CONFIG, is_stacked=is_stacked), toy_mesh()
+    frozen = jax.device_put(params, model.shardings(mesh) if is_stacked else None)
+    adapted = attach(random_adapter(lora, CONFIG), frozen, lora.scale)
+    requests = [Request(PROMPTS[d], (TRAIN, d, 0, 0)) for d in range(3)]
+    found = []
+    for kept in (None, lora):
+        publish = make_publish(model, mesh, mesh, "float32", kept)
+        sampler = PagedSampler(model, HEAD, LIMITS, mesh, seed=3, publish=publish)
+        sampler.start(adapted)
+        layer = sampler.params["layers"] if is_stacked else sampler.params["layers"][0]
+        assert ("a" in layer["q"]) == (kept is not None)
+        pointers = [x["embed"].unsafe_buffer_pointer() for x in (sampler.params, adapted)]
+        is_own = pointers[0] == pointers[1]
+        assert is_own == (is_stacked and kept is not None)  # nothing is copied
+        found.append(by_identity(sampler, requests))
+    assert_same(found[1], found[0], 1e-5)
+
+
+@pytest.mark.parametrize("is_stacked", [True, False])
 def test_all_but_the_scales_of_norms_are_published_in_the_samplers_type(params, is_stacked):
     model = build_model(CONFIG, is_stacked=is_stacked)
-    published = make_publish(model, toy_mesh(), toy_mesh(), "bfloat16")(params)
+    published = make_publish(model, toy_mesh(), toy_mesh(), "bfloat16").of(params)
     for path, x in jax.tree_util.tree_leaves_with_path(published):
         is_scale = path[-1].key in ("scale", "norm")
         assert x.dtype == ("float32" if is_scale else "bfloat16"), path

@@ -12,7 +12,8 @@ from jax.sharding import AxisType, Mesh
 
 from aspo_jax.head import Head
 from aspo_jax.learner import Goal, Learner, build_learner
-from aspo_jax.model import Model, ModelConfig, build_model, choose_attention
+from aspo_jax.model import Lora, Model, ModelConfig, build_model, choose_attention
+from aspo_jax.model.lora import init_adapter
 from aspo_jax.model.sharding import MESH_AXES
 from aspo_jax.rows import BatchShape, Example, answered, fill
 from aspo_jax.structs import Histogram, Max, Mean, Metrics, Minibatch
@@ -65,6 +66,13 @@ def random_params(model: Model, seed: int = 0, scale: float = 0.3) -> Any:
     return jax.tree_util.tree_map_with_path(leaf, jax.eval_shape(model.init, jax.random.key(0)))
 
 
+def random_adapter(lora: Lora, config: ModelConfig, seed: int = 1) -> Any:
+    """Neither ``a`` nor ``b`` is zero."""
+    rng = np.random.RandomState(seed)
+    shapes = jax.eval_shape(lambda key: init_adapter(config, lora, key), jax.random.key(0))
+    return jax.tree.map(lambda x: 0.2 * rng.standard_normal(x.shape).astype(np.float32), shapes)
+
+
 def toy_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     """A mesh over the first devices only, so that one session has meshes of several sizes."""
     sizes = (data, fsdp, tensor)
@@ -73,7 +81,12 @@ def toy_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
 
 
 def toy_learner(
-    model: Model, goal: Goal, optimizer: Any, mesh: Mesh | None = None, remat: str = "dots"
+    model: Model,
+    goal: Goal,
+    optimizer: Any,
+    mesh: Mesh | None = None,
+    remat: str = "dots",
+    lora: Lora | None = None,
 ) -> Learner:
     """The update of a network on a mesh, with the attention and constraints that it has there."""
     mesh = mesh or toy_mesh()
@@ -88,7 +101,7 @@ def toy_learner(
         name="dense" if mesh.size == 1 else "chunked",
     )
     on_mesh = build_model(config, remat=remat, attention=attention, mesh=mesh)
-    return build_learner(on_mesh, HEAD._replace(mesh=mesh), goal, optimizer, mesh)
+    return build_learner(on_mesh, HEAD._replace(mesh=mesh), goal, optimizer, mesh, lora=lora)
 
 
 def on(mesh: Mesh, model: Model, params: Any) -> Any:

@@ -48,7 +48,18 @@ Problem = tuple[str, str]  # a setting, or "" for none, and what stands behind i
 def cross_checks(config: Config, places: Mapping[str, str]) -> Iterator[str]:
     """Settings that contradict each other, with both numbers and the remedy."""
     values = config.bindings()
-    checks = (_runtime, _launch, _objective, _sizes, _sampler, _engine, _reward, _model, _data)
+    checks = (
+        _runtime,
+        _launch,
+        _objective,
+        _sizes,
+        _sampler,
+        _engine,
+        _reward,
+        _model,
+        _lora,
+        _data,
+    )
     for check in checks:
         for key, problem in check(config):
             yield f"{at(key, places)}{key} = {values[key]!r}{problem}" if key else problem
@@ -228,6 +239,11 @@ def _model(config: Config) -> Iterator[Problem]:
     if width % (2 * heads):
         remedy = f"an even width; set Model.hidden_size to a multiple of {2 * heads}"
         yield "Model.hidden_size", f" must give each of Model.heads = {heads} {remedy}"
+
+
+def _lora(config: Config) -> Iterator[Problem]:
+    if config.lora.path is not None and config.lora.rank is None:
+        yield "Lora.path", " starts from an adapter and Lora.rank = None trains none; set Lora.rank"
 
 
 def _data(config: Config) -> Iterator[Problem]:

@@ -166,6 +166,37 @@ class Model:
 
 
 @section
+class Lora:
+    """Low-rank adapters, trained beside the frozen weights of the policy (arXiv 2106.09685)."""
+
+    rank: int | None = setting(
+        None, "features", "rank of the adapters; None: all weights are trained", ge=1
+    )
+    alpha: float = setting(
+        32.0, "", "the low-rank product is multiplied with alpha / rank before it is added", gt=0
+    )
+    targets: Literal["attention", "mlp", "all"] = setting(
+        "all", "", "which matrices of the layers have adapters: never embedding and output head"
+    )
+    is_rank_stabilised: bool = setting(False, "", "divide alpha by the root of the rank instead")
+    weights: Literal["bfloat16", "float32"] | None = setting(
+        None, "", "type of the frozen weights in memory; None: Model.dtype"
+    )
+    is_merged: bool = setting(
+        True,
+        "",
+        "sample from the sums of matrices and adapters, a copy of the weights; False: from the"
+        " frozen weights with adapters beside them, no copy where type and layout allow it",
+    )
+    path: str | None = setting(
+        None,
+        "path",
+        "folder of an adapter to start from, as the peft package writes it; None: a new one, under"
+        " which the policy is the frozen model",
+    )
+
+
+@section
 class Teacher:
     """Another model whose log-probabilities rules may read, such as `distill`; it is not trained.
 
@@ -458,7 +489,7 @@ OF_ENGINES = (  # settings of Sampler that say nothing to a sampler in this proc
 SECTIONS: dict[str, type[Any]] = {
     cls.__name__: cls
     for cls in (
-        *(Run, Data, Countdown, Model, Teacher, WarmStart, Sampler, Reward, Objective),
+        *(Run, Data, Countdown, Model, Lora, Teacher, WarmStart, Sampler, Reward, Objective),
         *(Optim, Train, Evaluate, Checkpoint, Metrics, Runtime),
     )
 }
@@ -484,6 +515,7 @@ class Config:
     data: Data
     countdown: Countdown
     model: Model
+    lora: Lora
     teacher: Teacher
     warm_start: WarmStart
     sampler: Sampler
@@ -512,6 +544,17 @@ class Config:
     def teacher_folder(self) -> str | None:
         """The folder of the teacher's files; None: no teacher. Names of the hub: once located."""
         return self.teacher_origin.folder if self.teacher_origin else self.teacher.path
+
+    @property
+    def frozen_dtype(self) -> str:
+        """Type of the weights that adapters are trained beside."""
+        return self.lora.weights or self.model.dtype
+
+    @property
+    def lora_shape(self) -> dict[str, Any]:
+        """The settings of ``Lora`` that say what an adapter is, and beside what."""
+        names = ("rank", "alpha", "targets", "is_rank_stabilised")
+        return {n: getattr(self.lora, n) for n in names} | {"weights": self.frozen_dtype}
 
     @property
     def run_folder(self) -> str:
@@ -593,6 +636,7 @@ class Config:
         return [
             ("prompts", self._prompts(train_rows)),
             ("policy", self._policy()),
+            *([("adapters", self._adapters())] if self.lora.rank else []),
             *([("teacher", self.teacher_source())] if self.teacher.path else []),
             ("objective", f"{rule}, {self.objective.advantage}, {self.objective.aggregate}"),
             ("iterations", f"{train.iterations:,} ({train.iterations * updates:,} updates)"),
@@ -650,6 +694,15 @@ class Config:
                 f"{sizes}, the first {asked:,} of {rows:,} rows (Evaluate.prompts = {rows} for all)"
             )
         return f"{sizes}, all rows of the file (Evaluate.prompts = {asked} asks for more)"
+
+    def _adapters(self) -> str:
+        lora, start = self.lora, f", from {self.lora.path}" if self.lora.path else ""
+        kind = "rank-stabilised, " if lora.is_rank_stabilised else ""
+        where = "attention and mlp" if lora.targets == "all" else lora.targets
+        return (
+            f"rank {lora.rank}, alpha {lora.alpha:g}, {kind}in {where}, beside frozen weights in "
+            f"{self.frozen_dtype}{start}"
+        )
 
     def _policy(self) -> str:
         if self.model.path:

@@ -7,6 +7,7 @@ from aspo_jax.model.hf import load_params
 from aspo_jax.model.hf_config import ModelFolderError, parse_model_config, read_model_config
 from aspo_jax.model.hf_generation import read_eos_ids
 from aspo_jax.model.hf_save import save_model
+from aspo_jax.model.lora import Lora, attached_axes, is_adapted, merge, trained_part
 from aspo_jax.model.parameters import Llama3, ModelConfig, Yarn, parameter_axes, unstack
 from aspo_jax.model.sharding import RULES, batch_sharding, map_axes, partition_spec, shardings
 
@@ -18,17 +19,21 @@ __all__ = [
     "Decode",
     "Extend",
     "Llama3",
+    "Lora",
     "Model",
     "ModelConfig",
     "ModelFolderError",
     "Prefill",
     "Yarn",
+    "attached_axes",
     "batch_sharding",
     "build_model",
     "cache_specs",
     "choose_attention",
+    "is_adapted",
     "load_params",
     "map_axes",
+    "merge",
     "parameter_axes",
     "parse_model_config",
     "partition_spec",
@@ -36,5 +41,6 @@ __all__ = [
     "read_model_config",
     "save_model",
     "shardings",
+    "trained_part",
     "unstack",
 ]

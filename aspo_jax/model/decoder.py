@@ -149,9 +149,16 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:
 
 
 def project(x: Array, layer: Any, reads: int = 1) -> Array:
-    """The last ``reads`` axes of x times a layer's matrix, plus its bias if any, in x's type."""
+    """The last ``reads`` axes of x times a layer's matrix, plus its bias if any, in x's type.
+
+    Beside the matrix may lie an adapter (`aspo_jax.model.lora.attach`), whose product is never
+    formed: ``x W + (factor x a) b``.
+    """
     axes = (tuple(range(x.ndim - reads, x.ndim)), tuple(range(reads)))
     y = jax.lax.dot_general(x, layer["kernel"].astype(x.dtype), (axes, ((), ())))
+    if "a" in layer:
+        low = jax.lax.dot_general(x, layer["a"].astype(x.dtype), (axes, ((), ())))
+        y = y + project((low * layer["factor"]).astype(x.dtype), {"kernel": layer["b"]})
     return y + layer["bias"].astype(x.dtype) if "bias" in layer else y
 
 

@@ -58,18 +58,18 @@ def load_params(
         tensors = _open_tensors(Path(folder).expanduser(), config, stack)
 
         def load(entry: Parameter, sharding: Sharding) -> Array:
-            return _load_leaf(tensors, entry, config.layers, sharding, dtype)
+            return load_leaf(tensors, entry, config.layers, sharding, dtype)
 
         try:
             return jax.tree.map(load, tree, shardings)
-        except _NotFinite as problem:
+        except NotFinite as problem:
             raise ModelFolderError(
                 f"{folder}: {problem} holds numbers that are not finite, so that every answer "
                 "would be noise; copy the weights again, or use those of an earlier step"
             ) from None
 
 
-class _NotFinite(Exception):
+class NotFinite(Exception):
     """Name of a tensor that holds NaN or infinity."""
 
 
@@ -162,7 +162,7 @@ def _differences(found: dict[str, Any], config: ModelConfig) -> list[str]:
     return problems
 
 
-def _load_leaf(
+def load_leaf(
     tensors: dict[str, Any], entry: Parameter, layers: int, sharding: Sharding, dtype: Any
 ) -> Array:
     """One array of params, all layers of it."""
@@ -190,7 +190,7 @@ def _load_tensor(
             with np.errstate(invalid="ignore"):
                 extremes = [block.min(), block.max()]
             if not np.isfinite(extremes).all():
-                raise _NotFinite(name)
+                raise NotFinite(name)
             read[bounds] = block
         return read[bounds]
 

@@ -76,18 +76,14 @@ def save_model(
     if is_writer:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    shards = _split(_tensors(config, params), kind, max_shard_bytes)
+    shards = _split(tensors_of(parameters(config), config.layers, params), kind, max_shard_bytes)
     for file, tensors in shards.items():
-        arrays = (_gather(tensor, dtype) for tensor in tensors)
-        if is_writer:
-            _write(partial / file, tensors, arrays, kind)
-        else:
-            collections.deque(arrays, maxlen=0)
+        write_tensors(partial / file, tensors, dtype)
     if is_writer:
         if len(shards) > 1:
-            _write_json(partial / INDEX_FILE, _weight_map(shards, kind))
-        _write_json(partial / CONFIG_FILE, raw)
-        _write_json(partial / GENERATION_FILE, generation_config(source, eos_ids))
+            write_json(partial / INDEX_FILE, _weight_map(shards, kind))
+        write_json(partial / CONFIG_FILE, raw)
+        write_json(partial / GENERATION_FILE, generation_config(source, eos_ids))
         save_tokenizer(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
@@ -95,15 +91,27 @@ def save_model(
         multihost_utils.sync_global_devices("model saved")
 
 
-def _tensors(config: ModelConfig, params: Any) -> list[_Tensor]:
-    """All tensors, the layers one after the other, what belongs to no layer beside the first."""
-    pairs = jax.tree.map(lambda entry, leaf: (entry, leaf), parameters(config), params)
+def tensors_of(table: Any, layers: int, params: Any) -> list[_Tensor]:
+    """All tensors, the layers one after the other, what belongs to no layer beside the first.
+
+    table: what the params are, a tree like them of `Parameter`.
+    """
+    pairs = jax.tree.map(lambda entry, leaf: (entry, leaf), table, params)
     found = [
         _Tensor(name, entry, leaf, y)
         for entry, leaf in jax.tree.leaves(pairs, is_leaf=lambda x: isinstance(x, tuple))
-        for y, name in enumerate(entry.names(config.layers))
+        for y, name in enumerate(entry.names(layers))
     ]
     return sorted(found, key=lambda tensor: tensor.y)
+
+
+def write_tensors(path: Path, tensors: Sequence[_Tensor], dtype: str) -> None:
+    """A safetensors file; several processes gather together, process 0 writes."""
+    arrays = (_gather(tensor, dtype) for tensor in tensors)
+    if jax.process_index() == 0:
+        _write(path, tensors, arrays, np.dtype(jnp.dtype(dtype)))
+    else:
+        collections.deque(arrays, maxlen=0)
 
 
 def _split(tensors: Sequence[_Tensor], dtype: np.dtype, max_bytes: int) -> dict[str, list[_Tensor]]:
@@ -178,5 +186,5 @@ def _weight_map(shards: dict[str, list[_Tensor]], dtype: np.dtype) -> dict[str, 
     return {"metadata": {"total_size": size}, "weight_map": where}
 
 
-def _write_json(path: Path, raw: dict[str, Any]) -> None:
+def write_json(path: Path, raw: dict[str, Any]) -> None:
     path.write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n")

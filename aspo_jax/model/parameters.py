@@ -184,14 +184,19 @@ def init_params(config: ModelConfig, is_stacked: bool, key: Array) -> Any:
     def draw(path: Any, parameter: Parameter) -> Array:
         if not parameter.is_layered:
             return parameter.draw(keys.get(path[0].key))
-        # By its name, so that one array more changes no other; the 1 is that of the first models.
-        digest = hashlib.sha1(path[1].key.encode() + b"\x01").digest()
-        number = np.uint32(int.from_bytes(digest[:4], "big"))
-        of_layer = jax.random.split(keys["layers"], config.layers)
-        return jax.vmap(lambda key: parameter.draw(jax.random.fold_in(key, number)))(of_layer)
+        return draw_layers(parameter, path[1].key, config.layers, keys["layers"])
 
     params = jax.tree_util.tree_map_with_path(draw, parameters(config))
     return params if is_stacked else unstack(params)
+
+
+def draw_layers(parameter: Parameter, name: str, layers: int, key: Array) -> Array:
+    """First values of all layers."""
+    # By its name, so that one array more changes no other; the 1 is that of the first models.
+    digest = hashlib.sha1(name.encode() + b"\x01").digest()
+    number = np.uint32(int.from_bytes(digest[:4], "big"))
+    of_layer = jax.random.split(key, layers)
+    return jax.vmap(lambda key: parameter.draw(jax.random.fold_in(key, number)))(of_layer)
 
 
 def unstack(params: Any) -> Any:

@@ -26,6 +26,7 @@ RULES: Mapping[str, Any] = {  # to a mesh axis, several, or None
     "head_dim": None,
     "mlp": "tensor",
     "norm": None,
+    "rank": None,
 }
 
 

@@ -76,10 +76,11 @@ class Capacity(NamedTuple):
 
 
 def shard_bytes(tree: Any) -> int:
-    """Bytes per device of a tree of shapes with shardings."""
+    """Bytes per device of a tree of shapes with shardings; NumPy arrays have none."""
 
     def of(x: Any) -> int:
-        shape = x.sharding.shard_shape(x.shape) if x.sharding else x.shape
+        sharding = getattr(x, "sharding", None)
+        shape = sharding.shard_shape(x.shape) if sharding else x.shape
         return math.prod(shape) * jnp.dtype(x.dtype).itemsize
 
     return sum(map(of, jax.tree.leaves(tree)))
@@ -87,7 +88,7 @@ def shard_bytes(tree: Any) -> int:
 
 PROCESS, PROCESS_BYTES = "Python, libraries and compiled programs", 0.9 * 2**30  # as measured
 WEIGHTS, OPTIMIZER, REFERENCE = "weights, float32", "optimizer state", "reference policy, bfloat16"
-TEACHER = "teacher"
+TEACHER, ADAPTER, FROZEN = "teacher", "adapter, float32", "frozen weights"
 ROWS, PUBLISHED, CACHE = "rows of the mini-batches", "weights for sampling", "key-value cache"
 MORE_CHIPS = "raise Runtime.fsdp (more chips) or Runtime.tensor"
 
@@ -96,19 +97,41 @@ def held_parts(of: Programs) -> list[Part]:
     """What lies in memory all through an iteration, per chip."""
     rows = of.batch.minibatches * shard_bytes((of.minibatch.rows, of.minibatch.old))
     parts = [
-        Part(WEIGHTS, shard_bytes(of.state.params), MORE_CHIPS),
-        Part(OPTIMIZER, shard_bytes(of.state.opt_state), MORE_CHIPS),
+        *_weights(of),
+        Part(OPTIMIZER, shard_bytes(of.state.opt_state), _smaller(of)),
         Part(ROWS, rows, "lower Train.prompts_per_step"),
     ]
     if of.platform == "cpu":  # the memory is the process's own too
         parts.append(Part(PROCESS, PROCESS_BYTES / of.local.size, ""))
-    if of.has_reference:
+    if of.has_reference and of.frozen is None:
         remedy = f"drop the KL penalty (Objective.penalties), or {MORE_CHIPS}"
         parts.append(Part(REFERENCE, shard_bytes(of.reference), remedy))
     if of.teacher is not None:
         remedy = f"take a smaller teacher (Teacher.path), or {MORE_CHIPS}"
         parts.append(Part(TEACHER, shard_bytes(of.teacher), remedy))
     return parts
+
+
+def _weights(of: Programs) -> list[Part]:
+    trained = shard_bytes(of.state.params)
+    if of.frozen is None:
+        return [Part(WEIGHTS, trained, _smaller(of))]
+    return [
+        Part(ADAPTER, trained, _smaller(of)),
+        Part(FROZEN, shard_bytes(of.frozen), f"set Lora.weights to 'bfloat16', or {MORE_CHIPS}"),
+    ]
+
+
+def _less_published(of: Programs) -> str:
+    """What makes the weights for sampling smaller."""
+    unmerged = of.frozen is not None and of.config.lora.is_merged
+    return f"{'set Lora.is_merged to False, or ' if unmerged else ''}raise Runtime.tensor"
+
+
+def _smaller(of: Programs) -> str:
+    """What makes the training state smaller."""
+    less = "train adapters alone (Lora.rank)" if of.frozen is None else "lower Lora.rank"
+    return f"{less}, or {MORE_CHIPS}"
 
 
 def budgets(of: Programs) -> dict[str, Budget]:
@@ -119,20 +142,30 @@ def budgets(of: Programs) -> dict[str, Budget]:
     """
     held, rows = held_parts(of), "Train.rows_per_microbatch or Train.head_chunk"
     # The sampler's weights are released for the update.
-    sampling = [*held, Part(PUBLISHED, shard_bytes(of.weights), "raise Runtime.tensor")]
+    copied = 0 if of.shares_weights else shard_bytes(of.weights)
+    published = {ADAPTER, FROZEN} if of.shares_weights else {PUBLISHED}
+    sampling = [*held, Part(PUBLISHED, copied, _less_published(of))]
     slots = of.config.sampler.slots
     fewer = f"lower Sampler.slots, now {slots}, or Sampler.cache_tokens"
     cache = [Part(CACHE, shard_bytes(of.cache), fewer)]
     work = {**_training_work(of), **_sampling_work(of)}
     programs = {
-        UPDATE: ({WEIGHTS, OPTIMIZER}, _update_parts(of), f"Train.row_tokens, {rows}"),
-        SCORE: ({WEIGHTS, REFERENCE, TEACHER}, [_logits(of, of.teacher_shape)], rows),
-        PREFILL: ({PUBLISHED}, cache, "Sampler.slots or Sampler.max_prompt_tokens"),
-        DECODE: ({PUBLISHED}, cache, "Sampler.slots"),
+        UPDATE: (
+            {WEIGHTS, ADAPTER, FROZEN, OPTIMIZER},
+            _update_parts(of),
+            f"Train.row_tokens, {rows}",
+        ),
+        SCORE: (
+            {WEIGHTS, ADAPTER, FROZEN, REFERENCE, TEACHER},
+            [_logits(of, of.teacher_shape)],
+            rows,
+        ),
+        PREFILL: (published, cache, "Sampler.slots or Sampler.max_prompt_tokens"),
+        DECODE: (published, cache, "Sampler.slots"),
     }
     return {
         name: Budget(
-            sampling if PUBLISHED in given else held, given, added, work[name], f"lower {remedy}"
+            sampling if given is published else held, given, added, work[name], f"lower {remedy}"
         )
         for name, (given, added, remedy) in programs.items()
     }
@@ -151,8 +184,23 @@ def _kept(of: Programs) -> float:
     products = 2 * shape.hidden_size + mixed + keys + wide
     # of a token, in each layer
     features = shape.hidden_size + remat.keeps_attention * mixed + remat.keeps_products * products
+    features += remat.keeps_products * _adapted_features(of) / tensor
     tokens = _rows_per_chip(of) * of.batch.row_tokens
     return shape.layers * tokens * features * jnp.dtype(of.config.model.dtype).itemsize
+
+
+def _pairs(of: Programs) -> list[dict[str, Any]]:
+    """The adapters of all matrices; none where all weights are trained."""
+    return [] if of.frozen is None else list(of.state.params["layers"].values())
+
+
+def _adapted_features(of: Programs) -> int:
+    """What a layer's adapters make of a token: both products of each."""
+    return sum(math.prod(pair["b"].shape[1:]) // pair["b"].shape[1] for pair in _pairs(of))
+
+
+def _adapter_weights(of: Programs) -> int:
+    return sum(math.prod(x.shape) for pair in _pairs(of) for x in pair.values())
 
 
 def _update_parts(of: Programs) -> list[Part]:
@@ -163,7 +211,7 @@ def _update_parts(of: Programs) -> list[Part]:
     if REMAT[of.config.model.remat].keeps_attention:
         remedy = f"set Model.remat to 'full', or {remedy}"
     return [
-        Part("gradients, float32", shard_bytes(of.state.params), MORE_CHIPS),
+        Part("gradients, float32", shard_bytes(of.state.params), _smaller(of)),
         Part("kept of each layer for the backward pass", _kept(of), remedy),
         _logits(of),
     ]
@@ -192,7 +240,9 @@ def _training_work(of: Programs) -> dict[str, Work]:
     microbatches = build_shape(of.config, 1).microbatches
     rows, length = microbatches * of.batch.rows, of.batch.row_tokens
     tokens, pairs = rows * length, rows * causal_pairs(length)
-    forward = forward_flops(shape, tokens, pairs)
+    adapters = 2.0 * _adapter_weights(of) * tokens
+    frozen = forward_flops(shape, tokens, 0) if of.frozen else 0.0
+    forward = forward_flops(shape, tokens, pairs) + adapters
     # What the backward pass computes again: by `Model.remat`, and the logits always.
     products = 0.0 if remat.keeps_products else 2.0 * layer_weights(shape) * tokens
     attention = 0.0 if remat.keeps_attention else attention_flops(shape, pairs)
@@ -200,14 +250,15 @@ def _training_work(of: Programs) -> dict[str, Work]:
     one_pass = _one_pass(of, shape) * microbatches
     scored = [shape, *([shape] if of.has_reference else [])]
     scored += [of.teacher_shape] if of.teacher_shape else []
-    flops = sum(forward_flops(each, tokens, pairs) for each in scored)
+    flops = adapters + sum(forward_flops(each, tokens, pairs) for each in scored)
     read = sum(_one_pass(of, each) for each in scored) * microbatches
     state = shard_bytes((of.state.params, of.state.opt_state))
     # Weights are read forward, again, and twice backward; the rest is written and read.
     traffic = 4 * one_pass + 2 * microbatches * _kept(of) + 2 * state
     updates = of.config.train.epochs * of.batch.minibatches
     return {
-        UPDATE: Work((3 * forward + again) / chips, traffic, updates),
+        # Frozen matrices have no gradient: a third of their three passes is left out.
+        UPDATE: Work((3 * forward - frozen + again) / chips, traffic, updates),
         SCORE: Work(flops / chips, read, of.batch.minibatches),
     }
 

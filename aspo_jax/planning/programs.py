@@ -23,14 +23,17 @@ from aspo_jax.config import Config, ConfigError
 from aspo_jax.config.reading import config_folder
 from aspo_jax.data import CHARACTERS, build_character_tokenizer
 from aspo_jax.head import Head
-from aspo_jax.learner import Teacher, build_learner
+from aspo_jax.learner import Learner, Teacher, build_learner
 from aspo_jax.model import (
     Attention,
+    Model,
     ModelConfig,
     batch_sharding,
     parse_model_config,
     read_model_config,
+    trained_part,
 )
+from aspo_jax.model.lora import attach, detach
 from aspo_jax.model.sharding import placed
 from aspo_jax.origin import locate, locate_teacher
 from aspo_jax.parts import (
@@ -40,9 +43,9 @@ from aspo_jax.parts import (
     build_sampling_network,
     has_teacher,
 )
-from aspo_jax.policy import build_network, new_shape
+from aspo_jax.policy import build_lora, build_network, new_shape
 from aspo_jax.rows import BatchShape, fill
-from aspo_jax.sampler import Limits, PagedSampler, cast_matrices
+from aspo_jax.sampler import Limits, PagedSampler, make_publish
 from aspo_jax.structs import Minibatch, OldPolicy, TrainState
 
 UPDATE, SCORE, PREFILL, DECODE = "update", "old and reference log-probs", "prefill", "decode"
@@ -75,7 +78,8 @@ class Programs(NamedTuple):
 
     mesh, local: devices of the update, and of one host, on which it samples.
     platform: of the devices. batch: micro-batches of an update.
-    state, reference, minibatch: of the update; the reference is None where no rule reads it.
+    state, frozen, reference, minibatch: of the update. The frozen weights are None where all are
+        trained; the reference, which may be them, is None where no rule reads it.
     teacher, teacher_shape: its weights and network; None where no rule reads it.
     weights, cache, limits: of one host's sampler.
     """
@@ -89,6 +93,7 @@ class Programs(NamedTuple):
     attention: Attention
     batch: BatchShape
     state: TrainState
+    frozen: Any
     reference: Any
     teacher: Any
     teacher_shape: ModelConfig | None
@@ -101,6 +106,18 @@ class Programs(NamedTuple):
     def hosts(self) -> int:
         """Hosts that share ``Sampler.slots``."""
         return self.mesh.size // self.local.size
+
+    @property
+    def shares_weights(self) -> bool:
+        """Whether the sampler runs on the trainer's own frozen weights; see `make_publish`."""
+        is_own = self.mesh.shape == self.local.shape and self.platform != "cpu"
+        c = self.config
+        return (
+            is_own
+            and self.frozen is not None
+            and not c.lora.is_merged
+            and (c.frozen_dtype == c.model.dtype)
+        )
 
     @property
     def has_reference(self) -> bool:
@@ -193,14 +210,14 @@ def programs(
     check_shares(config, mesh, hosts)
     model = build_network(config, shape, mesh, config.train.row_tokens, platform)
     goal, batch = build_goal(config), build_shape(config, hosts)
-    optimizer = build_optimizer(config, model.axes())[0]
+    lora = build_lora(config)
+    optimizer = build_optimizer(config, trained_part(model, lora).axes)[0]
     teacher, teacher_weights = _teacher(config, teacher_shape, mesh, platform)
     head = _head(config, shape, mesh)
-    learner = build_learner(model, head, goal, optimizer, mesh, teacher)
-    params, minibatch = learner.state.params, _minibatch(batch, mesh)
-    has_reference = losses.reads(goal.objective, "ref_logp_BT")
-    reference = jax.tree.map(lambda x: x.update(dtype=jnp.bfloat16), params)
-    reference = reference if has_reference else None
+    learner = build_learner(model, head, goal, optimizer, mesh, teacher, lora)
+    frozen = None if lora is None else _weights(model, config.frozen_dtype, mesh)
+    minibatch, has_reference = _minibatch(batch, mesh), losses.reads(goal.objective, "ref_logp_BT")
+    reference = (frozen or _weights(model, "bfloat16", mesh)) if has_reference else None
     like = minibatch.rows.advantage_BT
     old = OldPolicy(
         like,
@@ -210,12 +227,12 @@ def programs(
         old_square_BT=like if losses.reads(goal.objective, "old_square_BT") else None,
     )
     scored = dataclasses.replace(minibatch, old=old)
-    sampler, weights = _sampler(config, shape, local, platform, hosts)
+    sampler, weights = _sampler(config, model, local, platform, hosts)
     prefill, decode = sampler.shapes()
     return Programs(
         by_name={
-            UPDATE: Program(learner.step, (learner.state, scored)),
-            SCORE: Program(learner.old_policy, (params, reference, minibatch, teacher_weights)),
+            UPDATE: Program(learner.step, (learner.state, scored, frozen)),
+            SCORE: _score(learner, frozen, reference, minibatch, teacher_weights),
             PREFILL: Program(sampler.prefill, (weights, *prefill)),
             DECODE: Program(sampler.decode, (weights, *decode)),
         },
@@ -227,6 +244,7 @@ def programs(
         attention=model.attention,
         batch=batch,
         state=learner.state,
+        frozen=frozen,
         reference=reference,
         teacher=teacher_weights,
         teacher_shape=teacher_shape,
@@ -237,6 +255,27 @@ def programs(
     )
 
 
+def _weights(model: Model, dtype: str, mesh: Any) -> Any:
+    """Shapes of a network's weights in a type."""
+    shapes = placed(jax.eval_shape(model.init, jax.random.key(0)), model.shardings(mesh))
+    return jax.tree.map(lambda x: x.update(dtype=jnp.dtype(dtype)), shapes)
+
+
+def _score(
+    learner: Learner, frozen: Any, reference: Any, minibatch: Minibatch, teacher: Any
+) -> Program:
+    """The program of the old policy; a reference that is part of the policy is given once."""
+    if frozen is None:
+        given = (learner.state.params, reference, minibatch, teacher)
+        return Program(learner.old_policy, given)
+
+    def score(params, minibatch, teacher):
+        own = None if reference is None else detach(params)
+        return learner.old_policy(params, own, minibatch, teacher)
+
+    return Program(jax.jit(score), (attach(learner.state.params, frozen, 1.0), minibatch, teacher))
+
+
 def _teacher(
     config: Config, shape: ModelConfig | None, mesh: Any, platform: str
 ) -> tuple[Teacher | None, Any]:
@@ -244,9 +283,7 @@ def _teacher(
     if shape is None:
         return None, None
     model = build_network(config, shape, mesh, config.train.row_tokens, platform)
-    weights = placed(jax.eval_shape(model.init, jax.random.key(0)), model.shardings(mesh))
-    dtype = jnp.dtype(config.teacher.dtype)
-    weights = jax.tree.map(lambda x: x.update(dtype=dtype), weights)
+    weights = _weights(model, config.teacher.dtype, mesh)
     return Teacher(model, _head(config, shape, mesh)), weights
 
 
@@ -269,15 +306,22 @@ def _minibatch(batch: BatchShape, mesh: Any) -> Minibatch:
 
 
 def _sampler(
-    config: Config, shape: ModelConfig, local: Any, platform: str, hosts: int
+    config: Config, network: Model, local: Any, platform: str, hosts: int
 ) -> tuple[PagedSampler, Any]:
-    """The sampler of one host and the shapes of the weights that are published to it."""
+    """The sampler of one host and the shapes of the weights that are published to it.
+
+    network: of the update.
+    """
+    shape, lora = network.config, None if config.lora.is_merged else build_lora(config)
     model = build_sampling_network(config, shape, local, platform)
     limits = build_limits(config, local, hosts, (0,), platform)
-    head = _head(config, shape, local)
-    sampler = PagedSampler(model, head, limits, local, seed=config.run.seed)
-    shapes = jax.eval_shape(
-        lambda key: cast_matrices(model.init(key), model.axes(), config.model.dtype),
-        jax.random.key(0),
-    )
-    return sampler, placed(shapes, model.shardings(local))
+    publish = make_publish(model, local, local, config.model.dtype, lora)
+    head, seed = _head(config, shape, local), config.run.seed
+    sampler = PagedSampler(model, head, limits, local, seed=seed, publish=publish)
+    part = trained_part(network, lora)
+
+    def published(key: Any) -> Any:
+        params = part.whole(part.init(key), None if lora is None else network.init(key))
+        return publish.arrange(params)
+
+    return sampler, placed(jax.eval_shape(published, jax.random.key(0)), publish.shardings)

@@ -5,7 +5,8 @@ model_files.json    sizes and digests of the files of the model that the run sta
 teacher_files.json  the same of the teacher, if there is one
 metrics.jsonl       one line per iteration            tensorboard/  the same as events
 checkpoints/        everything a bitwise resume needs
-initial_model/      the warm-started model            model/        the trained one
+initial_model/      the warm-started model            model/        the trained one, or
+                                                      adapter/      what was trained beside it
 transcripts/        prompts, answers and verdicts of each iteration and each evaluation
 drawn/              what external engines drew, so that it need not be drawn again
 engine.log          what the engine of Sampler.command says
@@ -39,13 +40,15 @@ TEACHER_FILES = "teacher_files.json"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 INITIAL_MODEL = "initial_model"
+MODEL = "model"
+ADAPTER = "adapter"
 ROLLOUTS = "rollouts"
 DRAWN = "drawn"
 ENGINE_LOG = "engine.log"
 FILES = (LOCK, CONFIG, MODEL_FILES, TEACHER_FILES, METRICS, ENGINE_LOG, "dynamics.png")
 FOLDERS = (
-    *(CHECKPOINTS, INITIAL_MODEL, "model", "tensorboard", "transcripts", ROLLOUTS, DRAWN),
-    "profile",
+    *(CHECKPOINTS, INITIAL_MODEL, MODEL, ADAPTER),
+    *("tensorboard", "transcripts", ROLLOUTS, DRAWN, "profile"),
 )
 
 # NFS turns flock into a lock that needs a descriptor open for writing, which a folder has not.

@@ -20,9 +20,11 @@ from aspo_jax.hub import SETTINGS
 from aspo_jax.model.hf import weight_files
 from aspo_jax.run.checkpoint import MANIFEST, CheckpointError, Checkpoints
 from aspo_jax.run.folder import (
+    ADAPTER,
     CHECKPOINTS,
     CONFIG,
     METRICS,
+    MODEL,
     MODEL_FILES,
     TEACHER_FILES,
     RunLock,
@@ -100,7 +102,8 @@ def run_config(folder: Path, factories: Factories) -> Config:
 
 def has_results(folder: Path) -> bool:
     """Whether a run folder holds what another config must not continue or replace."""
-    return any(folder.glob(f"{CHECKPOINTS}/*/{MANIFEST}")) or (folder / "model").exists()
+    is_done = any((folder / name).exists() for name in (MODEL, ADAPTER))
+    return is_done or any(folder.glob(f"{CHECKPOINTS}/*/{MANIFEST}"))
 
 
 def claim_folder(config: Config, model_folder: str | Path) -> None:
@@ -197,6 +200,18 @@ def _check_model_files(path: Path, model_folder: Path, found: Mapping[str, Any])
         )
 
 
+def check_base(run: Path, config: Config, folder: Path) -> None:
+    """The model in a folder is the one that a run's adapters were trained beside.
+
+    Raises:
+        ModelChanged: it is not.
+    """
+    record = run / MODEL_FILES
+    if not config.run.accept_changes:
+        base = _ModelFiles(record, config.model.path, folder, config.origin)
+        _check_model_files(record, base.source, base.digests())
+
+
 class Saved(NamedTuple):
     """A run folder, and one of its steps; None: the newest."""
 
@@ -226,7 +241,7 @@ def find_run(path: Path) -> Saved:
 
 
 def trained_weights(saved: Saved, config: Config, wanted: Any) -> tuple[int, Any]:
-    """The step and its weights of a run; see `Checkpoints.restore_params`.
+    """The step and its trained weights of a run; see `Checkpoints.restore_params`.
 
     Raises:
         CheckpointError: there is none, or it cannot be used.

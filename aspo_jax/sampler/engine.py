@@ -21,6 +21,7 @@ from aspo_jax.model.sharding import placed, row_shards
 from aspo_jax.sampler.choice import EVERYTHING, Choice
 from aspo_jax.sampler.device import Programs, Serving
 from aspo_jax.sampler.limits import Limits
+from aspo_jax.sampler.publish import Publish
 from aspo_jax.sampler.seam import Completion, Request
 from aspo_jax.sampler.session import Session, Stats
 
@@ -30,7 +31,8 @@ CLASSES = 4  # of rows by length: each reads as many pages as its longest row
 class PagedSampler:
     """Continuous batching over a paged cache; see `Sampler` for the seam.
 
-    ``publish`` turns the params given to `start` into those that this model computes with.
+    ``publish`` turns the params given to `start` into those that this model computes with; None:
+    they are.
     ``stops(tokens) -> length or None``: how many of the tokens complete a stop string, if any do.
     ``head.temperature`` may be 0: the likeliest id. `drawing` makes a sampler that draws otherwise.
     ``choice``: for all requests; `Serving`: each says itself how it is drawn, in another program.
@@ -48,7 +50,7 @@ class PagedSampler:
         seed: int,
         choice: Choice | Serving = EVERYTHING,
         stops: Callable[[list[int]], int | None] | None = None,
-        publish: Callable[[Any], Any] = lambda params: params,
+        publish: Publish | None = None,
     ):
         self.limits, self.stats, self.stops, self._publish = limits, Stats(), stops, publish
         self.params: Any = None
@@ -67,7 +69,7 @@ class PagedSampler:
             return model.empty_cache(self.shard_count, pages, limits.page, **kind)
 
         self._cache = cache = shardings(mesh, cache_specs(jax.eval_shape(empty)))
-        self._weights = weights = model.shardings(mesh)
+        self._weights = weights = publish.shardings if publish else model.shardings(mesh)
         rows = batch_sharding(mesh)
         of_pages = batch_sharding(mesh, leading=1)
         self.row_shardings = dataclasses.replace(
@@ -130,7 +132,7 @@ class PagedSampler:
 
     def start(self, params: Any) -> None:
         """Use these parameters from now on."""
-        self.params = self._publish(params)
+        self.params = self._publish.of(params) if self._publish else params
 
     def release(self) -> None:
         """Forget them: until the next `start` their memory is the update's."""
