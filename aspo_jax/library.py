@@ -22,16 +22,15 @@ from aspo_jax.config import Config, read_config
 from aspo_jax.data import encode, render
 from aspo_jax.evaluation import Scores, evaluator
 from aspo_jax.inputs import held_out_prompts
-from aspo_jax.learner import make_old_policy, place
 from aspo_jax.loading import ROOM, fitted_sampler, rounded
 from aspo_jax.model.sharding import row_shards
 from aspo_jax.origin import fetch_weights, locate
 from aspo_jax.parts import FACTORIES, open_scorer
 from aspo_jax.policy import Policy, load_policy
 from aspo_jax.rollout import Collector, Rollout, draw
-from aspo_jax.rows import BatchShape, answered, fill
 from aspo_jax.sampler import EVALUATE, EVERYTHING, Completion, PagedSampler
 from aspo_jax.structs import OldPolicy, Prompt
+from aspo_jax.text_scores import make_rescore, score_texts
 from aspo_jax.weights import load_start
 
 
@@ -99,11 +98,8 @@ def load(folder: str | Path, *settings: str) -> Loaded:
     fetch_weights(config)
     place = str(config.model_folder)
     policy = load_policy(config, place, mesh)
-    model = policy.model
     params = load_start(config, policy, place, mesh)
-    every = np.ones(model.config.vocab_size, bool)
-    head = policy.head._replace(temperature=1.0, is_allowed_V=every)
-    return Loaded(config, mesh, policy, params, make_old_policy(model, head, mesh), {})
+    return Loaded(config, mesh, policy, params, make_rescore(policy.model, policy.head, mesh), {})
 
 
 def chat(model: Loaded, messages: str | Sequence[Mapping[str, str]]) -> str:
@@ -122,20 +118,8 @@ def score(model: Loaded, texts: Sequence[str]) -> list[TextScore]:
     tokens = [np.asarray(encode(model.policy.tokenizer, text)) for text in texts]
     if short := [text for text, t in zip(texts, tokens, strict=True) if len(t) < 2]:
         raise ValueError(f"found {short[0]!r}, expected texts of at least two tokens")
-    shape = BatchShape(
-        minibatches=1,
-        microbatches=1,
-        rows=rounded(len(texts), row_shards(model.mesh)),
-        row_tokens=rounded(max(map(len, tokens)), 128),
-        is_packed=False,
-    )
-    rows = fill([answered(t[:1].tolist(), t[1:], 0.0, 1.0, 0) for t in tokens], shape)
-    scores = model.rescore(model.params, None, place(model.mesh, rows))
-    logp_BT, entropy_BT = np.asarray(scores.old_logp_BT)[0], np.asarray(scores.old_entropy_BT)[0]
-    return [
-        TextScore(own, logp_BT[row, : len(own) - 1], entropy_BT[row, : len(own) - 1])
-        for row, own in enumerate(tokens)
-    ]
+    scores = score_texts(model.rescore, model.params, model.mesh, tokens)
+    return [TextScore(own, *score) for own, score in zip(tokens, scores, strict=True)]
 
 
 def sample(

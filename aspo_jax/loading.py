@@ -16,6 +16,9 @@ from jax.sharding import Mesh
 
 from aspo_jax import hub, runtime
 from aspo_jax.config import Config
+from aspo_jax.config.gin import Binding
+from aspo_jax.config.reading import changed_config
+from aspo_jax.config.suites import bound
 from aspo_jax.errors import UserError
 from aspo_jax.files import digest, digests
 from aspo_jax.model import ModelConfig
@@ -84,6 +87,19 @@ def find_model(text: str, step: int | None = None) -> Named:
         said |= {f"Lora.{name}": value for name, value in config.lora_shape.items()}
     said |= {"Sampler.stop_ids": s.stop_ids, "Sampler.stop_strings": s.stop_strings}
     return Named(config.model.path or str(saved.run / INITIAL_MODEL), Saved(saved.run, step), said)
+
+
+def named_config(model: Named, text: str, settings: Mapping[str, Binding]) -> Config:
+    """The default config with a model, what its run says of it, and settings, which win.
+
+    text: the model as a person named it, for messages.
+
+    Raises:
+        ConfigError: every mistake in the settings.
+    """
+    said = {key: bound(value, text) for key, value in model.settings.items()}
+    path = {"Model.path": bound(model.path, "MODEL_OR_RUN")}
+    return changed_config(said | path | dict(settings), FACTORIES)
 
 
 def _no_run(path: Path, text: str, step: int | None) -> Named:

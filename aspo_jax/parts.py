@@ -35,13 +35,7 @@ from aspo_jax.policy import Policy, build_network, load_policy
 from aspo_jax.rewards import SHAPES, Rules, Scorer, Shape, chain, overlong_ramp
 from aspo_jax.rollout import Peers
 from aspo_jax.run.writers import WRITERS, Open, TensorBoard
-from aspo_jax.sampler import (
-    Limits,
-    PagedSampler,
-    Sampler,
-    make_publish,
-    stop_length,
-)
+from aspo_jax.sampler import Limits, PagedSampler, Sampler, make_publish, stop_length
 from aspo_jax.structs import Prompt
 from aspo_jax.suites import HeldOut, held_out_problems
 

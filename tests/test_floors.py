@@ -25,7 +25,7 @@ FLOORS = [  # top to bottom; strangers on one floor do not import each other
     ["parts", "weights"],
     ["engines"],
     ["policy"],
-    ["evaluation", "refill", "origin", "recording"],
+    ["evaluation", "refill", "origin", "recording", "text_scores"],
     ["suites"],
     ["inputs", "rollout", "learner", "run"],
     ["runtime", "sampler", "agreement"],

@@ -16,6 +16,7 @@ from toy import (
     IS_ALLOWED_V,
     PAD,
     VOCAB,
+    assert_same,
     on,
     random_adapter,
     random_params,
@@ -85,16 +86,6 @@ def by_identity(sampler, requests=REQUESTS) -> dict[tuple, Completion]:
 @pytest.fixture(scope="module")
 def completions(sampler):
     return by_identity(sampler)
-
-
-def assert_same(got: dict, expected: dict, logp_tolerance: float = 0.0) -> None:
-    for identity, completion in got.items():
-        wanted = expected[identity]
-        assert completion.tokens_T.tolist() == wanted.tokens_T.tolist()
-        assert completion.ending == wanted.ending
-        np.testing.assert_allclose(
-            completion.logp_T, wanted.logp_T, rtol=0, atol=logp_tolerance, err_msg=str(identity)
-        )
 
 
 # --- identity -----------------------------------------------------------------------------------

@@ -6,7 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy import CONFIG, EOS, HEAD, IS_ALLOWED_V, VOCAB, on, random_params, toy_mesh, toy_model
+from toy import (
+    CONFIG,
+    EOS,
+    HEAD,
+    IS_ALLOWED_V,
+    VOCAB,
+    assert_same,
+    on,
+    random_params,
+    toy_mesh,
+    toy_model,
+)
 
 from aspo_jax.head import logits
 from aspo_jax.sampler import (
@@ -81,14 +92,6 @@ def by_identity(sampler, requests=REQUESTS) -> dict[tuple, Completion]:
 def alone(sampler) -> dict[tuple, Completion]:
     """Each request with the sampler for itself."""
     return {r.identity: next(iter(sampler.sample([r]))) for r in REQUESTS}
-
-
-def assert_same(got, expected, tolerance=0.0) -> None:
-    for identity, completion in got.items():
-        wanted = expected[identity]
-        assert completion.tokens_T.tolist() == wanted.tokens_T.tolist(), identity
-        assert completion.ending == wanted.ending
-        np.testing.assert_allclose(completion.logp_T, wanted.logp_T, rtol=0, atol=tolerance)
 
 
 # --- identity -----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from aspo_jax.model import Lora, Model, ModelConfig, build_model, choose_attenti
 from aspo_jax.model.lora import init_adapter
 from aspo_jax.model.sharding import MESH_AXES
 from aspo_jax.rows import BatchShape, Example, answered, fill
+from aspo_jax.sampler import Completion
 from aspo_jax.structs import Histogram, Max, Mean, Metrics, Minibatch
 
 PAD, BOS, EOS = 0, 1, 2
@@ -71,6 +73,19 @@ def random_adapter(lora: Lora, config: ModelConfig, seed: int = 1) -> Any:
     rng = np.random.RandomState(seed)
     shapes = jax.eval_shape(lambda key: init_adapter(config, lora, key), jax.random.key(0))
     return jax.tree.map(lambda x: 0.2 * rng.standard_normal(x.shape).astype(np.float32), shapes)
+
+
+def assert_same(
+    got: Mapping[Any, Completion], expected: Mapping[Any, Completion], logp_tolerance: float = 0.0
+) -> None:
+    """Completions, by the identity of their requests, are those that were expected."""
+    for identity, completion in got.items():
+        wanted = expected[identity]
+        assert completion.tokens_T.tolist() == wanted.tokens_T.tolist(), identity
+        assert completion.ending == wanted.ending, identity
+        np.testing.assert_allclose(
+            completion.logp_T, wanted.logp_T, rtol=0, atol=logp_tolerance, err_msg=str(identity)
+        )
 
 
 def toy_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:

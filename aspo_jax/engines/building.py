@@ -22,13 +22,11 @@ from aspo_jax.engines.remembered import Remembered
 from aspo_jax.engines.weights import Publisher, default_folder, folder_of_run, write_head
 from aspo_jax.engines.wire import WIRES, How
 from aspo_jax.inputs import held_out_prompts
-from aspo_jax.learner import make_old_policy, place
-from aspo_jax.model.sharding import row_shards
 from aspo_jax.policy import Policy, save_policy
-from aspo_jax.rows import BatchShape, answered, fill
 from aspo_jax.run.folder import DRAWN, ENGINE_LOG
 from aspo_jax.sampler import stop_length
 from aspo_jax.structs import Prompt
+from aspo_jax.text_scores import make_rescore, score_texts
 
 PROBE = 128  # tokens at most, of which engines say the log-probabilities after a reload
 
@@ -117,16 +115,5 @@ def _probe(prompts: Sequence[Prompt], window: int) -> list[int]:
 
 def probe_scorer(policy: Policy, mesh: Mesh, probe: Sequence[int]) -> Callable[[Any], np.ndarray]:
     """params -> the trainer's log-probabilities of the probe, temperature 1, whole vocabulary."""
-    every = np.ones(policy.model.config.vocab_size, bool)
-    head = policy.head._replace(temperature=1.0, is_allowed_V=every)
-    score = make_old_policy(policy.model, head, mesh)
-    shape = BatchShape(
-        minibatches=1, microbatches=1, rows=row_shards(mesh), row_tokens=128, is_packed=False
-    )
-    rows = fill([answered(probe[:1], np.array(probe[1:]), 0.0, 1.0, 0)], shape)
-
-    def scored(params: Any) -> np.ndarray:
-        logp_MBT = score(params, None, place(mesh, rows)).old_logp_BT
-        return np.asarray(logp_MBT)[0, 0, : len(probe) - 1]
-
-    return scored
+    rescore, text = make_rescore(policy.model, policy.head, mesh), np.array(probe)
+    return lambda params: score_texts(rescore, params, mesh, [text])[0][0]

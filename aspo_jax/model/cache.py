@@ -125,9 +125,7 @@ class Extend:
         E, S = self.cache.key_EKYXSC.shape[0], self.cache.key_EKYXSC.shape[4]
         A, T, H, C = q_ATHC.shape
         K = k_ATKC.shape[2]
-        table_AJ = jnp.pad(
-            self.table_JA.T, ((0, 0), (0, -self.table_JA.shape[0] % self.pages_per_read))
-        )
+        table_AJ = _whole_reads(self.table_JA, self.pages_per_read)
         slot_T = jnp.arange(T)
         place_AJ = self.start_A[:, None] // S + jnp.arange(T // S)
         page_AJ = jnp.take_along_axis(table_AJ, place_AJ, axis=1, mode="fill", fill_value=0)
@@ -206,13 +204,13 @@ class Decode:
         """Attention of each row to its pages, class after class."""
         N, _, H, C = q_N1HC.shape
         E, K, _, _, S = cache.key_EKYXSC.shape[:5]
-        classes, J = self.reads_c.shape[0], self.table_JN.shape[0]
+        classes = self.reads_c.shape[0]
         of_prompt_N = -(-self.prompt_N // S)
 
         def by_class(x_N: Array) -> Array:
             return x_N.reshape(E, classes, N // E // classes, *x_N.shape[1:]).swapaxes(0, 1)
 
-        table_NJ = jnp.pad(self.table_JN.T, ((0, 0), (0, -J % self.pages_per_read)))
+        table_NJ = _whole_reads(self.table_JN, self.pages_per_read)
         numbers = jnp.arange(table_NJ.shape[1])
         held_NJ = jnp.where(
             numbers < of_prompt_N[:, None],
@@ -286,6 +284,12 @@ def _over_pages(
     _, mass, total = jax.lax.fori_loop(0, reads, add, nothing)
     # The mass is 1 at least, but for a row that no one waits for and that has read nothing.
     return (total / jnp.maximum(mass, 1.0)[..., None]).astype(dtype).swapaxes(1, 2)
+
+
+def _whole_reads(table_JN: Array, pages_per_read: int) -> Array:
+    """A table by rows, [N, J], with page 0 behind the end until whole reads make it up."""
+    J = table_JN.shape[0]
+    return jnp.pad(table_JN.T, ((0, 0), (0, -J % pages_per_read)))
 
 
 def _some(x_EnJ: Array, i: Array, count: int) -> Array:

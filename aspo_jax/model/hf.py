@@ -96,7 +96,14 @@ def _open_tensors(folder: Path, config: ModelConfig, stack: contextlib.ExitStack
         ]
         found |= {name: opened.get_slice(name) for name in sorted(names)}
     if not problems:
-        problems = _differences(found, config)
+        # Tied checkpoints may repeat the embedding under the head's name.
+        tied = {"lm_head.weight"} if config.tie_embeddings else set()
+        problems = differences(
+            found,
+            parameters(config),
+            config.layers,
+            lambda name: name in tied or _BUFFER.fullmatch(name),
+        )
     if problems:
         shown = "\n  ".join(problems[:20])
         raise ModelFolderError(
@@ -140,20 +147,24 @@ def _index(folder: Path) -> tuple[Path, dict[str, str]]:
     return index, shards
 
 
-def _differences(found: dict[str, Any], config: ModelConfig) -> list[str]:
-    """What is missing, surplus, misshapen or of another type."""
+def differences(
+    found: dict[str, Any],
+    table: Any,
+    layers: int,
+    is_optional: Callable[[str], Any] = lambda name: False,
+) -> list[str]:
+    """What is missing, surplus, misshapen or of another type.
+
+    table: tree of the `Parameter`s that are expected. is_optional: what may be there besides.
+    """
     expected = {
-        name: entry.shape
-        for entry in jax.tree.leaves(parameters(config))
-        for name in entry.names(config.layers)
+        name: entry.shape for entry in jax.tree.leaves(table) for name in entry.names(layers)
     }
-    # Tied checkpoints may repeat the embedding under the head's name.
-    optional = {"lm_head.weight"} if config.tie_embeddings else set()
     problems = [f"missing {name} {shape}" for name, shape in expected.items() if name not in found]
     for name, tensor in found.items():
         shape = tuple(tensor.get_shape())
         if name not in expected:
-            if name not in optional and not _BUFFER.fullmatch(name):
+            if not is_optional(name):
                 problems.append(f"surplus {name}")
         elif shape != expected[name]:
             problems.append(f"{name} has shape {shape}, expected {expected[name]}")

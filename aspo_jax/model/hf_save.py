@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import json
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -71,24 +72,35 @@ def save_model(
     folder, kind = Path(folder), np.dtype(jnp.dtype(dtype))
     eos_ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
     raw = hf_config(config, eos_token_id=eos_ids[0], dtype=dtype, source=source)
+    shards = _split(tensors_of(parameters(config), config.layers, params), kind, max_shard_bytes)
+    with replacing(folder) as partial:
+        for file, tensors in shards.items():
+            write_tensors(partial / file, tensors, dtype)
+        if jax.process_index() == 0:
+            if len(shards) > 1:
+                write_json(partial / INDEX_FILE, _weight_map(shards, kind))
+            write_json(partial / CONFIG_FILE, raw)
+            write_json(partial / GENERATION_FILE, generation_config(source, eos_ids))
+            save_tokenizer(partial)
+
+
+@contextlib.contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """An empty folder beside a folder, which it replaces at the end unless that fails.
+
+    Several processes enter it together; process 0 alone makes, fills and renames it.
+    """
     is_writer = jax.process_index() == 0
     partial = folder.with_name(folder.name + ".partial")
     if is_writer:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    shards = _split(tensors_of(parameters(config), config.layers, params), kind, max_shard_bytes)
-    for file, tensors in shards.items():
-        write_tensors(partial / file, tensors, dtype)
+    yield partial
     if is_writer:
-        if len(shards) > 1:
-            write_json(partial / INDEX_FILE, _weight_map(shards, kind))
-        write_json(partial / CONFIG_FILE, raw)
-        write_json(partial / GENERATION_FILE, generation_config(source, eos_ids))
-        save_tokenizer(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("model saved")
+        multihost_utils.sync_global_devices("folder saved")
 
 
 def tensors_of(table: Any, layers: int, params: Any) -> list[_Tensor]:

@@ -6,19 +6,17 @@ adapter_model.safetensors      ``lora_A`` [r, in] and ``lora_B`` [out, r] of eve
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, Sharding
 from safetensors import SafetensorError, safe_open
 
-from aspo_jax.model.hf import DTYPES, NotFinite, load_leaf
+from aspo_jax.model.hf import NotFinite, differences, load_leaf
 from aspo_jax.model.hf_config import ModelFolderError, read_json
-from aspo_jax.model.hf_save import tensors_of, write_json, write_tensors
+from aspo_jax.model.hf_save import replacing, tensors_of, write_json, write_tensors
 from aspo_jax.model.lora import Lora, adapter_axes, adapter_table, init_adapter
 from aspo_jax.model.parameters import ModelConfig, Parameter
 from aspo_jax.model.sharding import map_axes, partition_spec, shardings
@@ -53,20 +51,12 @@ def save_adapter(
     All is written beside it and renamed at the end. Several processes call it together: all of
     them gather, process 0 writes.
     """
-    folder = Path(folder)
-    partial = folder.with_name(folder.name + ".partial")
-    is_writer, table = jax.process_index() == 0, adapter_table(config, lora)
-    if is_writer:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    tensors = tensors_of(table, config.layers, adapter)
-    write_tensors(partial / TENSORS_FILE, tensors, "float32")
-    if is_writer:
-        write_json(partial / SETTINGS_FILE, _settings(table, lora, base))
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("adapter saved")
+    table = adapter_table(config, lora)
+    with replacing(Path(folder)) as partial:
+        tensors = tensors_of(table, config.layers, adapter)
+        write_tensors(partial / TENSORS_FILE, tensors, "float32")
+        if jax.process_index() == 0:
+            write_json(partial / SETTINGS_FILE, _settings(table, lora, base))
 
 
 def _settings(table: Any, lora: Lora, base: Base) -> dict[str, Any]:
@@ -127,13 +117,7 @@ def _read(
         for matrix, pair in table.items()
         if any(name in found for entry in pair.values() for name in entry.names(layers))
     }
-    expected = {
-        name: entry.shape
-        for pair in present.values()
-        for entry in pair.values()
-        for name in entry.names(layers)
-    }
-    if problems := _differences(found, expected):
+    if problems := differences(found, present, layers):
         shown = "\n  ".join(problems[:20])
         raise ModelFolderError(
             f"{path} does not fit the network and Lora.targets = {lora.targets!r} ({len(problems)} "
@@ -148,20 +132,6 @@ def _read(
     except NotFinite as problem:
         raise ModelFolderError(f"{path}: {problem} holds numbers that are not finite") from None
     return {"layers": fresh["layers"] | read}
-
-
-def _differences(found: dict[str, Any], expected: dict[str, tuple[int, ...]]) -> list[str]:
-    """What is missing, surplus, misshapen or of another type."""
-    problems = [f"missing {name} {shape}" for name, shape in expected.items() if name not in found]
-    for name, tensor in found.items():
-        shape = tuple(tensor.get_shape())
-        if name not in expected:
-            problems.append(f"surplus {name}")
-        elif shape != expected[name]:
-            problems.append(f"{name} has shape {shape}, expected {expected[name]}")
-        elif tensor.get_dtype() not in DTYPES:
-            problems.append(f"{name} has type {tensor.get_dtype()}, expected {' or '.join(DTYPES)}")
-    return problems
 
 
 def check_adapter(folder: str | Path, lora: Lora) -> None:

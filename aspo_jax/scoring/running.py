@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from aspo_jax import runtime
 from aspo_jax.config import Config
 from aspo_jax.config.reading import changed_config
-from aspo_jax.config.suites import ENGINE, Suite, bound
+from aspo_jax.config.suites import ENGINE, Suite
 from aspo_jax.evaluation import answers, set_collectors
 from aspo_jax.loading import (
     Named,
@@ -29,6 +29,7 @@ from aspo_jax.loading import (
     fitted_sampler,
     identity,
     load_weights,
+    named_config,
     rounded,
 )
 from aspo_jax.model.sharding import row_shards
@@ -78,9 +79,7 @@ def plan(model: str, step: int | None, suite: Suite, data_folder: str) -> Plan:
     here = changed_config(suite.engine, FACTORIES).runtime
     runtime.join(here.coordinator, here.num_processes, here.process_id)
     named = find_model(model, step)
-    said = {key: bound(value, model) for key, value in named.settings.items()}
-    path = {"Model.path": bound(named.path, "MODEL_OR_RUN")}
-    config = changed_config(said | path | dict(suite.engine), FACTORIES)
+    config = named_config(named, model, suite.engine)
     problems = read_problems(suite, data_folder)
     mesh = runtime.start(**dataclasses.asdict(config.runtime))
     config = locate(config, named.saved and named.saved.run)

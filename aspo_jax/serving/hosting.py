@@ -76,13 +76,14 @@ def _open_all(h: Hosting, device: Device, console: Console) -> dict[str, Opened]
     if h.follows is not None:
         for text in h.models:
             _await_checkpoint(text, console, h.follows)
-    names = h.names or [find_model(text).name for text in h.models]
+    found = [find_model(text) for text in h.models]  # which reads a run's newest step whole
+    names = h.names or [named.name for named in found]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"two models are called {twice[0]}; give each a --name")
     models: dict[str, Opened] = {}
-    for name, text in zip(names, h.models, strict=True):
+    for name, named, text in zip(names, found, h.models, strict=True):
         start = time.perf_counter()
-        opened = open_model(text, h.settings, h.room, device, is_raw=h.is_raw)
+        opened = open_model(named, text, h.settings, h.room, device, is_raw=h.is_raw)
         models[name] = opened
         slots, window = opened.limits.slots, opened.limits.window
         seconds = time.perf_counter() - start

@@ -12,14 +12,12 @@ from jax.sharding import Mesh
 from aspo_jax import runtime
 from aspo_jax.config import Config
 from aspo_jax.config.gin import Binding
-from aspo_jax.config.reading import changed_config
-from aspo_jax.config.suites import bound
 from aspo_jax.errors import UserError
-from aspo_jax.loading import Named, affordable_slots, find_model, load_weights, rounded
+from aspo_jax.loading import Named, affordable_slots, load_weights, named_config, rounded
 from aspo_jax.model import Model, load_params
 from aspo_jax.model.sharding import row_shards
 from aspo_jax.origin import locate
-from aspo_jax.parts import FACTORIES, build_sampling_network
+from aspo_jax.parts import build_sampling_network
 from aspo_jax.paths import user_path
 from aspo_jax.policy import Policy, load_policy
 from aspo_jax.run.checkpoint import MANIFEST
@@ -71,6 +69,7 @@ class Opened(NamedTuple):
 
 
 def open_model(
+    named: Named,
     text: str,
     settings: Mapping[str, Binding],
     room: Room,
@@ -80,16 +79,14 @@ def open_model(
 ) -> Opened:
     """Load a folder, a hub name or a run, and compile what answers a request.
 
+    text: the model as a person named it, for messages.
     settings: of a config, as far as they mean something here.
     is_raw: see `aspo_jax.sampler.Serving`.
 
     Raises:
         UserError: what a person must mend.
     """
-    named = find_model(text)
-    said = {key: bound(value, text) for key, value in named.settings.items()}
-    path = {"Model.path": bound(named.path, "MODEL_OR_RUN")}
-    config = changed_config(said | path | dict(settings), FACTORIES)
+    config = named_config(named, text, settings)
     mesh = runtime.start(**dataclasses.asdict(config.runtime))
     config = locate(config, named.saved and named.saved.run)
     policy = load_policy(config, config.model_folder, mesh)
