@@ -38,7 +38,6 @@ from aspo_jax.rollout import (
 from aspo_jax.rounding import rounding_cost
 from aspo_jax.run.checkpoint import Checkpoints
 from aspo_jax.run.console import Bar, Console
-from aspo_jax.run.figures import dynamics
 from aspo_jax.run.folder import ADAPTER, CHECKPOINTS, METRICS, MODEL, RunLock
 from aspo_jax.run.metrics import Clock, Log, read_metrics, update_name
 from aspo_jax.run.records import before_and_after, next_command
@@ -337,6 +336,8 @@ def _conclude(run: Run, console: Console) -> None:
         console.note(
             f"{idle} of {run.config.train.iterations} iterations had no group to learn from"
         )
+    from aspo_jax.run.figures import dynamics  # matplotlib costs each start 0.4 s, here none
+
     with writing(folder / "dynamics.png"):
         dynamics({folder.name: rows}, folder / "dynamics.png")
     paths = {
