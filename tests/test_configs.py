@@ -22,7 +22,11 @@ from aspo_jax.model.sharding import abstract_mesh
 from aspo_jax.parts import FACTORIES
 from aspo_jax.planning.programs import SCORE, UPDATE, programs, read_shape
 
-LONG = [name for name in packaged() if not name.startswith(("countdown", "own_data", "smollm2"))]
+LONG = [
+    name
+    for name in packaged()
+    if not name.startswith(("countdown", "own_data", "qwen_", "smollm2"))
+]
 SHAPES = sorted((config_folder() / "shapes").glob("*.json"))
 # Parameters as the model cards give them, in billions.
 BILLIONS = {

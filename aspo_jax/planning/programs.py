@@ -173,11 +173,12 @@ def _shape(setting: str, path: str, ask: Callable[[], tuple[str, str]]) -> Shape
         except hub.HubError as error:
             doubt = str(error)
     stem = name.repo.partition("/")[2] if name else folder.name
-    packaged = config_folder() / "shapes" / f"{stem}.json"
-    if packaged.is_file():
-        shape = parse_model_config(json.loads(packaged.read_text()), str(packaged))
-        return Shape(shape, f"the packaged shape {packaged.name}, since {doubt}")
-    known = ", ".join(sorted(path.stem for path in packaged.parent.glob("*.json")))
+    shapes = config_folder() / "shapes"
+    for like in (stem, stem.removesuffix("-Instruct")):  # tuned, not reshaped
+        if (packaged := shapes / f"{like}.json").is_file():
+            shape = parse_model_config(json.loads(packaged.read_text()), str(packaged))
+            return Shape(shape, f"the packaged shape {packaged.name}, since {doubt}")
+    known = ", ".join(sorted(path.stem for path in shapes.glob("*.json")))
     raise ConfigError(
         f"{setting} = {path!r}: no config.json there, and no packaged shape is named {stem!r}; "
         "set it to a model folder, to a name on the hub, or to a folder named as one of "
