@@ -16,9 +16,10 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from aspo_jax.errors import UserError
-from aspo_jax.structs import Max, Mean, Metrics, OldPolicy, Rows
+from aspo_jax.structs import Max, Mean, Metrics, Rows
 
 BAND = 0.2  # a ratio of the two beyond 1 +- this is "outside": there ASPO and PPO clip
 EXACT = 1e-4  # nats: the largest gap allowed in float32
@@ -28,10 +29,13 @@ class SamplingError(UserError):
     """What was sampled must not be trained on; the state before it is intact."""
 
 
-def gap_metrics(rows: Rows, old: OldPolicy) -> Metrics:
-    """Mean and largest gap (nats) and the share outside the band, over response tokens."""
+def gap_metrics(rows: Rows, logp_BT: Array) -> Metrics:
+    """Mean and largest gap (nats) and the share outside the band, over response tokens.
+
+    logp_BT: the trainer's, of the weights that the rows were sampled from.
+    """
     is_response_BT = rows.is_response_BT
-    log_ratio_BT = jnp.where(is_response_BT, rows.sampler_logp_BT - old.old_logp_BT, 0.0)
+    log_ratio_BT = jnp.where(is_response_BT, rows.sampler_logp_BT - logp_BT, 0.0)
     gap_BT, is_outside_BT = jnp.abs(log_ratio_BT), jnp.abs(jnp.expm1(log_ratio_BT)) > BAND
     count = jnp.sum(is_response_BT, dtype=jnp.float32)
     return {

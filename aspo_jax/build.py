@@ -22,6 +22,7 @@ from aspo_jax.model.peft import check_adapter
 from aspo_jax.model.sharding import row_shards
 from aspo_jax.parts import (
     Parts,
+    build_gate,
     build_optimizer,
     build_peers,
     build_reward_shape,
@@ -98,7 +99,8 @@ def build_machines(config: Config, parts: Parts, folder: str | Path, mesh: Mesh)
         signal=by_teacher if teacher else by_reward,
         collector=collector,
         learner=build_learner(
-            policy.model, policy.head, parts.goal, parts.optimizer, mesh, teacher, policy.lora
+            *(policy.model, policy.head, parts.goal, parts.optimizer, mesh, teacher, policy.lora),
+            gate=build_gate(config, parts.goal),
         ),
         shape=build_shape(config),
         peers=build_peers(),

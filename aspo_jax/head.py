@@ -6,11 +6,13 @@
 The model's own logits stay those of `transformers`; temperature and vocabulary mask live here only.
 The trainer's side works in chunks of tokens with its own gradient, so a [tokens, V] array exists
 neither forward nor backward: at most [chunk, V], and on a mesh [chunk, V / tensor] on each device,
-of which only statistics of each token cross devices.
+of which only statistics of each token cross devices. Only tokens that are read are in the chunks,
+as many as there are: prompts and padding cost nothing, and no shape depends on their number.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,7 +33,7 @@ class Head(NamedTuple):
     temperature: divides the logits, in sampler and trainer alike; a number or a scalar array.
     is_allowed_V: False for ids that can never be sampled (pad and bos unless they end a response,
         rows beyond the tokenizer); they are out of the trainer's softmax too.
-    chunk: tokens per chunk of the vocabulary projection, on each device.
+    chunk: most tokens per chunk of the vocabulary projection, on each device.
     mesh: rows are split over its data axes and the vocabulary over its tensor axis; None: one
         device.
     """
@@ -54,7 +56,11 @@ def logits(head: Head, weight_VD: Array, hidden_ND: Array) -> Array:
 
 
 def logp_and_entropy(
-    head: Head, weight_VD: Array, hidden_BTD: Array, target_BT: Array
+    head: Head,
+    weight_VD: Array,
+    hidden_BTD: Array,
+    target_BT: Array,
+    is_read_BT: Array | None = None,
 ) -> tuple[Array, Array]:
     """Log-probability of each target and entropy (nats) at each position, both differentiable.
 
@@ -65,25 +71,28 @@ def logp_and_entropy(
         weight_VD: vocabulary projection.
         hidden_BTD: final hidden states; B a multiple of the mesh's data x fsdp.
         target_BT: token ids. A forbidden id gets a log-probability near -1e30.
+        is_read_BT: False where nobody reads the result, which is 0 then; None: all is read.
 
     Returns:
         logp_BT, entropy_BT in float32.
     """
+    is_read_BT = _all_of(target_BT) if is_read_BT is None else is_read_BT
 
     @jax.custom_vjp
     def both(weight_VD, hidden_BTD):
         return forward(weight_VD, hidden_BTD)[0]
 
     def forward(weight_VD, hidden_BTD):
-        logp_BT, entropy_BT, lse_BT = _on_mesh(head, _forward, "vbb", "bbb")(
-            weight_VD.astype(hidden_BTD.dtype), hidden_BTD, target_BT
+        logp_BT, entropy_BT, lse_BT = _on_mesh(head, _forward, "vbbb", "bbb")(
+            weight_VD.astype(hidden_BTD.dtype), hidden_BTD, target_BT, is_read_BT
         )
         return (logp_BT, entropy_BT), (weight_VD, hidden_BTD, entropy_BT, lse_BT)
 
     def backward(saved, grads):
         weight_VD, hidden_BTD, entropy_BT, lse_BT = saved
-        weight_grad_VD, hidden_grad_BTD = _on_mesh(head, _backward, "vbbbbbb", "wb")(
-            weight_VD.astype(hidden_BTD.dtype), hidden_BTD, target_BT, entropy_BT, lse_BT, *grads
+        given = hidden_BTD, is_read_BT, target_BT, entropy_BT, lse_BT, *grads
+        weight_grad_VD, hidden_grad_BTD = _on_mesh(head, _backward, "vbbbbbbb", "wb")(
+            weight_VD.astype(hidden_BTD.dtype), *given
         )
         return weight_grad_VD.astype(weight_VD.dtype), hidden_grad_BTD
 
@@ -91,13 +100,20 @@ def logp_and_entropy(
     return both(weight_VD, hidden_BTD)
 
 
-def square_mass(head: Head, weight_VD: Array, hidden_BTD: Array) -> Array:
-    """``sum_v pi_v^2`` at each position, float32 [B, T]: 1 where one id is certain.
+def square_mass(
+    head: Head, weight_VD: Array, hidden_BTD: Array, is_read_BT: Array | None = None
+) -> Array:
+    """``sum_v pi_v^2`` at each position that is read, float32 [B, T]: 1 where one id is certain.
 
     A pass over the vocabulary of its own, without a gradient.
     """
     weight_VD = weight_VD.astype(hidden_BTD.dtype)
-    return _on_mesh(head, _squares, "vb", "b")(weight_VD, hidden_BTD)[0]
+    is_read_BT = _all_of(hidden_BTD[..., 0]) if is_read_BT is None else is_read_BT
+    return _on_mesh(head, _squares, "vbb", "b")(weight_VD, hidden_BTD, is_read_BT)[0]
+
+
+def _all_of(x_BT: Array) -> Array:
+    return jnp.ones(x_BT.shape, bool)
 
 
 class _Shard(NamedTuple):
@@ -108,6 +124,7 @@ class _Shard(NamedTuple):
     over_vocabulary: Callable[[Any], Any]  # sums over the devices that hold the other parts
     largest: Callable[[Array], Array]  # the maximum over them
     over_rows: Callable[[Array], Array]  # sums [V, D] over the devices that hold other rows
+    most: Callable[[Array], Array]  # the maximum over those
 
 
 def _on_mesh(head: Head, program: Callable, inputs: str, outputs: str) -> Callable:
@@ -119,7 +136,7 @@ def _on_mesh(head: Head, program: Callable, inputs: str, outputs: str) -> Callab
     """
     mesh, allowed_V = head.mesh, jnp.asarray(head.is_allowed_V)
     if mesh is None or mesh.size == 1:
-        same = _Shard(head, 0, *[lambda x: x] * 3)
+        same = _Shard(head, 0, *[lambda x: x] * 4)
         return lambda *arrays: program(same, *arrays)
     vocabulary, rows, width = (RULES[name] for name in ("vocab", "batch", "embed"))
     others = tuple(axis for axis in rows if axis != width)
@@ -140,6 +157,7 @@ def _on_mesh(head: Head, program: Callable, inputs: str, outputs: str) -> Callab
             lambda x: jax.lax.psum(x, vocabulary),
             lambda x: jax.lax.pmax(x, vocabulary),
             over_rows,
+            lambda x: jax.lax.pmax(x, rows),
         )
         return program(shard, *arrays)
 
@@ -153,27 +171,52 @@ def _on_mesh(head: Head, program: Callable, inputs: str, outputs: str) -> Callab
     return lambda *arrays: split(allowed_V, *arrays)
 
 
-def _chunks(head: Head, x_BTd: Array) -> Array:
-    """[B, T, ...] -> [n, c, ...]: n chunks of c tokens, zeros behind the end."""
-    tokens = x_BTd.shape[0] * x_BTd.shape[1]
-    c = min(head.chunk, tokens)
-    x_Nd = x_BTd.reshape(tokens, *x_BTd.shape[2:])
-    x_Nd = jnp.pad(x_Nd, ((0, -tokens % c), *[(0, 0)] * (x_Nd.ndim - 1)))
-    return x_Nd.reshape(-1, c, *x_BTd.shape[2:])
+class _Chunks(NamedTuple):
+    """The positions that are read, in chunks: the first ``count`` hold all of them.
+
+    place_nc: numbers of positions in [B T], in order; behind the last, numbers of none.
+    """
+
+    place_nc: Array
+    count: Array
+
+    def take(self, x_BTd: Array, i: Array) -> Array:
+        """What chunk i has of an array [B, T, ...]; zeros behind the last."""
+        x_Nd = x_BTd.reshape(-1, *x_BTd.shape[2:])
+        place = x_Nd.at[self.place_nc[i]]
+        return place.get(indices_are_sorted=True, unique_indices=True, mode="fill", fill_value=0)
+
+    def put(self, x_Nd: Array, i: Array, x_cd: Array) -> Array:
+        """An array [B T, ...] with the values of chunk i."""
+        place = x_Nd.at[self.place_nc[i]]
+        return place.set(x_cd, indices_are_sorted=True, unique_indices=True, mode="drop")
 
 
-def _rows(x_ncd: Array, like_BT: Array) -> Array:
-    """The inverse of `_chunks`."""
-    x_Nd = x_ncd.reshape(-1, *x_ncd.shape[2:])[: like_BT.size]
-    return x_Nd.reshape(*like_BT.shape, *x_ncd.shape[2:])
+def chunk_tokens(largest: int, tokens: int) -> int:
+    """Tokens of a chunk where a device has ``tokens`` of them: an eighth, or the largest allowed.
+
+    In fewer and larger chunks the prompts that are left out would save less.
+    """
+    return min(largest, math.ceil(tokens / 8))
 
 
-def _forward(shard: _Shard, weight_VD, hidden_BTD, target_BT):
+def _chunks(shard: _Shard, is_read_BT: Array) -> _Chunks:
+    """As many on every device, since they meet in each."""
+    tokens = is_read_BT.size
+    c = chunk_tokens(shard.head.chunk, tokens)
+    is_read_N = jnp.pad(is_read_BT.reshape(-1), (0, -tokens % c))
+    number_N = jnp.arange(len(is_read_N))
+    place_N = jnp.sort(jnp.where(is_read_N, number_N, tokens + number_N))
+    return _Chunks(place_N.reshape(-1, c), shard.most((is_read_N.sum() + c - 1) // c))
+
+
+def _forward(shard: _Shard, weight_VD, hidden_BTD, target_BT, is_read_BT):
     """logp, entropy and logsumexp of each position."""
+    chunks = _chunks(shard, is_read_BT)
 
-    def body(_, xs):
-        hidden_cD, target_c = xs
-        z_cV = logits(shard.head, weight_VD, hidden_cD)
+    def body(i, found):
+        target_c = chunks.take(target_BT, i)
+        z_cV = logits(shard.head, weight_VD, chunks.take(hidden_BTD, i))
         top_c = shard.largest(jnp.max(z_cV, axis=-1))
         below_cV = z_cV - top_c[:, None]
         e_cV = jnp.exp(below_cV)
@@ -186,40 +229,40 @@ def _forward(shard: _Shard, weight_VD, hidden_BTD, target_BT):
             )
         )
         lse_c = top_c + jnp.log(mass_c)
-        return None, (z_target_c - lse_c, jnp.log(mass_c) - weighted_c / mass_c, lse_c)
+        made = z_target_c - lse_c, jnp.log(mass_c) - weighted_c / mass_c, lse_c
+        return tuple(chunks.put(x_N, i, x_c) for x_N, x_c in zip(found, made, strict=True))
 
-    chunks = (_chunks(shard.head, hidden_BTD), _chunks(shard.head, target_BT))
-    return tuple(_rows(x_nc, target_BT) for x_nc in jax.lax.scan(body, None, chunks)[1])
+    zeros_N = jnp.zeros(target_BT.size, jnp.float32)
+    found = jax.lax.fori_loop(0, chunks.count, body, (zeros_N,) * 3)
+    return tuple(x_N.reshape(target_BT.shape) for x_N in found)
 
 
-def _squares(shard: _Shard, weight_VD, hidden_BTD):
+def _squares(shard: _Shard, weight_VD, hidden_BTD, is_read_BT):
     """The squared probabilities of each position, summed."""
+    chunks = _chunks(shard, is_read_BT)
 
-    def body(_, hidden_cD):
-        z_cV = logits(shard.head, weight_VD, hidden_cD)
+    def body(i, found_N):
+        z_cV = logits(shard.head, weight_VD, chunks.take(hidden_BTD, i))
         e_cV = jnp.exp(z_cV - shard.largest(jnp.max(z_cV, axis=-1))[:, None])
         mass_c, square_c = shard.over_vocabulary((e_cV.sum(-1), jnp.square(e_cV).sum(-1)))
-        return None, square_c / jnp.square(mass_c)
+        return chunks.put(found_N, i, square_c / jnp.square(mass_c))
 
-    chunks = _chunks(shard.head, hidden_BTD)
-    return (_rows(jax.lax.scan(body, None, chunks)[1], hidden_BTD[..., 0]),)
+    zeros_N = jnp.zeros(is_read_BT.size, jnp.float32)
+    return (jax.lax.fori_loop(0, chunks.count, body, zeros_N).reshape(is_read_BT.shape),)
 
 
-def _backward(
-    shard: _Shard,
-    weight_VD,
-    hidden_BTD,
-    target_BT,
-    entropy_BT,
-    lse_BT,
-    logp_grad_BT,
-    entropy_grad_BT,
-):
-    """Gradients of the projection, float32 [V, D], and of the hidden states."""
-    head, dtype = shard.head, hidden_BTD.dtype
+def _backward(shard: _Shard, weight_VD, hidden_BTD, is_read_BT, *of_tokens):
+    """Gradients of the projection, float32 [V, D], and of the hidden states, 0 where unread.
 
-    def body(weight_grad_VD, xs):
-        hidden_cD, target_c, entropy_c, lse_c, logp_grad_c, entropy_grad_c = xs
+    of_tokens: target, entropy, logsumexp, gradients of logp and entropy, [B, T] each.
+    """
+    head, dtype, chunks = shard.head, hidden_BTD.dtype, _chunks(shard, is_read_BT)
+
+    def body(i, grads):
+        weight_grad_VD, hidden_grad_ND = grads
+        hidden_cD = chunks.take(hidden_BTD, i)
+        target_c, entropy_c, lse_c, *grads_c = (chunks.take(x_BT, i) for x_BT in of_tokens)
+        logp_grad_c, entropy_grad_c = grads_c
         z_cV = logits(head, weight_VD, hidden_cD)
         logp_cV = z_cV - lse_c[:, None]
         p_cV = jnp.exp(logp_cV)
@@ -234,10 +277,10 @@ def _backward(
         weight_grad_VD += jnp.einsum(
             "cv,cd->vd", z_grad_cV, hidden_cD, preferred_element_type=jnp.float32
         )
-        return weight_grad_VD, shard.over_vocabulary(hidden_grad_cD).astype(dtype)
+        hidden_grad_cD = shard.over_vocabulary(hidden_grad_cD).astype(dtype)
+        return weight_grad_VD, chunks.put(hidden_grad_ND, i, hidden_grad_cD)
 
-    arrays = (hidden_BTD, target_BT, entropy_BT, lse_BT, logp_grad_BT, entropy_grad_BT)
-    weight_grad_VD, hidden_grad_ncD = jax.lax.scan(
-        body, jnp.zeros(weight_VD.shape, jnp.float32), tuple(_chunks(head, x) for x in arrays)
-    )
-    return shard.over_rows(weight_grad_VD), _rows(hidden_grad_ncD, target_BT)
+    flat = is_read_BT.size, hidden_BTD.shape[-1]
+    zeros = jnp.zeros(weight_VD.shape, jnp.float32), jnp.zeros(flat, dtype)
+    weight_grad_VD, hidden_grad_ND = jax.lax.fori_loop(0, chunks.count, body, zeros)
+    return shard.over_rows(weight_grad_VD), hidden_grad_ND.reshape(hidden_BTD.shape)

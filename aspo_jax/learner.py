@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from aspo_jax import losses
+from aspo_jax.agreement import gap_metrics
 from aspo_jax.errors import UserError
 from aspo_jax.head import Head, logp_and_entropy, square_mass
 from aspo_jax.model import Lora, Model, batch_sharding, trained_part
@@ -25,6 +26,7 @@ from aspo_jax.model.sharding import placed
 from aspo_jax.structs import (
     Max,
     Mean,
+    Metric,
     Metrics,
     Minibatch,
     OldPolicy,
@@ -57,6 +59,16 @@ class Teacher(NamedTuple):
     head: Head
 
 
+class Gate(NamedTuple):
+    """How far, in nats, the sampler's log-probabilities may be from the trainer's to be used.
+
+    mean: over response tokens. largest: of any of them.
+    """
+
+    mean: float
+    largest: float
+
+
 class Learner(NamedTuple):
     """The jitted functions of the update.
 
@@ -64,7 +76,9 @@ class Learner(NamedTuple):
     init: trained weights -> TrainState. Donates them.
     old_policy: (params, ref_params or None, minibatch, teacher_params or None) -> OldPolicy of the
         minibatch's rows.
-    step: (state, minibatch, frozen weights or None) -> (state, report). Donates the state alone.
+    step: (state, minibatch, frozen weights or None, is_first=True) -> (state, report). Donates the
+        state alone. is_first: nothing was updated since the minibatch was sampled; only a learner
+        with a `Gate` asks.
     place: minibatch on the host -> on the devices, rows over the data axes. With several processes
         each passes its own rows of every micro-batch, as many as the others, and the same count.
     """
@@ -91,11 +105,14 @@ def build_learner(
     mesh: Mesh,
     teacher: Teacher | None = None,
     lora: Lora | None = None,
+    gate: Gate | None = None,
 ) -> Learner:
     """Jit the update for a mesh; shardings are the model's and the batch's, none is guessed.
 
     teacher: whose log-probabilities the goal reads; None: it reads none.
     lora: the adapters that are trained, beside frozen weights; None: all weights are.
+    gate: the old log-probabilities are the sampler's, where they are within it; None: they are
+        computed.
 
     Raises:
         PlacementError: a large array of the optimizer's or the objective's state is no parameter's,
@@ -111,13 +128,12 @@ def build_learner(
 
     abstract = jax.eval_shape(init, jax.eval_shape(trained.init, jax.random.key(0)))
     state_shardings = _state_shardings(abstract, weights, replicated)
-    step = make_train_step(model, head, goal, optimizer, weights, trained.whole)
+    step = make_train_step(model, head, goal, optimizer, weights, trained.whole, gate)
+    has_squares = losses.reads(goal.objective, "old_square_BT")
     return Learner(
         state=placed(abstract, state_shardings),
         init=jax.jit(init, donate_argnums=0, out_shardings=state_shardings),
-        old_policy=make_old_policy(
-            model, head, mesh, teacher, has_squares=losses.reads(goal.objective, "old_square_BT")
-        ),
+        old_policy=make_old_policy(model, head, mesh, teacher, has_squares, gate is not None),
         step=jax.jit(
             step,
             donate_argnums=0,
@@ -214,17 +230,21 @@ def make_old_policy(
     mesh: Mesh,
     teacher: Teacher | None = None,
     has_squares: bool = False,
+    is_sampled: bool = False,
 ) -> Callable[..., OldPolicy]:
     """(params, ref_params, minibatch, teacher_params) -> OldPolicy, jitted.
 
     By micro-batches as the update does. What has no weights has no log-probabilities.
 
     has_squares: with ``old_square_BT``.
+    is_sampled: the policy's log-probabilities are the sampler's, and nothing else is known of it.
     """
     look = forward_with_squares if has_squares else forward
 
     def old_policy(params, ref_params, minibatch: Minibatch, teacher_params=None) -> OldPolicy:
-        logp_MBT, entropy_MBT, *square_MBT = scored(model, head, params, minibatch, look)
+        logp_MBT, entropy_MBT, square_MBT = minibatch.rows.sampler_logp_BT, None, []
+        if not is_sampled:
+            logp_MBT, entropy_MBT, *square_MBT = scored(model, head, params, minibatch, look)
         ref_MBT = None if ref_params is None else scored(model, head, ref_params, minibatch)[0]
         teacher_MBT = None
         if teacher is not None and teacher_params is not None:
@@ -235,17 +255,18 @@ def make_old_policy(
 
 
 def forward(model: Model, head: Head, params: Any, rows: Rows) -> tuple[Array, ...]:
-    """Log-probability and entropy of every predicted token of the rows, [B, T] each."""
+    """Log-probability and entropy of every response token of the rows, [B, T] each; else 0."""
     hidden_BTD, _ = model.apply(params, rows.input_BT, rows.position_BT, rows.sequence_id_BT)
-    return logp_and_entropy(head, model.unembedding(params), hidden_BTD, rows.target_BT)
+    asked = rows.target_BT, rows.is_response_BT
+    return logp_and_entropy(head, model.unembedding(params), hidden_BTD, *asked)
 
 
 def forward_with_squares(model: Model, head: Head, params: Any, rows: Rows) -> tuple[Array, ...]:
     """`forward`, and the sum of the squared probabilities of each position."""
     hidden_BTD, _ = model.apply(params, rows.input_BT, rows.position_BT, rows.sequence_id_BT)
     weight_VD = model.unembedding(params)
-    found = logp_and_entropy(head, weight_VD, hidden_BTD, rows.target_BT)
-    return *found, square_mass(head, weight_VD, hidden_BTD)
+    found = logp_and_entropy(head, weight_VD, hidden_BTD, rows.target_BT, rows.is_response_BT)
+    return *found, square_mass(head, weight_VD, hidden_BTD, rows.is_response_BT)
 
 
 def scored(
@@ -255,7 +276,7 @@ def scored(
     minibatch: Minibatch,
     look: Callable[..., tuple[Array, ...]] = forward,
 ) -> tuple[Array, ...]:
-    """What is seen of every predicted token, [M, B, T] each; 0 past the count."""
+    """What is seen of every response token, [M, B, T] each; 0 elsewhere."""
 
     def seen(m):
         return look(model, head, params, _microbatch(minibatch.rows, m))
@@ -289,8 +310,14 @@ def tokens_of(rows: Rows, old: OldPolicy, logp_BT: Array, entropy_BT: Array) -> 
     )
 
 
-def _make_loss(model: Model, head: Head, goal: Goal):
-    """(params, rows, old, totals, objective state, stats) -> (summand of the loss, metrics)."""
+_OF_FIRST = ("sampler_gap_mean", "sampler_gap_max", "sampler_gap_outside", "old_entropy")
+
+
+def _make_loss(model: Model, head: Head, goal: Goal, gate: Gate | None):
+    """(params, rows, old, totals, objective state, stats) -> (summand of the loss, metrics).
+
+    With a gate, what is measured of the old policy are the metrics `_OF_FIRST`.
+    """
 
     def loss(params, rows: Rows, old: OldPolicy, totals: losses.Totals, objective_state, stats):
         logp_BT, entropy_BT = forward(model, head, params, rows)
@@ -307,9 +334,10 @@ def _make_loss(model: Model, head: Head, goal: Goal):
             value += losses.entropy_bonus(
                 tokens, scale=goal.entropy_bonus, aggregate=goal.aggregate, totals=totals
             )[0]
-        entropies = {"entropy": entropy_BT, "old_entropy": old.old_entropy_BT}
+        old_BT = entropy_BT if old.old_entropy_BT is None else old.old_entropy_BT
+        entropies = {"entropy": entropy_BT, "old_entropy": old_BT}
         means = {name: losses.mean_over(x, rows.is_response_BT) for name, x in entropies.items()}
-        return value, {**metrics, **means}
+        return value, {**metrics, **means, **(gap_metrics(rows, logp_BT) if gate else {})}
 
     return loss
 
@@ -348,17 +376,23 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     weights: Any = None,
     whole: Callable[[Any, Any], Any] = lambda params, frozen: params,
+    gate: Gate | None = None,
 ) -> Callable[..., tuple[TrainState, dict]]:
-    """The pure update. A non-finite gradient or an empty mini-batch leaves the state unchanged.
+    """The pure update; see `Learner.step`.
+
+    A non-finite gradient, an empty mini-batch or a first one beyond the gate leaves the state
+    unchanged.
 
     weights: shardings of the trained weights, which the summed gradients share; None: one device.
     whole: (trained, frozen weights) -> the network's params; see `aspo_jax.model.trained_part`.
     """
     objective = goal.objective
-    loss = _make_loss(model, head, goal)
+    loss = _make_loss(model, head, goal, gate)
     gather = _make_gather(model, head, objective.prepare) if objective.prepare else None
 
-    def train_step(state: TrainState, minibatch: Minibatch, frozen: Any = None):
+    def train_step(
+        state: TrainState, minibatch: Minibatch, frozen: Any = None, is_first: Any = True
+    ):
         totals = losses.count_totals(minibatch.rows)
         stats = None
         if gather:
@@ -387,6 +421,12 @@ def make_train_step(
         norm = optax.tree.norm(grads)
         is_empty, is_finite = totals.tokens == 0, jnp.isfinite(norm)
         one, is_applied = jnp.ones(()), is_finite & ~is_empty
+        if gate:
+            is_refused = is_first & _is_beyond(gate, metrics)
+            is_applied &= ~is_refused
+            metrics = _of_first(metrics, is_first) | {
+                "skipped_gap": Mean(one * is_refused, one * is_first)
+            }
         new_state = _chosen(is_applied, apply(state, grads, stats), state)
         report = metrics | {
             "grad_norm": Mean(jnp.where(is_applied, norm, 0.0), one * is_applied),
@@ -403,6 +443,19 @@ def make_train_step(
         return TrainState(params, opt_state, objective_state, state.step + 1)
 
     return train_step
+
+
+def _is_beyond(gate: Gate, metrics: Metrics) -> Array:
+    """Whether the sampler's log-probabilities are too far off; False where they are NaN."""
+    mean, largest = cast(Mean, metrics["sampler_gap_mean"]), cast(Max, metrics["sampler_gap_max"])
+    return (mean.total > gate.mean * mean.count) | (largest.value > gate.largest)
+
+
+def _of_first(metrics: Metrics, is_first: Any) -> dict[str, Metric]:
+    """The metrics, of which those of the old policy count nothing but in a first update."""
+    measured = {name: metrics[name] for name in _OF_FIRST}
+    choose = functools.partial(jnp.where, is_first)
+    return {**metrics, **jax.tree.map(choose, measured, empty_metrics(measured))}
 
 
 def _chosen(is_applied: Array, new: TrainState, old: TrainState) -> TrainState:

@@ -27,7 +27,7 @@ from aspo_jax.data import PromptStream
 from aspo_jax.engines.building import build_external
 from aspo_jax.imports import raised_at
 from aspo_jax.inputs import SOURCES, build_prompts, data_kinds, held_out_prompts
-from aspo_jax.learner import Goal
+from aspo_jax.learner import Gate, Goal
 from aspo_jax.model import Model, ModelConfig
 from aspo_jax.model.sharding import row_shards
 from aspo_jax.optimizers import OPTIMIZERS, clipped, learning_rate_schedule, warmup_by_iteration
@@ -199,6 +199,43 @@ def has_teacher(config: Config, goal: Goal) -> bool:
     return is_read
 
 
+def build_gate(config: Config, goal: Goal) -> Gate | None:
+    """What the sampler's log-probabilities must keep to be the old ones; None: they are not.
+
+    Raises:
+        ConfigError: they are to be, and a rule reads what only a forward pass gives.
+    """
+    if config.train.old_logp == "score":
+        return None
+    for field, meaning in _OF_SCORE_PASS.items():
+        if losses.reads(goal.objective, f"{field}_BT"):
+            raise ConfigError(
+                f"Train.old_logp = 'sampler' leaves out the pass that gives {meaning}: "
+                f"{_who_reads(config, f'{field}_BT')} reads {field}; set it to 'score', or choose "
+                "a rule that does without"
+            )
+    return Gate(config.sampler.max_gap, config.sampler.max_token_gap)
+
+
+_OF_SCORE_PASS = {
+    "old_entropy": "the old policy's entropies",
+    "old_square": "the old policy's squared probabilities",
+    "sampler_logp": "the trainer's own log-probabilities, to compare the sampler's with",
+}
+
+
+def _who_reads(config: Config, field: str) -> str:
+    """The setting and the name of the rule of the config that reads a field."""
+    rules = [("Objective.name", config.objective.name)]
+    rules += [("Objective.penalties", name) for name in config.objective.penalties]
+    readers = (
+        f"{key} {name!r}"
+        for key, name in rules
+        if losses.reads(make(config, "objective", name), field)
+    )
+    return next(readers, "the objective")
+
+
 def build_advantage(config: Config) -> losses.Advantage:
     """How the rewards of a group become advantages."""
     return make(config, "advantage", config.objective.advantage)
@@ -209,8 +246,8 @@ def check_rules(config: Config) -> None:
 
     Raises:
         ConfigError: what only the whole of them can have wrong: a field of `Tokens` that nothing
-            fills, two metrics of one name, a weight of another shape than the tokens', a teacher
-            that is missing or that none of them reads.
+            fills, or not with this ``Train.old_logp``, two metrics of one name, a weight of another
+            shape than the tokens', a teacher that is missing or that none of them reads.
     """
     goal, advantage = build_goal(config), build_advantage(config)
     checks = {
@@ -226,6 +263,7 @@ def check_rules(config: Config) -> None:
             raise ConfigError(f"{what}: {error}") from error
         except Exception as error:
             raise ConfigError(f"{what}: the rule fails: {raised_at(error)}") from error
+    build_gate(config, goal)
     if not has_teacher(config, goal) and config.objective.advantage == "none":
         raise ConfigError(
             "Objective.advantage = 'none' leaves nothing to learn from, for no rule reads a "

@@ -43,7 +43,16 @@ from aspo_jax.run.metrics import Clock, Log, read_metrics, update_name
 from aspo_jax.run.records import before_and_after, next_command
 from aspo_jax.run.writers import JsonLines, Open, Start, rows_to
 from aspo_jax.sampler import TRAIN
-from aspo_jax.structs import Mean, Minibatch, Prompt, TrainState, merge_metrics
+from aspo_jax.structs import (
+    Mean,
+    Metrics,
+    Minibatch,
+    OldPolicy,
+    Prompt,
+    Rows,
+    TrainState,
+    merge_metrics,
+)
 from aspo_jax.weights import save_trained_adapter
 
 
@@ -67,7 +76,7 @@ class Run(NamedTuple):
             yield bar
 
 
-def introduce(m: Machines, console: Console) -> None:
+def introduce(config: Config, m: Machines, console: Console) -> None:
     """Say what was built."""
     count, attention = parameter_count(m.learner.state.params), m.parts.policy.model.attention
     if m.frozen is None:
@@ -76,6 +85,11 @@ def introduce(m: Machines, console: Console) -> None:
         parameters = f"{count:,} trained parameters beside {parameter_count(m.frozen):,} frozen"
     console.note(f"{parameters}, {jax.device_count()} device(s)")
     console.note(f"attention: {attention.name} ({attention.reason})")
+    if config.train.old_logp == "sampler":
+        console.note(
+            "old log-probabilities: the sampler's, no pass is made for them; the first ratio of an "
+            "iteration is 1 but for the gap between sampler and trainer (update/sampler_gap_max)"
+        )
     if (said := getattr(m.parts.sampler, "description", "")) and runtime.is_main():
         console.note(said)
 
@@ -160,7 +174,7 @@ def sample(run: Run, state: TrainState, iteration: int) -> tuple[Rollout, Select
 def check_agreement(
     config: Config, minibatches: Sequence[Minibatch], figures: dict[str, Any]
 ) -> dict[str, Any]:
-    """How far the sampler's log-probabilities are from the old policy's.
+    """How far the sampler's log-probabilities are from the old policy's, where both are known.
 
     Raises:
         SamplingError: too far, or samples are broken and the config says to stop then.
@@ -171,7 +185,7 @@ def check_agreement(
             f"{broken:.0f} samples ended in a distribution that is not finite; the weights or the "
             "sampler are broken. Sampler.nonfinite = 'drop' goes on without such samples"
         )
-    if not minibatches:
+    if not minibatches or config.train.old_logp == "sampler":
         return {}
     gaps = reduce(_merge, (_gap_metrics(part.rows, part.old) for part in minibatches))
     mean = gaps["sampler_gap_mean"]
@@ -184,11 +198,35 @@ def check_agreement(
     return {f"update/{name}": gap for name, gap in gaps.items()}
 
 
+def check_first_update(config: Config, report: dict[str, Any]) -> None:
+    """The first update found the sampler's log-probabilities fit to be the old policy's.
+
+    Raises:
+        SamplingError: it did not, and has left the state as it was.
+    """
+    if not _is_refused(report.get("update/skipped_gap")):
+        return
+    mean, s = report["update/sampler_gap_mean"], config.sampler
+    raise SamplingError(
+        f"the sampler's log-probabilities are {float(mean.total) / float(mean.count):.3g} nats from"
+        f" the trainer's on average and {float(report['update/sampler_gap_max'].value):.3g} at most"
+        f" in the first minibatch, expected Sampler.max_gap = {s.max_gap} and Sampler.max_token_gap"
+        f" = {s.max_token_gap}, for Train.old_logp = 'sampler' to take them for the old policy's;"
+        " nothing was updated. The same command goes on with --set Train.old_logp=score --set"
+        f" Run.accept_changes=True; `{config.command('check')}` shows where they differ"
+    )
+
+
+def _is_refused(skipped: Any) -> bool:
+    return skipped is not None and bool(skipped.total)
+
+
 def update(
     run: Run, state: TrainState, minibatches: Sequence[Minibatch]
 ) -> tuple[TrainState, dict[str, Any]]:
     """Epochs times mini-batches of the jitted step; the report covers all of them.
 
+    A first one that is refused (`check_first_update`) is the last.
     ``minibatches``: those with something to learn from; the report counts the others as skipped.
     """
     m, reports = run.machines, []
@@ -198,11 +236,12 @@ def update(
         return state, {"update/skipped_empty": Mean(skipped, skipped)}
     run.checkpoints.let_go()
     with run.phase("update", epochs * len(minibatches), "updates") as bar:
-        for _ in range(epochs):
-            for part in minibatches:
-                state, report = m.learner.step(state, part, m.frozen)
-                reports.append(jax.block_until_ready(report))
-                bar.advance()
+        for part in epochs * list(minibatches):
+            state, report = m.learner.step(state, part, m.frozen, is_first=not reports)
+            reports.append(jax.block_until_ready(report))
+            bar.advance()
+            if _is_refused(report.get("skipped_gap")):
+                break
         # The next thing is to sample from the new weights: waiting here costs nothing and makes
         # the times of the phases true.
         jax.block_until_ready(state)
@@ -227,7 +266,11 @@ def speeds(config: Config, figures: dict[str, float], laps: dict[str, float]) ->
 
 
 _merge = jax.jit(merge_metrics)
-_gap_metrics = jax.jit(gap_metrics)
+
+
+@jax.jit
+def _gap_metrics(rows: Rows, old: OldPolicy) -> Metrics:
+    return gap_metrics(rows, old.old_logp_BT)
 
 
 def evaluate(run: Run, state: TrainState, iteration: int) -> None:

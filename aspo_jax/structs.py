@@ -165,10 +165,14 @@ class Rows:
 
 @struct
 class OldPolicy:
-    """What the update compares itself with, computed once per rollout on the very same rows."""
+    """What the update compares itself with, known once per rollout of the very same rows.
+
+    Entropies and squared probabilities are those that a forward pass gave; log-probabilities may be
+    the sampler's own.
+    """
 
     old_logp_BT: Array
-    old_entropy_BT: Array
+    old_entropy_BT: Array | None = None
     ref_logp_BT: Array | None = None
     teacher_logp_BT: Array | None = None
     old_square_BT: Array | None = None

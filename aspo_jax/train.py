@@ -34,6 +34,7 @@ from aspo_jax.run.records import check_config, claim_folder, keeping, lock_folde
 from aspo_jax.run.stop import EXIT_SAVED, Interrupted, StopRequest
 from aspo_jax.steps import (
     Run,
+    check_first_update,
     closing,
     evaluate,
     finish,
@@ -104,7 +105,7 @@ def _train(
         model_folder = config.model_folder or warm_start(config, mesh, folder, console)
     with stop.interruptible():
         m = build_machines(config, parts or parts_of(config, mesh), model_folder, mesh)
-    introduce(m, console)
+    introduce(config, m, console)
 
     checkpoints = Checkpoints(folder / CHECKPOINTS, config.checkpoint.keep, lock.check)
     with (
@@ -131,6 +132,7 @@ def _train(
                             evaluate(run, state, i)
                         minibatches, figures = roll_out(run, state, i)
                     state, report = update(run, state, minibatches)
+                    check_first_update(config, report)
                 done, place = i + 1, position(m)
                 laps = run.clock.lap()
                 log.write(i, figures | report | laps | speeds(config, figures, laps))

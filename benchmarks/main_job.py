@@ -9,14 +9,15 @@ checkpoints come every 5 iterations here. All medians leave out the first two it
 Share of peak. The update's useful work, counted for real tokens only (no padding, nothing that the
 backward pass computes again):
 
-    FLOP = 6 (Y (D C (H + 2 K) + H C D + 3 D F) + V D) tokens + 12 Y H C pairs
+    FLOP = 6 Y (D C (H + 2 K) + H C D + 3 D F) tokens + 6 V D responses + 12 Y H C pairs
 
-with Y layers, width D, H query and K key heads of width C, feed-forward F, vocabulary V; "pairs"
-are the (query, visible key) pairs, L (L + 1) / 2 for a sequence of L tokens; all times the epochs.
-6 is 2 forward and 4 backward per weight; 12 is 3 times (2 for scores and 2 for values). Norms,
-biases, softmax, rotary embedding, loss and optimizer count as no work but their time counts. The
-peak is the rate of square float32 matrix products (512, 1024, 2048) in jax on all cores, the best
-of 5 blocks of 10 calls each (median call of a block), just before and just after the run. Linux.
+with Y layers, width D, H query and K key heads of width C, feed-forward F, vocabulary V;
+"responses" are the tokens that the policy chose, for of others no logits are computed; "pairs" are
+the (query, visible key) pairs, L (L + 1) / 2 for a sequence of L tokens; all times the epochs. 6 is
+2 forward and 4 backward per weight; 12 is 3 times (2 for scores and 2 for values). Norms, biases,
+softmax, rotary embedding, loss and optimizer count as no work but their time counts. The peak is
+the rate of square float32 matrix products (512, 1024, 2048) in jax on all cores, the best of 5
+blocks of 10 calls each (median call of a block), just before and just after the run. Linux.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from machine import header, table
 from aspo_jax.config import Config, read_config
 from aspo_jax.model import ModelConfig, read_model_config
 from aspo_jax.parts import FACTORIES
-from aspo_jax.planning.flops import forward_flops
+from aspo_jax.planning.flops import forward_flops, head_flops
 from aspo_jax.run.metrics import read_metrics
 
 FIRST = 2  # iterations before this one are warm-up
@@ -162,7 +163,8 @@ def speed_table(job: Observed, peak: float) -> str:
         seconds = row["seconds/update"]
         trained.append(train.epochs * done["responses"] / seconds)
         processed.append(train.epochs * done["tokens"] / seconds)
-        flops = 3 * forward_flops(job.model, done["tokens"], done["pairs"])
+        unread = head_flops(job.model, done["tokens"] - done["responses"])
+        flops = 3 * (forward_flops(job.model, done["tokens"], done["pairs"]) - unread)
         rates.append(train.epochs * flops / seconds)
         fill.append(done["tokens"] / done["slots"])
     rate = statistics.median(rates)

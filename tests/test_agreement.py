@@ -15,7 +15,6 @@ from aspo_jax import check
 from aspo_jax.agreement import Gap, by_position, gap_metrics
 from aspo_jax.config import read_config
 from aspo_jax.config.reading import find_config
-from aspo_jax.structs import OldPolicy
 
 TINY = f"""
 include '{{base}}'
@@ -35,7 +34,7 @@ def test_gaps_count_response_tokens_only():
     old[~rows.is_response_BT] = 99.0
     old[tuple(places[0])] += 0.5
     old[tuple(places[5])] -= 0.1
-    got = figures(gap_metrics(rows, OldPolicy(jnp.asarray(old), jnp.zeros_like(old))))
+    got = figures(gap_metrics(rows, jnp.asarray(old)))
     assert got["sampler_gap_mean"] == pytest.approx(0.6 / len(places), rel=1e-4)
     assert got["sampler_gap_max"] == pytest.approx(0.5)
     assert got["sampler_gap_outside"] == pytest.approx(1 / len(places))

@@ -79,6 +79,7 @@ def test_imports_go_down(path):
         ("aspo_jax.config.suites", "jax numpy flax transformers grain orbax optax"),
         ("aspo_jax.statistics", "jax flax transformers grain orbax optax pydantic pyarrow"),
         ("aspo_jax.rewards.pool.worker", "jax numpy pydantic"),
+        ("aspo_jax.train", "matplotlib"),
         ("aspo_jax.engines.fleet", "jax flax transformers grain orbax optax pydantic"),
         ("aspo_jax.conform", "jax torch flax transformers grain orbax optax pydantic"),
     ],

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import PartitionSpec
 from toy import toy_mesh
 
-from aspo_jax.head import Head, logits, logp_and_entropy, square_mass
+from aspo_jax.head import Head, _chunks, _Shard, logits, logp_and_entropy, square_mass
 from aspo_jax.model import shardings
 
 B, T, D, V = 3, 7, 5, 11
@@ -138,6 +138,50 @@ def test_squared_probabilities_are_those_of_the_definition(chunk):
     np.testing.assert_array_equal(square_mass(certain, WEIGHT_VD, HIDDEN_BTD), np.ones((B, T)))
 
 
+# --- what is read ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [2, 1024])
+@pytest.mark.parametrize("read", ["some", "none", "one", "all"])
+def test_what_nobody_reads_is_zero_and_changes_nothing(chunk, read):
+    is_read_BT = {
+        "some": RNG.uniform(size=(B, T)) < 0.4,
+        "none": np.zeros((B, T), bool),
+        "one": np.arange(B * T).reshape(B, T) == B * T - 1,
+        "all": np.ones((B, T), bool),
+    }[read]
+    head = Head(0.7, IS_ALLOWED_V, chunk)
+    spoilt_BTD = jnp.where(is_read_BT[..., None], HIDDEN_BTD, jnp.nan)
+
+    def reading(head, weight_VD, hidden_BTD, target_BT):
+        return logp_and_entropy(head, weight_VD, hidden_BTD, target_BT, is_read_BT)
+
+    def masked(head, weight_VD, hidden_BTD, target_BT):
+        found = reference(head, weight_VD, hidden_BTD, target_BT)
+        return tuple(jnp.where(is_read_BT, x, 0) for x in found)
+
+    got = reading(head, WEIGHT_VD, spoilt_BTD, TARGET_BT)
+    expected = masked(head, WEIGHT_VD, HIDDEN_BTD, TARGET_BT)
+    got += pulled(reading, head)(WEIGHT_VD, spoilt_BTD)
+    expected += pulled(masked, head)(WEIGHT_VD, HIDDEN_BTD)
+    got += (square_mass(head, WEIGHT_VD, spoilt_BTD, is_read_BT),)
+    expected += (jnp.where(is_read_BT, square_mass(head, WEIGHT_VD, HIDDEN_BTD), 0),)
+    for x, y in zip(got, expected, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+    assert (np.asarray(got[3])[~is_read_BT] == 0).all()  # of the hidden states, to the last bit
+
+
+@pytest.mark.parametrize(("read", "expected"), [(0, 0), (1, 1), (8, 1), (9, 2), (64, 8)])
+def test_there_are_as_many_chunks_as_what_is_read_fills(read, expected):
+    """Of eight tokens here: a large chunk is cut, so that few rows have several."""
+    is_read_BT = np.random.RandomState(read).permutation(64).reshape(4, 16) < read
+    chunks = _chunks(_Shard(Head(1.0, IS_ALLOWED_V), 0, *[lambda x: x] * 4), is_read_BT)
+    assert int(chunks.count) == expected and chunks.place_nc.shape == (8, 8)
+    place_N = np.asarray(chunks.place_nc).reshape(-1)
+    np.testing.assert_array_equal(place_N[:read], np.flatnonzero(is_read_BT))
+    assert (place_N[read:] >= 64).all() and (np.diff(place_N) > 0).all()
+
+
 # --- memory -----------------------------------------------------------------------------------
 
 
@@ -199,9 +243,12 @@ def test_devices_change_nothing_and_only_statistics_of_tokens_cross_them(sizes):
     target_BT = jnp.asarray(rng.randint(1, V - 5, (B, T)))
     is_allowed_V = (np.arange(V) > 0) & (np.arange(V) < V - 5)
 
+    is_read_BT = jnp.asarray(rng.uniform(size=(B, T)) < [[0.9], [0.1], [0.5], [0.0]])
+
     def scalar(mesh, weight_VD, hidden_BTD):
         head = Head(0.7, is_allowed_V, chunk, mesh)
-        logp_BT, entropy_BT = logp_and_entropy(head, weight_VD, hidden_BTD, target_BT)
+        found = logp_and_entropy(head, weight_VD, hidden_BTD, target_BT, is_read_BT)
+        logp_BT, entropy_BT = found
         return jnp.sum(jnp.sin(logp_BT) + entropy_BT**2), (logp_BT, entropy_BT)
 
     def squares(mesh, weight_VD, hidden_BTD):

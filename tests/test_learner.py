@@ -442,10 +442,14 @@ def unmasked() -> Objective:
 def test_rules_prepare_from_what_policy_loss_would_show_them(params, reference):
     """Statistics of a mini-batch are those of one `policy_loss` on all tokens, raw ones."""
     learner = toy.toy_learner(MODEL, Goal(unmasked(), token_mean), optax.sgd(0.0))
-    part = toy.with_old(learner, params, toy.minibatch(EXAMPLES, *LAYOUT), reference)
+    part = toy.minibatch(EXAMPLES, *LAYOUT)
+    masked = np.where(part.rows.is_response_BT, part.rows.advantage_BT, 7.0)  # to be blanked
+    part = dataclasses.replace(
+        part, rows=dataclasses.replace(part.rows, advantage_BT=masked.astype(np.float32))
+    )
+    part = toy.with_old(learner, params, part, reference)
     rows, old = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), (part.rows, part.old))
     tokens = tokens_of(rows, old, *forward(MODEL, toy.HEAD, params, rows))
-    assert np.abs(np.where(rows.is_response_BT, 0, tokens.logp_BT)).max() > 1  # to be blanked
     _, expected = policy_loss(unmasked(), tokens, aggregate=token_mean)
     got, expected = update(learner, params, part)[1], toy.figures(expected)
     for name in SUMMED:
@@ -615,8 +619,9 @@ def test_distilling_brings_the_policy_to_the_teacher(params, reference):
 
 def test_no_reference_no_reference_log_probs(adam, good):
     assert good.old.ref_logp_BT is None
-    is_real = np.asarray(good.rows.sequence_id_BT) > 0
-    assert (np.asarray(good.old.old_logp_BT)[is_real] < 0).all()
+    is_read = np.asarray(good.rows.is_response_BT)
+    assert (np.asarray(good.old.old_logp_BT)[is_read] < 0).all()
+    assert (np.asarray(good.old.old_logp_BT)[~is_read] == 0).all()
 
 
 def test_squared_probabilities_are_there_for_a_rule_that_reads_them(params, good):
@@ -625,9 +630,9 @@ def test_squared_probabilities_are_there_for_a_rule_that_reads_them(params, good
     part = toy.with_old(learner, params, toy.minibatch(EXAMPLES, *LAYOUT))
     for name in ("old_logp_BT", "old_entropy_BT"):
         np.testing.assert_allclose(getattr(part.old, name), getattr(good.old, name))
-    is_real = np.asarray(part.rows.sequence_id_BT) > 0
+    is_read = np.asarray(part.rows.is_response_BT)
     assert part.old is not None
-    square, logp = (np.asarray(x)[is_real] for x in (part.old.old_square_BT, part.old.old_logp_BT))
+    square, logp = (np.asarray(x)[is_read] for x in (part.old.old_square_BT, part.old.old_logp_BT))
     assert (square > 0).all() and (square <= 1).all() and (square >= np.exp(2 * logp) - 1e-6).all()
     _, report = learner.step(state_of(learner, params), part)
     assert toy.figures(report)["grad_norm"] > 0

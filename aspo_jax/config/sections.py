@@ -270,6 +270,13 @@ class Sampler:
         "stop when the sampler's log-probabilities are on average this far from the trainer's",
         gt=0,
     )
+    max_token_gap: float = setting(
+        1.0,
+        "nats",
+        "with Train.old_logp = 'sampler': stop too when a single token of an iteration's first"
+        " minibatch is this far",
+        gt=0,
+    )
     nonfinite: Literal["stop", "drop"] = setting(
         "stop", "", "samples that ended in a distribution that is not finite: stop, or go without"
     )
@@ -409,7 +416,14 @@ class Train:
     row_tokens: int = setting(..., "tokens", "length of a training row", ge=1)
     pack: bool = setting(True, "", "several sequences may share a row")
     rows_per_microbatch: int = setting(..., "rows", "rows in one forward and backward pass", ge=1)
-    head_chunk: int = setting(1024, "tokens", "tokens per chunk of the output layer", ge=1)
+    head_chunk: int = setting(1024, "tokens", "most tokens per chunk of the output layer", ge=1)
+    old_logp: Literal["score", "sampler"] = setting(
+        "score",
+        "",
+        "old log-probabilities: 'score': a forward pass of the trainer's, the first ratio is"
+        " exactly 1; 'sampler': what the sampler reported, no pass, while the first update of each"
+        " iteration finds them within Sampler.max_gap and Sampler.max_token_gap",
+    )
     record: int = setting(
         0,
         "iterations",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+
+CANDIDATES = 64  # sequences among which those are searched that fill a row best
 
 
 def pack(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
-    """First-fit decreasing: the longest first, each into the first row that has room for it.
+    """Rows of sequences, as few as found: by first-fit decreasing, or, if fewer, the fullest.
 
     At most 11/9 of the fewest possible rows, plus 6/9 (Dosa 2007). Depends on ``lengths`` alone;
     of equally long sequences the one with the smaller index goes first.
@@ -25,13 +28,53 @@ def pack(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
                 f"sequence {i} has {length} tokens, expected 1 to row_tokens = {row_tokens}; "
                 "raise Train.row_tokens or shorten prompts and responses"
             )
+    lengths = list(map(int, lengths))  # whole numbers of any size, which those of NumPy are not
+    longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    rows = _first_fit(lengths, longest_first, row_tokens)
+    if len(rows) > math.ceil(sum(lengths) / row_tokens):
+        rows = min(rows, _fullest(lengths, longest_first, row_tokens), key=len)
+    return sorted(rows, key=lambda row: -sum(lengths[i] ** 2 for i in row))
+
+
+def _first_fit(lengths: Sequence[int], order: Sequence[int], row_tokens: int) -> list[list[int]]:
+    """Each into the first row that has room for it."""
     rows: list[list[int]] = []
     room: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    for i in order:
         row = next((r for r, free in enumerate(room) if free >= lengths[i]), len(rows))
         if row == len(rows):
             rows.append([])
             room.append(row_tokens)
         rows[row].append(i)
         room[row] -= lengths[i]
-    return sorted(rows, key=lambda row: -sum(lengths[i] ** 2 for i in row))
+    return rows
+
+
+def _fullest(lengths: Sequence[int], order: Sequence[int], row_tokens: int) -> list[list[int]]:
+    """Each row begins with the first that is left, and takes the others that fill it best."""
+    left, rows = list(order), []
+    while left:
+        first, *others = left
+        chosen = {first, *_best_subset(lengths, others, row_tokens - lengths[first])}
+        rows.append([i for i in left if i in chosen])
+        left = [i for i in left if i not in chosen]
+    return rows
+
+
+def _best_subset(lengths: Sequence[int], order: Sequence[int], room: int) -> list[int]:
+    """Those that have together as many tokens as there is room for, or the most below it.
+
+    Searched among `CANDIDATES` of them, evenly spread over their order.
+    """
+    fitting = [i for i in order if lengths[i] <= room]
+    candidates = fitting[:: math.ceil(len(fitting) / CANDIDATES) or 1]
+    within = (2 << room) - 1
+    sums = [1]  # bit s of the k-th: some of the first k candidates have s tokens together
+    for i in candidates:
+        sums.append((sums[-1] | sums[-1] << lengths[i]) & within)
+    total, chosen = sums[-1].bit_length() - 1, []
+    for i, without in zip(reversed(candidates), reversed(sums[:-1]), strict=True):
+        if not without >> total & 1:
+            chosen.append(i)
+            total -= lengths[i]
+    return chosen

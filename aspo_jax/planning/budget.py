@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from aspo_jax.build import build_shape
+from aspo_jax.head import chunk_tokens
 from aspo_jax.model import ModelConfig
 from aspo_jax.model.decoder import REMAT
 from aspo_jax.model.sharding import row_shards
@@ -168,6 +169,7 @@ def budgets(of: Programs) -> dict[str, Budget]:
             sampling if given is published else held, given, added, work[name], f"lower {remedy}"
         )
         for name, (given, added, remedy) in programs.items()
+        if name in of.by_name
     }
 
 
@@ -219,7 +221,8 @@ def _update_parts(of: Programs) -> list[Part]:
 
 def _logits(of: Programs, other: ModelConfig | None = None) -> Part:
     """Of the network or another one, whichever has the larger vocabulary."""
-    chunk = min(of.config.train.head_chunk, _rows_per_chip(of) * of.batch.row_tokens)
+    tokens = _rows_per_chip(of) * of.batch.row_tokens
+    chunk = chunk_tokens(of.config.train.head_chunk, tokens)
     vocabulary = max(each.vocab_size for each in (of.shape, other) if each)
     size = 4.0 * chunk * vocabulary / of.mesh.shape["tensor"]
     return Part("logits of one chunk, float32", size, "lower Train.head_chunk")
@@ -248,7 +251,7 @@ def _training_work(of: Programs) -> dict[str, Work]:
     attention = 0.0 if remat.keeps_attention else attention_flops(shape, pairs)
     again = products + attention + head_flops(shape, tokens)
     one_pass = _one_pass(of, shape) * microbatches
-    scored = [shape, *([shape] if of.has_reference else [])]
+    scored = [shape] * ((of.config.train.old_logp == "score") + of.has_reference)
     scored += [of.teacher_shape] if of.teacher_shape else []
     flops = adapters + sum(forward_flops(each, tokens, pairs) for each in scored)
     read = sum(_one_pass(of, each) for each in scored) * microbatches

@@ -37,6 +37,7 @@ from aspo_jax.model.lora import attach, detach
 from aspo_jax.model.sharding import placed
 from aspo_jax.origin import locate, locate_teacher
 from aspo_jax.parts import (
+    build_gate,
     build_goal,
     build_limits,
     build_optimizer,
@@ -215,25 +216,28 @@ def programs(
     optimizer = build_optimizer(config, trained_part(model, lora).axes)[0]
     teacher, teacher_weights = _teacher(config, teacher_shape, mesh, platform)
     head = _head(config, shape, mesh)
-    learner = build_learner(model, head, goal, optimizer, mesh, teacher, lora)
+    gate = build_gate(config, goal)
+    learner = build_learner(model, head, goal, optimizer, mesh, teacher, lora, gate)
     frozen = None if lora is None else _weights(model, config.frozen_dtype, mesh)
     minibatch, has_reference = _minibatch(batch, mesh), losses.reads(goal.objective, "ref_logp_BT")
     reference = (frozen or _weights(model, "bfloat16", mesh)) if has_reference else None
     like = minibatch.rows.advantage_BT
     old = OldPolicy(
         like,
-        like,
+        None if gate else like,
         ref_logp_BT=like if has_reference else None,
         teacher_logp_BT=like if teacher else None,
         old_square_BT=like if losses.reads(goal.objective, "old_square_BT") else None,
     )
     scored = dataclasses.replace(minibatch, old=old)
+    is_scored = not gate or has_reference or teacher is not None
+    score = _score(learner, frozen, reference, minibatch, teacher_weights)
     sampler, weights = _sampler(config, model, local, platform, hosts)
     prefill, decode = sampler.shapes()
     return Programs(
         by_name={
             UPDATE: Program(learner.step, (learner.state, scored, frozen)),
-            SCORE: _score(learner, frozen, reference, minibatch, teacher_weights),
+            **({SCORE: score} if is_scored else {}),
             PREFILL: Program(sampler.prefill, (weights, *prefill)),
             DECODE: Program(sampler.decode, (weights, *decode)),
         },

@@ -59,9 +59,16 @@ _UPDATE = {
         "response tokens with A != 0 whose weight is 0: the clip or a cap took it away",
     ),
     "entropy": Info("nats", "mean entropy of the policy over response tokens, during the updates"),
-    "old_entropy": Info("nats", "the same under pi_old: the entropy of the policy that sampled"),
+    "old_entropy": Info(
+        "nats",
+        "the same under pi_old: the entropy of the policy that sampled; with Train.old_logp ="
+        " 'sampler' over the first minibatch",
+    ),
     "sampler_gap_mean": Info(
-        "nats", "mean |log-probability reported by the sampler - log pi_old| over response tokens"
+        "nats",
+        "mean |log-probability reported by the sampler - that of the trainer, same weights| over"
+        " response tokens; with Train.old_logp = 'sampler' over the first minibatch, whose"
+        " |log ratio| it is",
     ),
     "sampler_gap_max": Info(
         "nats", "the largest such gap; a correctness alarm, about 1e-5 in float32"
@@ -90,6 +97,11 @@ _UPDATE = {
     ),
     "skipped_empty": Info(
         "share of updates", "updates not applied because no sample carried a signal"
+    ),
+    "skipped_gap": Info(
+        "share of first updates",
+        "updates not applied because the sampler's log-probabilities, which are the old ones, were"
+        " too far from the trainer's; the run then stops (Train.old_logp = 'sampler')",
     ),
     "learning_rate": Info("", "learning rate of the iteration's last update that was applied"),
     **_by_sign(
@@ -143,7 +155,11 @@ _SECONDS = {
     "data": Info("seconds", "waiting for prompts: read, rendered by the chat template, tokenized"),
     "sample": Info("seconds", "drawing completions"),
     "grade": Info("seconds", "waiting for graders after sampling"),
-    "score": Info("seconds", "log-probabilities under the old, reference and teacher policy"),
+    "score": Info(
+        "seconds",
+        "log-probabilities under the old (unless they are the sampler's), reference and teacher"
+        " policy",
+    ),
     "update": Info("seconds", "all optimizer updates"),
     "evaluate": Info("seconds", "held-out evaluation"),
     "save": Info("seconds", "waiting for saves since the line before; the last line has the last"),

@@ -29,6 +29,29 @@ def test_laws(seed):
     assert rows == pack(lengths, row_tokens)
 
 
+def test_rows_that_can_be_full_are():
+    """First-fit decreasing puts 5 and 4 together, and needs a third row for the last."""
+    assert pack([5, 4, 3, 3, 3, 2], 10) == [[0, 2, 5], [1, 3, 4]]
+    rng = random.Random(0)
+    lengths = [n for _ in range(50) for n in _cut(rng, 512)]
+    rng.shuffle(lengths)
+    assert len(pack(lengths, 512)) <= 51
+
+
+def _cut(rng: random.Random, row_tokens: int) -> list[int]:
+    """Lengths that fill a row."""
+    cuts = sorted(rng.sample(range(1, row_tokens), rng.randint(1, 5)))
+    return [b - a for a, b in zip([0, *cuts], [*cuts, row_tokens], strict=True)]
+
+
+def test_many_sequences_are_searched_among_a_few():
+    rng = random.Random(0)
+    lengths = [rng.randint(1, 900) for _ in range(1500)]
+    rows = pack(lengths, 1000)
+    assert sorted(i for row in rows for i in row) == list(range(1500))
+    assert all(sum(lengths[i] for i in row) <= 1000 for row in rows)
+
+
 @pytest.mark.parametrize("length", [9, 0, -1])
 def test_impossible_lengths(length):
     with pytest.raises(ValueError, match=f"sequence 1 has {length} tokens, expected 1 to row_tok"):
