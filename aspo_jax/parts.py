@@ -392,7 +392,8 @@ def build_limits(
     Raises:
         ConfigError: the cache is too small for one sequence.
     """
-    s, shards, is_cpu = config.sampler, row_shards(local), _is_cpu(local, platform)
+    s, shards = config.sampler, row_shards(local)
+    is_cpu = _platform(local, platform) == "cpu"
     slots = s.slots // processes
     prompts = math.ceil(slots / config.train.samples_per_prompt / shards) * shards
     limits = Limits(
@@ -425,9 +426,14 @@ def build_sampling_network(
         model=dataclasses.replace(model, attention="auto"),
     )
     longest = build_limits(config, local, 1, (), platform).buckets[-1]
-    is_stacked = not _is_cpu(local, platform)
+    # A TPU multiplies with a layer where it lies in the stack, a CPU and a GPU copy it out first.
+    # A GPU keeps the trainer's own stack where it may be the frozen weights beside adapters.
+    platform = _platform(local, platform)
+    is_shared = config.lora.rank is not None and not config.lora.is_merged
+    is_stacked = platform == "tpu" or (platform == "gpu" and is_shared)
     return build_network(sampling, shape, local, longest, platform, is_stacked=is_stacked)
 
 
-def _is_cpu(mesh: Mesh, platform: str | None) -> bool:
-    return (platform or mesh.devices.flat[0].platform) == "cpu"
+def _platform(mesh: Mesh, platform: str | None) -> str:
+    """Of the devices of a mesh, where it is not given."""
+    return platform or mesh.devices.flat[0].platform

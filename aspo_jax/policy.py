@@ -23,6 +23,7 @@ from aspo_jax.model import (
     ModelConfig,
     build_model,
     choose_attention,
+    choose_in_place,
     merge,
     read_eos_ids,
     read_model_config,
@@ -199,8 +200,9 @@ def build_network(
     """
     _check_splits(shape, mesh)
     dtype = jnp.dtype(config.model.dtype)
+    kind: str = platform or mesh.devices.flat[0].platform
     attention = choose_attention(
-        platform or mesh.devices.flat[0].platform,
+        kind,
         head_dim=shape.head_dim,
         row_tokens=row_tokens,
         packed=config.train.pack,
@@ -215,6 +217,7 @@ def build_network(
         attention=attention,
         mesh=mesh,
         is_stacked=is_stacked,
+        in_place=choose_in_place(kind, shape.head_dim, mesh),
     )
 
 

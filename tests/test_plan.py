@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 
 import jax
@@ -31,6 +32,7 @@ from aspo_jax.planning.budget import (
     shard_bytes,
 )
 from aspo_jax.planning.flops import causal_pairs, forward_flops
+from aspo_jax.planning.hlo import items, parse
 from aspo_jax.planning.programs import DECODE, PREFILL, SCORE, UPDATE
 from aspo_jax.planning.topology import GIB, TopologyError, open_devices, parse_topology
 
@@ -82,6 +84,18 @@ def test_what_lies_beside_a_program_is_added(tiny):
         assert sum(part.bytes for part in row.parts) == pytest.approx(row.needed)
 
 
+def test_decoding_copies_no_cache_and_multiplies_as_often_as_the_formula_says(tiny):
+    """Read from what was compiled: one token of every row, and all reads of a full one."""
+    of, (*_, decode) = tiny.programs, tiny.rows
+    text = of.by_name[DECODE].lower().compile().as_text()
+    reads = math.ceil(of.limits.row_pages / max(of.limits.read // of.limits.page, 1))
+    found = items(parse(text), (1, reads))
+    pool = shard_bytes(of.cache.key_EKYXSC)
+    assert max(item.written for item in found) < pool / 2
+    flops = sum(item.times * item.flops for item in found)
+    assert flops == pytest.approx(decode.budget.work.flops, rel=0.1)
+
+
 def test_calls_of_an_iteration(tiny):
     # 32 prompts x 16 samples in 512 slots; 4 mini-batches x 2 epochs; 24 positions. A CPU reads
     # 256 tokens of prompts at once: 2 prompts of a page of 24 on each of 4 devices.
@@ -129,6 +143,26 @@ def test_without_merging_one_chip_holds_the_frozen_weights_once():
         assert row.needed < other.needed - 0.9 * parts[FROZEN]
         given = shard_bytes(of.by_name[row.program].arguments[0])
         assert given == pytest.approx(parts[FROZEN] + parts[ADAPTER] / 2, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "topology, flags, is_stacked, is_in_place",
+    [
+        ("v5e:1x1", (), True, False),
+        ("h100:1", (), False, True),
+        ("h100:1", ("Lora.rank=2",), False, True),
+        ("h100:1", ("Lora.rank=2", "Lora.is_merged=False"), True, True),
+        ("cpu:1", (), False, False),
+    ],
+)
+def test_the_layout_of_the_sampler_is_that_of_its_platform(
+    topology, flags, is_stacked, is_in_place
+):
+    """A layer is sliced out of a stack on a TPU alone, or where the stack is the trainer's own."""
+    of = plan(_read("Model.hidden_size=64", *flags), topology, lower_only=True).programs
+    assert isinstance(of.weights["layers"], dict) == is_stacked
+    decode = of.by_name[DECODE].lower(of.platform).as_text()
+    assert ("paged_attention" in decode) == is_in_place
 
 
 def test_a_teacher_is_held_and_scores(tmp_path):

@@ -8,6 +8,7 @@ from aspo_jax.model.hf_config import ModelFolderError, parse_model_config, read_
 from aspo_jax.model.hf_generation import read_eos_ids
 from aspo_jax.model.hf_save import save_model
 from aspo_jax.model.lora import Lora, attached_axes, is_adapted, merge, trained_part
+from aspo_jax.model.paged import choose_in_place
 from aspo_jax.model.parameters import Llama3, ModelConfig, Yarn, parameter_axes, unstack
 from aspo_jax.model.sharding import RULES, batch_sharding, map_axes, partition_spec, shardings
 
@@ -30,6 +31,7 @@ __all__ = [
     "build_model",
     "cache_specs",
     "choose_attention",
+    "choose_in_place",
     "is_adapted",
     "load_params",
     "map_axes",

@@ -22,6 +22,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from aspo_jax.model.attention import MASKED
+from aspo_jax.model.paged import is_within_reach
 from aspo_jax.model.sharding import RULES
 from aspo_jax.structs import struct
 
@@ -170,6 +171,8 @@ class Decode:
         c classes. A class is an equal share of each shard's rows, in their order. A row pays for
         the longest of its class, so rows of like length should stand beside each other.
     pages_per_read: pages of a row that are read at once.
+    in_place: what reads pages where they lie, see `aspo_jax.model.paged`; then classes and reads
+        are no matter. None: pages are gathered, ``pages_per_read`` at once.
     """
 
     cache: Cache
@@ -178,6 +181,7 @@ class Decode:
     own_N: Array
     reads_c: Array
     pages_per_read: int = dataclasses.field(default=1, metadata={"static": True})
+    in_place: Callable | None = dataclasses.field(default=None, metadata={"static": True})
 
     def attend(self, y: Array, q_N1HC, k_N1KC, v_N1KC, fresh: Callable) -> tuple[Decode, Array]:
         """Layer y: put the new token's key and value into its page; attend to all of the row's."""
@@ -197,7 +201,11 @@ class Decode:
         new = (x.reshape(E, -1, *x.shape[2:]).swapaxes(1, 2) for x in (k_N1KC, v_N1KC))
         cache = _stored(self.cache, tuple(new), put)
 
-        out_N1HC = self._over_classes(cache, y, q_N1HC)
+        if self.in_place is None or not is_within_reach(cache):
+            out_N1HC = self._over_classes(cache, y, q_N1HC)
+        else:
+            rows = (self.table_JN, self.prompt_N, self.own_N)
+            out_N1HC = self.in_place(cache, y, q_N1HC, *rows)
         return dataclasses.replace(self, cache=cache), out_N1HC
 
     def _over_classes(self, cache: Cache, y: Array, q_N1HC: Array) -> Array:

@@ -1,7 +1,7 @@
 """A dense decoder (Qwen2, Qwen3, Llama): one block, a scanned stack, a cache in and out.
 
 Parameters are a plain nested dict; every array of ``params["layers"]`` has a leading layer axis Y,
-or, for a sampler on a CPU, ``params["layers"]`` is a list of layers (`unstack`).
+or, for a sampler on a CPU or GPU, ``params["layers"]`` is a list of layers (`unstack`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from aspo_jax.model.attention import DENSE, SAVED, Attention
 from aspo_jax.model.cache import Cache, Decode, Prefill, empty_cache
+from aspo_jax.model.paged import InPlace
 from aspo_jax.model.parameters import Llama3, ModelConfig, Yarn, init_params, parameter_axes
 from aspo_jax.model.sharding import batch_sharding, map_axes, partition_spec, shardings
 
@@ -57,6 +58,7 @@ class Model(NamedTuple):
         Cache.
     unembedding: params -> weight_VD of the vocabulary projection (the embedding where tied).
     is_stacked: whether the layers of its params are stacked.
+    in_place: what reads pages where they lie, see `Decode`.
     """
 
     config: ModelConfig
@@ -67,6 +69,7 @@ class Model(NamedTuple):
     empty_cache: Callable[..., Cache]
     unembedding: Callable[[Any], Array]
     is_stacked: bool
+    in_place: InPlace | None = None
 
     def axes(self) -> Any:
         """Tree of logical axes shaped as the params, see `parameter_axes`."""
@@ -255,6 +258,7 @@ def build_model(
     attention: Attention = DENSE,
     mesh: Mesh | None = None,
     is_stacked: bool = True,
+    in_place: InPlace | None = None,
 ) -> Model:
     """Make the network's functions; parameters stay float32, activations run in ``dtype``.
 
@@ -267,7 +271,9 @@ def build_model(
     mesh: keep activations split by rows over its data axes; None: one device.
     is_stacked: scan over stacked layers; False: params are those of `unstack` and layers run one by
         one. A CPU copies a layer out of the stack before it multiplies with it, which is a third of
-        the time of a step with few rows.
+        the time of a step with few rows; so does a GPU, and moves three times the weights' bytes. A
+        TPU multiplies with a layer where it lies.
+    in_place: what decoding reads pages with; None: they are gathered, see `Decode`.
     """
     return Model(
         config=config,
@@ -280,4 +286,5 @@ def build_model(
         ),
         unembedding=lambda params: params["embed" if config.tie_embeddings else "head"],
         is_stacked=is_stacked,
+        in_place=in_place,
     )

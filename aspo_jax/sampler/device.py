@@ -216,6 +216,7 @@ class Programs(NamedTuple):
             own_N=own_N,
             reads_c=-(-pages_c // self.pages_per_read),
             pages_per_read=self.pages_per_read,
+            in_place=self.model.in_place,
         )
 
     def _note(
