@@ -66,10 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         found = export(a.checkpoint, a.out, a.dtype, is_patient=a.measure, is_merged=a.merge)
-        step, cost = found.step, found.cost
-        print(f"{a.out}: the {found.kind} after {step} iterations")
-        if cost:
-            print(cost)
+        print(f"{a.out}: the {found.kind} after {found.step} iterations")
+        for said in filter(None, (found.base, found.cost)):
+            print(said)
         return 0
 
     return run_command(command)
@@ -80,11 +79,13 @@ class Exported(NamedTuple):
 
     step: whose weights it has. kind: "model" or "adapter".
     cost: a sentence on what their type costs, if it does.
+    base: a sentence on the frozen weights, if they are not those of their folder.
     """
 
     step: int
     cost: str | None = None
     kind: str = MODEL
+    base: str | None = None
 
 
 def export(
@@ -142,7 +143,19 @@ def _export_adapter(
         raise ExportError(f"--dtype {dtype}: adapters are written in float32; leave it out")
     step, adapter = load_adapter_of(saved, config, policy, mesh)
     save_trained_adapter(config, policy, adapter, out)
-    return Exported(step, kind=ADAPTER)
+    return Exported(step, kind=ADAPTER, base=_base(policy, ADAPTER))
+
+
+_INT8 = {
+    MODEL: "the matrices that were frozen are written as Lora.weights = 'int8' rounded them, since "
+    "the adapter was trained beside those",
+    ADAPTER: "it was trained beside matrices that Lora.weights = 'int8' rounded; beside those of "
+    "the folder it answers a little otherwise (--merge writes the model that was trained)",
+}
+
+
+def _base(policy: Policy, kind: str) -> str | None:
+    return _INT8[kind] if policy.lora is not None and policy.lora.is_int8 else None
 
 
 def _export_model(
@@ -162,10 +175,13 @@ def _export_model(
     step, params = load_saved(saved, config, policy, mesh, read_as)
     params = merge(params, read_as)
     save_policy(policy, params, out, dtype)
+    cost = None
     if is_measured:
-        return Exported(step, _cost(config, policy, params, dtype))
-    reason = f"{count:,} parameters take long on a CPU, --measure takes them"
-    return Exported(step, None if dtype == "float32" else _not_measured(dtype, reason))
+        cost = _cost(config, policy, params, dtype)
+    elif dtype != "float32":
+        reason = f"{count:,} parameters take long on a CPU, --measure takes them"
+        cost = _not_measured(dtype, reason)
+    return Exported(step, cost, base=_base(policy, MODEL))
 
 
 def _not_measured(dtype: str, reason: object) -> str:

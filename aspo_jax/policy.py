@@ -85,7 +85,8 @@ def build_lora(config: Config) -> Lora | None:
     asked = config.lora
     if asked.rank is None:
         return None
-    return Lora(asked.rank, asked.alpha, asked.targets, asked.is_rank_stabilised)
+    is_int8 = config.frozen_dtype == "int8"
+    return Lora(asked.rank, asked.alpha, asked.targets, asked.is_rank_stabilised, is_int8)
 
 
 def load_teacher(config: Config, policy: Policy, mesh: Mesh) -> Teacher:

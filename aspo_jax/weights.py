@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from aspo_jax.config import Config
 from aspo_jax.model import load_params
 from aspo_jax.model.peft import Base, load_adapter, save_adapter
+from aspo_jax.model.quantised import load_int8
 from aspo_jax.model.sharding import placed
 from aspo_jax.policy import Policy
 from aspo_jax.run.folder import INITIAL_MODEL
@@ -25,8 +26,10 @@ def load_frozen(config: Config, policy: Policy, folder: str | Path, mesh: Mesh) 
     """The weights that adapters are trained beside, as the run holds them; None: there are none."""
     if policy.lora is None:
         return None
-    network, dtype = policy.model, jnp.dtype(config.frozen_dtype)
-    places = network.shardings(mesh)
+    network = policy.model
+    if policy.lora.is_int8:
+        return load_int8(folder, network.config, mesh)
+    places, dtype = network.shardings(mesh), jnp.dtype(config.frozen_dtype)
     return load_params(folder, network.config, shardings=places, dtype=dtype)
 
 

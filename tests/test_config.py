@@ -264,6 +264,8 @@ BAD_FLAGS = [
      " or -1 for the rest"),
     (["Lora.path=adapter"], "--set #1: Lora.path = 'adapter' starts from an adapter and Lora.rank ="
      " None trains none; set Lora.rank"),
+    (["Lora.weights=int8"], "--set #1: Lora.weights = 'int8' is of frozen weights and Lora.rank ="
+     " None trains all; set Lora.rank"),
     (["Lora.rank=0"], "--set #1: Lora.rank = 0: expected a whole number >= 1 or None, found 0"),
     (["Run.seed"], "--set #1: found 'Run.seed'; expected Section.field=value"),
     (["Run.seed=one"], "--set #1: Run.seed = 'one': expected a whole number >= 0, found 'one'"),

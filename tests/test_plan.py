@@ -165,6 +165,30 @@ def test_the_layout_of_the_sampler_is_that_of_its_platform(
     assert ("paged_attention" in decode) == is_in_place
 
 
+def test_int8_weights_are_counted_as_they_lie():
+    """A byte a weight of the layers, four an output; by the sampler too, without a copy."""
+    settings = ("Lora.rank=2", "Model.dtype='bfloat16'", "Lora.is_merged=False")
+    found, wide = (
+        plan(_read(*settings, f"Lora.weights={kind!r}"), "h100:1", lower_only=True)
+        for kind in ("int8", "bfloat16")
+    )
+    of, (parts, before) = (
+        found.programs,
+        ({p.name: p.bytes for row in each.rows for p in row.parts} for each in (found, wide)),
+    )
+    layers = [x for x in of.frozen["layers"].values() if "kernel" in x]
+    weights, outputs = (sum(x[part].size for x in layers) for part in ("kernel", "step"))
+    assert parts[FROZEN] == before[FROZEN] - weights + 4 * outputs
+    assert of.shares_weights and PUBLISHED not in parts
+    for name in (UPDATE, SCORE, PREFILL, DECODE):
+        given, other = (
+            shard_bytes(each.programs.by_name[name].arguments) for each in (found, wide)
+        )
+        assert given == other - weights + 4 * outputs
+    for row, other in zip(found.rows, wide.rows, strict=True):
+        assert row.budget.work.traffic < other.budget.work.traffic
+
+
 def test_a_teacher_is_held_and_scores(tmp_path):
     """A wider one than the policy, with a larger vocabulary."""
     raw = json.loads((config_folder() / "shapes" / "Qwen2.5-0.5B.json").read_text())

@@ -17,6 +17,7 @@ from toy import (
     PAD,
     VOCAB,
     assert_same,
+    in_int8,
     on,
     random_adapter,
     random_params,
@@ -26,8 +27,8 @@ from toy import (
 
 from aspo_jax.head import logits
 from aspo_jax.learner import forward
-from aspo_jax.model import Lora, build_model
-from aspo_jax.model.lora import attach
+from aspo_jax.model import Lora, build_model, map_axes, partition_spec, shardings
+from aspo_jax.model.lora import attach, detach, frozen_axes
 from aspo_jax.rows import BatchShape, answered, fill
 from aspo_jax.sampler import (
     EVALUATE,
@@ -160,14 +161,19 @@ def test_start_uses_the_new_parameters(params, completions):
 
 
 def test_log_probabilities_are_the_trainers(params, completions):
+    gap = trainer_gap(MODEL, params, completions)
+    assert gap.size == sum(len(c.tokens_T) for c in completions.values())
+    assert gap.max() <= 1e-4
+
+
+def trainer_gap(model, params, completions) -> np.ndarray:
+    """|log-probability of the sampler - that of the trainer| of every token."""
     made = [
         answered(PROMPTS[i[1] % 3], c.tokens_T, c.logp_T, 1.0, 0) for i, c in completions.items()
     ]
     rows = jax.tree.map(lambda x: x[0], fill(made, BatchShape(1, 1, 8, 34)).rows)
-    logp_BT, _ = jax.jit(lambda p, r: forward(MODEL, HEAD, p, r))(params, rows)
-    gap = np.abs(np.asarray(logp_BT) - rows.sampler_logp_BT)[rows.is_response_BT]
-    assert gap.size == sum(len(c.tokens_T) for c in completions.values())
-    assert gap.max() <= 1e-4
+    logp_BT, _ = jax.jit(lambda p, r: forward(model, HEAD, p, r))(params, rows)
+    return np.abs(np.asarray(logp_BT) - rows.sampler_logp_BT)[rows.is_response_BT]
 
 
 # --- endings ------------------------------------------------------------------------------------
@@ -325,11 +331,12 @@ def test_published_layers_and_pages_at_once_change_no_token(params, completions)
         assert_same(by_identity(other), completions, 1e-5)
 
 
-@pytest.mark.parametrize("is_stacked", [True, False])
-def test_adapters_are_sampled_from_merged_or_beside(params, is_stacked):
-    lora = Lora(rank=3, alpha=5.0)
+@pytest.mark.parametrize(("is_stacked", "is_int8"), [(True, False), (False, False), (False, True)])
+def test_adapters_are_sampled_from_merged_or_beside(params, is_stacked, is_int8):
+    lora = Lora(rank=3, alpha=5.0, is_int8=is_int8)
     model, mesh = build_model(CONFIG, is_stacked=is_stacked), toy_mesh()
-    frozen = jax.device_put(params, model.shardings(mesh) if is_stacked else None)
+    frozen = in_int8(params, CONFIG) if is_int8 else params
+    frozen = jax.device_put(frozen, model.shardings(mesh) if is_stacked else None)
     adapted = attach(random_adapter(lora, CONFIG), frozen, lora.scale)
     requests = [Request(PROMPTS[d], (TRAIN, d, 0, 0)) for d in range(3)]
     found = []
@@ -339,11 +346,34 @@ def test_adapters_are_sampled_from_merged_or_beside(params, is_stacked):
         sampler.start(adapted)
         layer = sampler.params["layers"] if is_stacked else sampler.params["layers"][0]
         assert ("a" in layer["q"]) == (kept is not None)
+        kinds = {part: str(x.dtype) for part, x in layer["q"].items()}
+        assert (kinds["kernel"] == "int8") == ("step" in kinds) == (is_int8 and kept is not None)
+        assert set(kinds.values()) <= {"int8", "float32"}
         pointers = [x["embed"].unsafe_buffer_pointer() for x in (sampler.params, adapted)]
         is_own = pointers[0] == pointers[1]
         assert is_own == (is_stacked and kept is not None)  # nothing is copied
         found.append(by_identity(sampler, requests))
     assert_same(found[1], found[0], 1e-5)
+
+
+def test_int8_weights_of_the_trainer_are_sampled_where_they_lie(params):
+    """In bfloat16 on one device: none of the frozen weights is copied, and the gate holds."""
+    lora, mesh = Lora(rank=3, alpha=5.0, is_int8=True), toy_mesh()
+    model = build_model(CONFIG, dtype=jnp.bfloat16)
+    places = shardings(mesh, map_axes(partition_spec, frozen_axes(CONFIG, lora)))
+    frozen = jax.device_put(in_int8(params, CONFIG), places)
+    adapted = attach(random_adapter(lora, CONFIG), frozen, lora.scale)
+    publish = make_publish(model, mesh, mesh, "bfloat16", lora)
+    sampler = PagedSampler(model, HEAD, LIMITS, mesh, seed=3, publish=publish)
+    sampler.start(adapted)
+    ours, theirs = (
+        [x.unsafe_buffer_pointer() for x in jax.tree.leaves(detach(tree))]
+        for tree in (sampler.params, adapted)
+    )
+    assert ours == theirs
+    found = by_identity(sampler, [Request(PROMPTS[d], (TRAIN, d, 0, 0)) for d in range(3)])
+    gap = trainer_gap(model, adapted, found)
+    assert gap.size > 10 and gap.mean() <= 0.03  # of 0.1, Sampler.max_gap
 
 
 @pytest.mark.parametrize("is_stacked", [True, False])

@@ -15,6 +15,8 @@ from aspo_jax.head import Head
 from aspo_jax.learner import Goal, Learner, build_learner
 from aspo_jax.model import Lora, Model, ModelConfig, build_model, choose_attention
 from aspo_jax.model.lora import init_adapter
+from aspo_jax.model.parameters import Parameter, parameters
+from aspo_jax.model.quantised import quantise
 from aspo_jax.model.sharding import MESH_AXES
 from aspo_jax.rows import BatchShape, Example, answered, fill
 from aspo_jax.sampler import Completion
@@ -73,6 +75,22 @@ def random_adapter(lora: Lora, config: ModelConfig, seed: int = 1) -> Any:
     rng = np.random.RandomState(seed)
     shapes = jax.eval_shape(lambda key: init_adapter(config, lora, key), jax.random.key(0))
     return jax.tree.map(lambda x: 0.2 * rng.standard_normal(x.shape).astype(np.float32), shapes)
+
+
+def in_int8(params: Any, config: ModelConfig) -> Any:
+    """The params as frozen weights in int8."""
+
+    def of(entry: Parameter, stack: np.ndarray) -> dict[str, np.ndarray]:
+        layers = [quantise(matrix, entry.reads) for matrix in stack]
+        return {part: np.stack([layer[part] for layer in layers]) for part in ("kernel", "step")}
+
+    rest = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    layers = dict(rest["layers"])
+    for name, each in parameters(config)["layers"].items():
+        if "kernel" in each:
+            stack = params["layers"][name]["kernel"]
+            layers[name] = layers[name] | of(each["kernel"], stack)
+    return rest | {"layers": layers}
 
 
 def assert_same(

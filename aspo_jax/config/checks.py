@@ -244,6 +244,8 @@ def _model(config: Config) -> Iterator[Problem]:
 def _lora(config: Config) -> Iterator[Problem]:
     if config.lora.path is not None and config.lora.rank is None:
         yield "Lora.path", " starts from an adapter and Lora.rank = None trains none; set Lora.rank"
+    if config.lora.weights == "int8" and config.lora.rank is None:
+        yield "Lora.weights", " is of frozen weights and Lora.rank = None trains all; set Lora.rank"
 
 
 def _data(config: Config) -> Iterator[Problem]:

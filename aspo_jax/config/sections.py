@@ -179,8 +179,11 @@ class Lora:
         "all", "", "which matrices of the layers have adapters: never embedding and output head"
     )
     is_rank_stabilised: bool = setting(False, "", "divide alpha by the root of the rank instead")
-    weights: Literal["bfloat16", "float32"] | None = setting(
-        None, "", "type of the frozen weights in memory; None: Model.dtype"
+    weights: Literal["int8", "bfloat16", "float32"] | None = setting(
+        None,
+        "",
+        "type of the frozen weights in memory; int8: of their matrices, rounded, embeddings and"
+        " norms stay bfloat16; None: Model.dtype",
     )
     is_merged: bool = setting(
         True,

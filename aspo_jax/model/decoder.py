@@ -154,11 +154,14 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:
 def project(x: Array, layer: Any, reads: int = 1) -> Array:
     """The last ``reads`` axes of x times a layer's matrix, plus its bias if any, in x's type.
 
-    Beside the matrix may lie an adapter (`aspo_jax.model.lora.attach`), whose product is never
-    formed: ``x W + (factor x a) b``.
+    Beside the matrix may lie its steps, if it is int8 (`aspo_jax.model.quantised`), whose integers
+    every type of computation holds exactly, and an adapter (`aspo_jax.model.lora.attach`), whose
+    product is never formed: ``x W + (factor x a) b``.
     """
     axes = (tuple(range(x.ndim - reads, x.ndim)), tuple(range(reads)))
     y = jax.lax.dot_general(x, layer["kernel"].astype(x.dtype), (axes, ((), ())))
+    if "step" in layer:
+        y = (y * layer["step"]).astype(x.dtype)
     if "a" in layer:
         low = jax.lax.dot_general(x, layer["a"].astype(x.dtype), (axes, ((), ())))
         y = y + project((low * layer["factor"]).astype(x.dtype), {"kernel": layer["b"]})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +54,21 @@ def load_params(
     if shardings is None:
         alone = SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda _: alone, tree)
-    with contextlib.ExitStack() as stack:
-        tensors = _open_tensors(Path(folder).expanduser(), config, stack)
+    with opened(folder, config) as tensors:
 
         def load(entry: Parameter, sharding: Sharding) -> Array:
             return load_leaf(tensors, entry, config.layers, sharding, dtype)
 
+        return jax.tree.map(load, tree, shardings)
+
+
+@contextlib.contextmanager
+def opened(folder: str | Path, config: ModelConfig) -> Iterator[dict[str, Any]]:
+    """Name -> lazy slice of each tensor of a folder; see `load_params` for what is raised."""
+    with contextlib.ExitStack() as stack:
+        tensors = _open_tensors(Path(folder).expanduser(), config, stack)
         try:
-            return jax.tree.map(load, tree, shardings)
+            yield tensors
         except NotFinite as problem:
             raise ModelFolderError(
                 f"{folder}: {problem} holds numbers that are not finite, so that every answer "
@@ -179,12 +186,30 @@ def load_leaf(
     """One array of params, all layers of it."""
     if not entry.is_layered:
         return _load_tensor(entry.name, tensors, entry, sharding, dtype)
-    write, of_layer = _write_layer(sharding), _without_layers(sharding)
-    stack = _zeros(sharding)((layers, *entry.ours), dtype)
-    for y, name in enumerate(entry.names(layers)):
-        stack = write(stack, _load_tensor(name, tensors, entry, of_layer, dtype), np.int32(y))
-        stack.block_until_ready()  # else the layers read ahead pile up on the host
-    return stack
+    names, of_layer = entry.names(layers), without_layers(sharding)
+
+    def load(y: int) -> Array:
+        return _load_tensor(names[y], tensors, entry, of_layer, dtype)
+
+    shape = (layers, *entry.ours)
+    return stacked(jax.ShapeDtypeStruct(shape, dtype, sharding=sharding), load)
+
+
+def stacked(shapes: Any, load: Callable[[int], Any]) -> Any:
+    """A tree of arrays with a leading layer axis, written layer by layer.
+
+    shapes: with types and shardings. load: number of a layer -> its tree.
+    """
+    stacks = jax.tree.map(lambda x: _zeros(x.sharding)(x.shape, x.dtype), shapes)
+    for y in range(len(jax.tree.leaves(stacks)[0])):
+        write = functools.partial(_written, y)
+        stacks = jax.tree.map(write, shapes, stacks, load(y))
+        jax.block_until_ready(stacks)  # else the layers read ahead pile up on the host
+    return stacks
+
+
+def _written(y: int, shape: jax.ShapeDtypeStruct, stack: Array, layer: Array) -> Array:
+    return _write_layer(shape.sharding)(stack, layer, np.int32(y))
 
 
 def _load_tensor(
@@ -194,21 +219,26 @@ def _load_tensor(
     read: dict[Any, np.ndarray] = {}
 
     def shard(index: Any) -> np.ndarray:
-        bounds = tuple(s.indices(n)[:2] for s, n in zip(index, entry.ours, strict=True))
-        if bounds not in read:
-            block = _read(tensors[name], entry, bounds).astype(dtype)
+        block_of = bounds(index, entry.ours)
+        if block_of not in read:
+            block = read_block(tensors[name], entry, block_of).astype(dtype)
             # The extremes tell, without an array of booleans: NaN is either, infinity one of them.
             with np.errstate(invalid="ignore"):
                 extremes = [block.min(), block.max()]
             if not np.isfinite(extremes).all():
                 raise NotFinite(name)
-            read[bounds] = block
-        return read[bounds]
+            read[block_of] = block
+        return read[block_of]
 
     return jax.make_array_from_callback(entry.ours, sharding, shard)
 
 
-def _read(tensor: Any, entry: Parameter, bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+def bounds(index: Any, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """First and last, exclusive, of each axis that a device's slices of an array take."""
+    return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+
+
+def read_block(tensor: Any, entry: Parameter, bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
     """The block [first, last) of each of our axes, read from their tensor."""
     flat = entry.flat
     within, where = tuple(slice(first, last) for first, last in bounds), list(bounds)
@@ -226,7 +256,7 @@ def _read(tensor: Any, entry: Parameter, bounds: tuple[tuple[int, int], ...]) ->
     return np.ascontiguousarray(block.reshape(shape)[within])
 
 
-def _without_layers(sharding: Sharding) -> Sharding:
+def without_layers(sharding: Sharding) -> Sharding:
     """The sharding of one layer of a stack."""
     if isinstance(sharding, NamedSharding):
         return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))

@@ -29,6 +29,7 @@ from aspo_jax.model.parameters import (
     parameter_axes,
     parameters,
 )
+from aspo_jax.model.quantised import int8_axes
 from aspo_jax.model.sharding import map_axes, partition_spec, shardings
 
 TARGETS: Mapping[str, frozenset[str]] = {  # by an axis that a matrix has
@@ -46,12 +47,14 @@ class Lora(NamedTuple):
     rank: r above. alpha: see `scale`.
     targets: of `TARGETS`: the matrices of attention, of the feed-forward network, or both.
     is_rank_stabilised: divide alpha by the root of the rank (arXiv 2312.03732).
+    is_int8: the frozen weights beside them are those of `aspo_jax.model.quantised`.
     """
 
     rank: int
     alpha: float
     targets: str = "all"
     is_rank_stabilised: bool = False
+    is_int8: bool = False
 
     @property
     def scale(self) -> float:
@@ -100,12 +103,18 @@ def adapter_axes(config: ModelConfig, lora: Lora) -> Any:
 
 def attached_axes(model: Model, lora: Lora) -> Any:
     """Logical axes of a network's params with adapters attached, stacked or not as its own are."""
-    layers = dict(parameter_axes(model.config)["layers"])
+    frozen = frozen_axes(model.config, lora)
+    layers = dict(frozen["layers"])
     for name, pair in adapter_axes(model.config, lora)["layers"].items():
         layers[name] = layers[name] | pair | {"factor": ("layers",)}
     if not model.is_stacked:
         layers = [map_axes(lambda names: names[1:], layers)] * model.config.layers
-    return model.axes() | {"layers": layers}
+    return frozen | {"layers": layers}
+
+
+def frozen_axes(config: ModelConfig, lora: Lora) -> Any:
+    """Logical axes of the stacked weights that adapters lie beside."""
+    return int8_axes(config) if lora.is_int8 else parameter_axes(config)
 
 
 _PARTS = ("a", "b", "factor")  # what lies beside a matrix
@@ -143,17 +152,13 @@ def detach(params: Any) -> Any:
 
 
 def merge(params: Any, dtype: Any = jnp.float32) -> Any:
-    """Params without adapters: what `attach` laid beside a matrix is added to it.
+    """Params of plain matrices: adapters are added to theirs, integers multiplied with their steps.
 
     dtype: of the matrices that change. The sum is float32, of one layer at a time.
     """
-    if not is_adapted(params):
+    if not (is_adapted(params) or is_int8(params)):
         return params
-    layers = detach(params)["layers"]
-    for name, each in params["layers"].items():
-        if "a" in each:
-            parts = [each[part] for part in ("kernel", *_PARTS)]
-            layers[name] = layers[name] | {"kernel": _sum(*parts, dtype=dtype)}
+    layers = {name: _plain(each, dtype) for name, each in params["layers"].items()}
     return params | {"layers": layers}
 
 
@@ -163,16 +168,34 @@ def is_adapted(params: Any) -> bool:
     return not isinstance(layers, list) and any("a" in each for each in layers.values())
 
 
+def is_int8(params: Any) -> bool:
+    """Whether the matrices are those of `aspo_jax.model.quantised`."""
+    layers = params["layers"]
+    return not isinstance(layers, list) and "step" in layers["q"]
+
+
+def _plain(each: Any, dtype: Any) -> Any:
+    parts = {part: x for part, x in each.items() if part in ("kernel", "step", *_PARTS)}
+    if parts.keys() <= {"kernel"}:
+        return each
+    rest = {part: x for part, x in each.items() if part not in parts}
+    return rest | {"kernel": _formed(parts, dtype=dtype)}
+
+
 @functools.partial(jax.jit, static_argnames="dtype")
-def _sum(kernel: Array, a: Array, b: Array, factor: Array, *, dtype: Any) -> Array:
-    """``W + factor a b`` of every layer."""
+def _formed(parts: dict[str, Array], *, dtype: Any) -> Array:
+    """``W + factor a b`` of every layer, as far as it has these."""
 
-    def of_layer(layer: tuple[Array, Array, Array, Array]) -> Array:
-        w, a, b, factor = layer
-        product = jnp.tensordot(a, b, axes=1, precision="highest")
-        return (w.astype(jnp.float32) + factor * product).astype(dtype)
+    def of_layer(layer: dict[str, Array]) -> Array:
+        w = layer["kernel"].astype(jnp.float32)
+        if "step" in layer:
+            w = w * layer["step"]
+        if "a" in layer:
+            product = jnp.tensordot(layer["a"], layer["b"], axes=1, precision="highest")
+            w = w + layer["factor"] * product
+        return w.astype(dtype)
 
-    return jax.lax.map(of_layer, (kernel, a, b, factor))
+    return jax.lax.map(of_layer, parts)
 
 
 class Trained(NamedTuple):

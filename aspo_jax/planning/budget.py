@@ -119,7 +119,7 @@ def _weights(of: Programs) -> list[Part]:
         return [Part(WEIGHTS, trained, _smaller(of))]
     return [
         Part(ADAPTER, trained, _smaller(of)),
-        Part(FROZEN, shard_bytes(of.frozen), f"set Lora.weights to 'bfloat16', or {MORE_CHIPS}"),
+        Part(FROZEN, shard_bytes(of.frozen), f"set Lora.weights to 'int8', or {MORE_CHIPS}"),
     ]
 
 
@@ -268,8 +268,10 @@ def _training_work(of: Programs) -> dict[str, Work]:
 
 def _one_pass(of: Programs, shape: ModelConfig) -> float:
     """Bytes per chip of a network's matrices as they are multiplied, read once."""
-    matrices = layer_weights(shape) + shape.vocab_size * shape.hidden_size
-    return jnp.dtype(of.config.model.dtype).itemsize * matrices / of.mesh.shape["tensor"]
+    size = jnp.dtype(of.config.model.dtype).itemsize
+    is_int8 = shape == of.shape and of.config.frozen_dtype == "int8"
+    layers = layer_weights(shape) * (1 if is_int8 else size)
+    return (layers + size * shape.vocab_size * shape.hidden_size) / of.mesh.shape["tensor"]
 
 
 def _sampling_work(of: Programs) -> dict[str, Work]:

@@ -34,6 +34,7 @@ from aspo_jax.model import (
     trained_part,
 )
 from aspo_jax.model.lora import attach, detach
+from aspo_jax.model.quantised import int8_shapes
 from aspo_jax.model.sharding import placed
 from aspo_jax.origin import locate, locate_teacher
 from aspo_jax.parts import (
@@ -117,7 +118,7 @@ class Programs(NamedTuple):
             is_own
             and self.frozen is not None
             and not c.lora.is_merged
-            and (c.frozen_dtype == c.model.dtype)
+            and self.frozen["embed"].dtype == c.model.dtype
         )
 
     @property
@@ -218,7 +219,7 @@ def programs(
     head = _head(config, shape, mesh)
     gate = build_gate(config, goal)
     learner = build_learner(model, head, goal, optimizer, mesh, teacher, lora, gate)
-    frozen = None if lora is None else _weights(model, config.frozen_dtype, mesh)
+    frozen = _frozen(config, model, mesh)
     minibatch, has_reference = _minibatch(batch, mesh), losses.reads(goal.objective, "ref_logp_BT")
     reference = (frozen or _weights(model, "bfloat16", mesh)) if has_reference else None
     like = minibatch.rows.advantage_BT
@@ -264,6 +265,15 @@ def _weights(model: Model, dtype: str, mesh: Any) -> Any:
     """Shapes of a network's weights in a type."""
     shapes = placed(jax.eval_shape(model.init, jax.random.key(0)), model.shardings(mesh))
     return jax.tree.map(lambda x: x.update(dtype=jnp.dtype(dtype)), shapes)
+
+
+def _frozen(config: Config, model: Model, mesh: Any) -> Any:
+    """Shapes of the weights that adapters are trained beside; None: there are none."""
+    if (lora := build_lora(config)) is None:
+        return None
+    if lora.is_int8:
+        return int8_shapes(model.config, mesh)
+    return _weights(model, config.frozen_dtype, mesh)
 
 
 def _score(
@@ -324,9 +334,7 @@ def _sampler(
     head, seed = _head(config, shape, local), config.run.seed
     sampler = PagedSampler(model, head, limits, local, seed=seed, publish=publish)
     part = trained_part(network, lora)
-
-    def published(key: Any) -> Any:
-        params = part.whole(part.init(key), None if lora is None else network.init(key))
-        return publish.arrange(params)
-
-    return sampler, placed(jax.eval_shape(published, jax.random.key(0)), publish.shardings)
+    trained = jax.eval_shape(part.init, jax.random.key(0))
+    frozen = None if lora is None else _frozen(config, network, local)
+    published = jax.eval_shape(lambda *both: publish.arrange(part.whole(*both)), trained, frozen)
+    return sampler, placed(published, publish.shardings)

@@ -59,7 +59,7 @@ def make_publish(
 
     def arrange(params: Any) -> Any:
         params = merge(params, dtype) if lora is None else params
-        return cast_matrices(params if model.is_stacked else unstack(params), axes, dtype)
+        return cast_matrices(params if model.is_stacked else unstack(params), dtype)
 
     gather = jax.jit(arrange, out_shardings=whole)
 
@@ -71,17 +71,17 @@ def make_publish(
     return Publish(publish, arrange, at_home)
 
 
-def cast_matrices(params: Any, axes: Any, dtype: Any) -> Any:
-    """The params with their matrices and biases in ``dtype``, scales as they are.
+_KEPT = {"scale", "norm", "factor", "step"}  # names of arrays that only scale others
 
-    axes: of the params, see `Model.axes`.
-    """
 
-    def cast(names: tuple[str, ...], x: Array) -> Array:
-        is_scale = "norm" in names or names in ((), ("layers",))
-        return x if is_scale else x.astype(dtype)
+def cast_matrices(params: Any, dtype: Any) -> Any:
+    """The params with their matrices and biases in ``dtype``; scales and what is int8 stay."""
 
-    return map_axes(cast, axes, params)
+    def cast(path: Any, x: Array) -> Array:
+        is_kept = path[-1].key in _KEPT or x.dtype == jnp.int8
+        return x if is_kept else x.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def _unsharded(axes: tuple[str, ...]) -> PartitionSpec:

@@ -33,15 +33,27 @@ LORA = Lora(rank=4, alpha=6.0)
 FLAGS = ("Lora.rank=4", "Lora.alpha=6.0", "Optim.learning_rate=1e-2")
 
 
+INT8 = "Lora.weights='int8'"
+both_types = pytest.mark.parametrize(
+    "flags", [FLAGS, (*FLAGS, INT8)], ids=["float32", "int8"], scope="module"
+)
+
+
 @pytest.fixture(scope="module")
-def adapted(runs, once) -> Path:
+def flags() -> tuple[str, ...]:
+    return FLAGS
+
+
+@pytest.fixture(scope="module")
+def adapted(runs, once, flags) -> Path:
     """The folder of a run that nothing disturbed."""
-    return once("adapted", lambda folder: runs.run(folder / "run", *FLAGS)) / "run"
+    name = "adapted_int8" if INT8 in flags else "adapted"
+    return once(name, lambda folder: runs.run(folder / "run", *flags)) / "run"
 
 
 @pytest.fixture(scope="module")
-def config(runs) -> Config:
-    words = [word for flag in FLAGS for word in ("--set", flag)]
+def config(runs, flags) -> Config:
+    words = [word for flag in flags for word in ("--set", flag)]
     return read_config(["--config", str(runs.config), *words], FACTORIES)
 
 
@@ -73,21 +85,29 @@ def _trees(machines: Machines) -> dict[str, Any]:
     return {"adapter": machines.learner.state.params, "frozen": machines.frozen}
 
 
-def test_killed_it_goes_on_as_if_nothing_had_been(runs, adapted, machines, trained, tmp_path):
+@both_types
+def test_killed_it_goes_on_as_if_nothing_had_been(
+    runs, flags, adapted, machines, trained, tmp_path
+):
     folder = tmp_path / "run"
     trap = "aspo_jax.run.checkpoint:_seal:2:SIGKILL"  # step 4 is there, its manifest is not
-    runs.run(folder, *FLAGS, program=(*TRAP, trap), expect=-signal.SIGKILL)
-    runs.run(folder, *FLAGS)
+    runs.run(folder, *flags, program=(*TRAP, trap), expect=-signal.SIGKILL)
+    runs.run(folder, *flags)
     assert bits(last_checkpoint(folder, machines.learner.state).state.params) == bits(trained)
     assert metrics(folder) == metrics(adapted) and transcripts(folder) == transcripts(adapted)
 
 
-def test_live_saved_and_merged_weights_have_one_evaluation(adapted, machines, trained, tmp_path):
+@both_types
+def test_live_saved_and_merged_weights_have_one_evaluation(
+    flags, adapted, machines, trained, tmp_path
+):
     said = {k: v for k, v in metrics(adapted)[-1].items() if k.startswith("evaluate/")}
-    export(adapted, tmp_path / "merged", is_merged=True)
+    found = export(adapted, tmp_path / "merged", is_merged=True)
+    assert ("rounded" in str(found.base)) == (INT8 in flags)
     network = machines.parts.policy.model
     merged, live = load_params(tmp_path / "merged", network.config), machines.weights(trained)
-    assert bits(merged) == bits(merge(live))
+    whole = jax.tree.map(lambda x: x.astype(np.float32), merge(live))
+    assert bits(merged) == bits(whole)
     assert bits(merged) != bits(machines.frozen)
     for params in (live, merged):
         scores, _ = machines.evaluate(params)
@@ -103,7 +123,7 @@ def test_live_saved_and_merged_weights_have_one_evaluation(adapted, machines, tr
 
 def test_its_adapter_is_where_another_run_starts(adapted, machines, trained, tmp_path):
     found = export(adapted, tmp_path / "adapter")
-    assert found == (ITERATIONS, None, "adapter")
+    assert found == (ITERATIONS, None, "adapter", None)
     for folder in (tmp_path / "adapter", adapted / "adapter"):
         shape, key = machines.parts.policy.model.config, jax.random.key(0)
         assert bits(load_adapter(folder, shape, LORA, toy_mesh(), key)) == bits(trained)
@@ -153,11 +173,13 @@ def test_what_cannot_be_exported(adapted, finished, tmp_path):
         export(adapted, tmp_path / "out", "bfloat16")
 
 
-def test_commands_read_such_a_run(adapted, config, machines, trained, capsys):
+@both_types
+def test_commands_read_such_a_run(flags, adapted, config, machines, trained, capsys):
     named = find_model(str(adapted))
     loaded = load_weights(named, config, machines.parts.policy, toy_mesh())
     assert bits(merge(loaded)) == bits(merge(machines.weights(trained)))
     assert named.settings["Lora.rank"] == 4
+    assert machines.frozen["layers"]["q"]["kernel"].dtype == named.settings["Lora.weights"]
     assert identity(named, config) != identity(find_model(str(adapted), 4), config)
     assert check_command.main([str(adapted), "--prompts", "2"]) == 0
     capsys.readouterr()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from toy import bits, toy_learner, toy_mesh
 from trainer_runs import TRAP, last_checkpoint, metrics
 
@@ -168,3 +169,22 @@ def test_two_processes_refill_a_step_as_one_does(flags, tmp_path):
     assert_same_trajectory(two, alone)
     rounds = {row["rollout/rounds"] for row in metrics(two)[:ITERATIONS]}
     assert len(rounds) > 1 and max(rounds) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more",
+    [(), ("Lora.weights='int8'", "Lora.is_merged=False", "Runtime.fsdp=2")],
+    ids=["merged", "int8, unmerged, fsdp"],
+)
+def test_two_processes_train_an_adapter_as_one_does(flags, tmp_path, more):
+    alone, two = tmp_path / "alone", tmp_path / "two"
+    lora = ("Lora.rank=4", "Lora.alpha=6.0", "Optim.learning_rate=1e-2", *more)
+    finish(start(sys.executable, "-m", "aspo_jax.train", *flags(alone, *lora), count=4, **QUICK))
+    finish(two_processes(*flags(two, *lora), **QUICK))
+    assert_same_trajectory(two, alone)
+    ours, theirs = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (two, alone))
+    assert ours.keys() == theirs.keys()
+    for name, x in theirs.items():
+        np.testing.assert_allclose(ours[name], x, rtol=0, atol=1e-4 * np.abs(x).max(), err_msg=name)
+        assert name.endswith("A.weight") or x.any()  # B was moved

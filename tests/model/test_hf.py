@@ -150,8 +150,8 @@ def test_sharded_arrays_in_and_out_on_any_mesh(tmp_path, sizes, family):
 def test_a_tensor_of_a_layer_is_read_once_and_never_a_whole_stack(tmp_path, monkeypatch):
     model = toy_model()
     params = save(tmp_path / "model")
-    read, blocks = hf._read, []
-    monkeypatch.setattr(hf, "_read", lambda *a: blocks.append(read(*a)) or blocks[-1])
+    read, blocks = hf.read_block, []
+    monkeypatch.setattr(hf, "read_block", lambda *a: blocks.append(read(*a)) or blocks[-1])
     for sizes in ((4, 1, 1), (2, 1, 2), (1, 2, 2)):
         blocks.clear()
         wanted = model.shardings(toy_mesh(*sizes))
