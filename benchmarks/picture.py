@@ -1,13 +1,19 @@
-"""The picture of the README: runs of the default with several objectives, in three panels.
+"""The pictures of the README: runs with several objectives, a panel for each of some metrics.
 
-python benchmarks/picture.py ASPO=RUN DAPO=RUN ... docs/countdown_objectives.png
+    python benchmarks/picture.py ASPO=RUN DAPO=RUN ... docs/countdown_objectives.png
+    python benchmarks/picture.py --panels reward,avg,entropy ASPO=RUN ASPO=RUN DAPO=RUN ... OUT.png
+
+Runs of one label, seeds, share a colour: each is a thin line and their mean a thick one.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -16,7 +22,7 @@ from matplotlib.figure import Figure
 from aspo_jax.run.figures import COLOURS, INK, plain
 from aspo_jax.run.metrics import read_metrics
 
-SMOOTHED = 7  # iterations
+SMOOTHED = 7  # iterations; fewer in a run of less than 30
 
 
 class Panel(NamedTuple):
@@ -28,37 +34,56 @@ class Panel(NamedTuple):
     is_held_out: bool = True
 
 
-PANELS = (
-    Panel("evaluate/avg", "Right answers, held out", "share (avg@16)"),
-    Panel("evaluate/distinct_right", "Different right answers to a puzzle", "answers of 16"),
-    Panel("update/old_entropy", "Entropy", "nats per token", is_held_out=False),
-)
+PANELS = {
+    "avg": Panel("evaluate/avg", "Right answers, held out", "share of all samples"),
+    "distinct": Panel(
+        "evaluate/distinct_right", "Different right answers to a puzzle", "answers of 16"
+    ),
+    "entropy": Panel("update/old_entropy", "Entropy", "nats per token", is_held_out=False),
+    "reward": Panel("rollout/reward_mean", "Right answers, training", "share", is_held_out=False),
+}
 
 
-def main(words: list[str]) -> None:
-    """Draw ``LABEL=RUN`` words into the PNG that is the last word."""
-    runs = {label: folder for label, _, folder in (word.partition("=") for word in words[:-1])}
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--panels", default="avg,distinct,entropy", help=", ".join(PANELS))
+    parser.add_argument("runs", nargs="+", metavar="LABEL=RUN")
+    parser.add_argument("png", type=Path)
+    a = parser.parse_args()
+    runs: dict[str, list[Path]] = defaultdict(list)
+    for label, _, folder in (word.partition("=") for word in a.runs):
+        runs[label].append(Path(folder))
+    panels = [PANELS[name] for name in a.panels.split(",")]
     figure = Figure(figsize=(13, 3.9), dpi=120, layout="constrained", facecolor="white")
     canvas = FigureCanvasAgg(figure)
-    for panel, ax in zip(PANELS, figure.subplots(1, len(PANELS)), strict=True):
+    for panel, ax in zip(panels, figure.subplots(1, len(panels)), strict=True):
         ax.set_title(panel.title, loc="left", fontsize=13, fontweight="bold", color=INK)
         ax.set_ylabel(panel.unit, fontsize=11, color=INK)
         ax.set_xlabel("iteration", fontsize=11, color=INK)
         plain(ax, 11)
-        for colour, (label, folder) in zip(COLOURS, runs.items(), strict=False):
-            x, y = series(Path(folder), panel.metric)
-            style = {"marker": "o", "markersize": 6} if panel.is_held_out else {}
-            y = y if panel.is_held_out else smooth(y)
-            ax.plot(x, y, color=colour, linewidth=2.5, label=label, **style)
+        for colour, (label, folders) in zip(COLOURS, runs.items(), strict=False):
+            draw(ax, panel, label, folders, colour)
         ax.set_ylim(bottom=0)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(
-        *ax.get_legend_handles_labels(),
-        loc="outside upper center",
-        ncols=len(runs),
-        fontsize=13,
-        frameon=False,
+        *(handles, labels), loc="outside upper center", ncols=len(runs), fontsize=13, frameon=False
     )
-    canvas.print_png(words[-1])
+    canvas.print_png(str(a.png))
+    return 0
+
+
+def draw(ax: Any, panel: Panel, label: str, folders: Sequence[Path], colour: str) -> None:
+    """The runs of one label."""
+    marks = {"marker": "o", "markersize": 6} if panel.is_held_out else {}
+    found = [series(folder, panel.metric) for folder in folders]
+    lines = [(x, y if panel.is_held_out else smooth(y)) for x, y in found]
+    if len(lines) > 1:
+        for x, y in lines:
+            ax.plot(x, y, color=colour, linewidth=1, alpha=0.5, **marks)
+        marks = {}
+    mean = np.mean([y for _, y in lines], axis=0)
+    ax.plot(lines[0][0], mean, color=colour, linewidth=2.5, label=label, **marks)
 
 
 def series(folder: Path, metric: str) -> tuple[np.ndarray, np.ndarray]:
@@ -69,9 +94,9 @@ def series(folder: Path, metric: str) -> tuple[np.ndarray, np.ndarray]:
 
 def smooth(y: np.ndarray) -> np.ndarray:
     """A centred moving average, narrower at the ends."""
-    half = SMOOTHED // 2
+    half = min(SMOOTHED // 2, len(y) // 10)
     return np.array([y[max(0, i - half) : i + half + 1].mean() for i in range(len(y))])
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main())

@@ -31,17 +31,21 @@ from aspo_jax.run.records import ModelChanged
 
 LORA = Lora(rank=4, alpha=6.0)
 FLAGS = ("Lora.rank=4", "Lora.alpha=6.0", "Optim.learning_rate=1e-2")
-
-
 INT8 = "Lora.weights='int8'"
-both_types = pytest.mark.parametrize(
-    "flags", [FLAGS, (*FLAGS, INT8)], ids=["float32", "int8"], scope="module"
-)
+
+
+def of_types(*int8_marks):
+    """The flags of frozen weights in float32 and in int8."""
+    each = (
+        pytest.param(FLAGS, id="float32"),
+        pytest.param((*FLAGS, INT8), id="int8", marks=int8_marks),
+    )
+    return pytest.mark.parametrize("flags", each, scope="module", indirect=True)
 
 
 @pytest.fixture(scope="module")
-def flags() -> tuple[str, ...]:
-    return FLAGS
+def flags(request) -> tuple[str, ...]:
+    return getattr(request, "param", FLAGS)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +89,7 @@ def _trees(machines: Machines) -> dict[str, Any]:
     return {"adapter": machines.learner.state.params, "frozen": machines.frozen}
 
 
-@both_types
+@of_types(pytest.mark.slow)
 def test_killed_it_goes_on_as_if_nothing_had_been(
     runs, flags, adapted, machines, trained, tmp_path
 ):
@@ -97,7 +101,7 @@ def test_killed_it_goes_on_as_if_nothing_had_been(
     assert metrics(folder) == metrics(adapted) and transcripts(folder) == transcripts(adapted)
 
 
-@both_types
+@of_types()
 def test_live_saved_and_merged_weights_have_one_evaluation(
     flags, adapted, machines, trained, tmp_path
 ):
@@ -173,7 +177,7 @@ def test_what_cannot_be_exported(adapted, finished, tmp_path):
         export(adapted, tmp_path / "out", "bfloat16")
 
 
-@both_types
+@of_types()
 def test_commands_read_such_a_run(flags, adapted, config, machines, trained, capsys):
     named = find_model(str(adapted))
     loaded = load_weights(named, config, machines.parts.policy, toy_mesh())
