@@ -211,6 +211,8 @@ def build_network(
         mesh=mesh,
         name=config.model.attention,
     )
+    has_kernel = config.sampler.paged_kernel
+    in_place = choose_in_place(kind, shape.head_dim, mesh) if has_kernel else None
     return build_model(
         shape,
         dtype=dtype,
@@ -218,7 +220,7 @@ def build_network(
         attention=attention,
         mesh=mesh,
         is_stacked=is_stacked,
-        in_place=choose_in_place(kind, shape.head_dim, mesh),
+        in_place=in_place,
     )
 
 

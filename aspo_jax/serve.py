@@ -22,7 +22,8 @@ from aspo_jax.run.console import Console
 
 SETTABLE = (  # of a training config, what means something here
     *("Model.dtype", "Model.attention", "Run.seed"),
-    *("Sampler.stop_ids", "Sampler.cache_type", "Runtime.data", "Runtime.fsdp", "Runtime.tensor"),
+    *("Sampler.stop_ids", "Sampler.cache_type", "Sampler.paged_kernel"),
+    *("Runtime.data", "Runtime.fsdp", "Runtime.tensor"),
 )
 LOOK_S = 10.0  # between two looks for a newer checkpoint
 

@@ -150,6 +150,7 @@ def test_without_merging_one_chip_holds_the_frozen_weights_once():
     [
         ("v5e:1x1", (), True, False),
         ("h100:1", (), False, True),
+        ("h100:1", ("Sampler.paged_kernel=False",), False, False),
         ("h100:1", ("Lora.rank=2",), False, True),
         ("h100:1", ("Lora.rank=2", "Lora.is_merged=False"), True, True),
         ("cpu:1", (), False, False),

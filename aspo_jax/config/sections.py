@@ -267,6 +267,11 @@ class Sampler:
     cache_type: Literal["int8"] | None = setting(
         None, "", "type of the cached keys and values; None: Model.dtype"
     )
+    paged_kernel: bool = setting(
+        True,
+        "",
+        "on a GPU, decode with a kernel that reads pages where they lie; False: gather them",
+    )
     max_gap: float = setting(
         0.1,
         "nats",

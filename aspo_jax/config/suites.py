@@ -32,7 +32,10 @@ from aspo_jax.paths import PathError, shorten, user_path
 # Sections of a training config that an evaluation has too, without what has no meaning in it.
 ENGINE: Mapping[str, tuple[str, ...]] = {
     "Model": ("dtype", "attention"),
-    "Sampler": ("slots", "stop_ids", "stop_strings", "page", "cache_tokens", "cache_type"),
+    "Sampler": (
+        *("slots", "stop_ids", "stop_strings", "page", "cache_tokens", "cache_type"),
+        "paged_kernel",
+    ),
     "Reward": tuple(
         name
         for name in SECTIONS["Reward"].__dataclass_fields__
