@@ -30,7 +30,8 @@ import jax
 from machine import header, table
 
 from aspo_jax.config import read_config
-from aspo_jax.model.sharding import abstract_mesh, device_mesh
+from aspo_jax.head import chunk_tokens
+from aspo_jax.model.sharding import abstract_mesh, device_mesh, row_shards
 from aspo_jax.parts import FACTORIES
 from aspo_jax.planning.budget import budgets, shard_bytes
 from aspo_jax.planning.flops import causal_pairs
@@ -139,9 +140,15 @@ def _held(of: Programs, program: str) -> float:
 
 
 def trips(of: Programs, program: str) -> tuple[float, ...]:
-    """Of the loops whose trips only a run knows: micro-batches; or tokens, and the reads of one."""
+    """Of the loops whose trips only a run knows.
+
+    Micro-batches, and the chunks of logits where every token is read; or tokens, and reads of one.
+    """
     if program in (UPDATE, SCORE):
-        return (of.batch.microbatches,)
+        tokens = of.batch.rows // row_shards(of.mesh) * of.batch.row_tokens
+        return of.batch.microbatches, math.ceil(
+            tokens / chunk_tokens(of.config.train.head_chunk, tokens)
+        )
     pages = of.limits.row_pages
     return of.limits.block, math.ceil(pages / (of.limits.read // of.limits.page))
 
