@@ -450,6 +450,6 @@ The default task, seeds 0, 1 and 2, all from one warm start per seed; medians af
 
 ASPO does not score higher here. It keeps the most distinct right answers in every seed and never
 has the lower pass@16. Three seeds and 128 prompts: differences in avg@16 below 0.05 are noise.
-These runs were made with an earlier sampler, which drew other random numbers; with today's, seed 0
+These runs were made with an earlier sampler, which drew other random numbers; with the next, seed 0
 gives 0.706, 0.681 and 0.671, and 2.68, 2.30 and 2.43 distinct right answers. Each seed, settings
 tried and how it was measured: `benchmarks/RESULTS.md`."""
