@@ -28,10 +28,10 @@ from aspo_jax.engines.building import build_external
 from aspo_jax.imports import raised_at
 from aspo_jax.inputs import SOURCES, build_prompts, data_kinds, held_out_prompts
 from aspo_jax.learner import Gate, Goal
-from aspo_jax.model import Model, ModelConfig
+from aspo_jax.model import Model, ModelConfig, choose_in_place
 from aspo_jax.model.sharding import row_shards
 from aspo_jax.optimizers import OPTIMIZERS, clipped, learning_rate_schedule, warmup_by_iteration
-from aspo_jax.policy import Policy, build_network, load_policy
+from aspo_jax.policy import Policy, build_network, load_policy, platform_of
 from aspo_jax.rewards import SHAPES, Rules, Scorer, Shape, chain, overlong_ramp
 from aspo_jax.rollout import Peers
 from aspo_jax.run.writers import WRITERS, Open, TensorBoard
@@ -393,7 +393,7 @@ def build_limits(
         ConfigError: the cache is too small for one sequence.
     """
     s, shards = config.sampler, row_shards(local)
-    is_cpu = _platform(local, platform) == "cpu"
+    is_cpu = platform_of(local, platform) == "cpu"
     slots = s.slots // processes
     prompts = math.ceil(slots / config.train.samples_per_prompt / shards) * shards
     limits = Limits(
@@ -428,12 +428,11 @@ def build_sampling_network(
     longest = build_limits(config, local, 1, (), platform).buckets[-1]
     # A TPU multiplies with a layer where it lies in the stack, a CPU and a GPU copy it out first.
     # A GPU keeps the trainer's own stack where it may be the frozen weights beside adapters.
-    platform = _platform(local, platform)
+    platform = platform_of(local, platform)
     is_shared = config.lora.rank is not None and not config.lora.is_merged
     is_stacked = platform == "tpu" or (platform == "gpu" and is_shared)
-    return build_network(sampling, shape, local, longest, platform, is_stacked=is_stacked)
-
-
-def _platform(mesh: Mesh, platform: str | None) -> str:
-    """Of the devices of a mesh, where it is not given."""
-    return platform or mesh.devices.flat[0].platform
+    has_kernel = config.sampler.paged_kernel
+    in_place = choose_in_place(platform, shape.head_dim, local) if has_kernel else None
+    return build_network(
+        sampling, shape, local, longest, platform, is_stacked=is_stacked, in_place=in_place
+    )

@@ -23,7 +23,6 @@ from aspo_jax.model import (
     ModelConfig,
     build_model,
     choose_attention,
-    choose_in_place,
     merge,
     read_eos_ids,
     read_model_config,
@@ -31,6 +30,7 @@ from aspo_jax.model import (
     trained_part,
 )
 from aspo_jax.model.lora import Trained
+from aspo_jax.model.paged import InPlace
 from aspo_jax.rollout import Decode
 from aspo_jax.runtime import MeshError
 
@@ -189,11 +189,12 @@ def build_network(
     platform: str | None = None,
     *,
     is_stacked: bool = True,
+    in_place: InPlace | None = None,
 ) -> Model:
     """The network of a shape, with the attention that the mesh's devices do best.
 
     platform: of those devices; needed where the mesh is abstract or its devices name it otherwise.
-    is_stacked: see `build_model`.
+    is_stacked, in_place: see `build_model`.
 
     Raises:
         MeshError: an axis of the network does not split over the mesh.
@@ -201,9 +202,8 @@ def build_network(
     """
     _check_splits(shape, mesh)
     dtype = jnp.dtype(config.model.dtype)
-    kind: str = platform or mesh.devices.flat[0].platform
     attention = choose_attention(
-        kind,
+        platform_of(mesh, platform),
         head_dim=shape.head_dim,
         row_tokens=row_tokens,
         packed=config.train.pack,
@@ -211,8 +211,6 @@ def build_network(
         mesh=mesh,
         name=config.model.attention,
     )
-    has_kernel = config.sampler.paged_kernel
-    in_place = choose_in_place(kind, shape.head_dim, mesh) if has_kernel else None
     return build_model(
         shape,
         dtype=dtype,
@@ -222,6 +220,11 @@ def build_network(
         is_stacked=is_stacked,
         in_place=in_place,
     )
+
+
+def platform_of(mesh: Mesh, platform: str | None) -> str:
+    """Of the devices of a mesh, where it is not given."""
+    return platform or mesh.devices.flat[0].platform
 
 
 def _check_splits(shape: ModelConfig, mesh: Mesh) -> None:

@@ -31,9 +31,9 @@ from machine import header, table
 
 from aspo_jax.config import read_config
 from aspo_jax.head import chunk_tokens
-from aspo_jax.model.sharding import abstract_mesh, device_mesh, row_shards
+from aspo_jax.model.sharding import abstract_mesh, device_mesh
 from aspo_jax.parts import FACTORIES
-from aspo_jax.planning.budget import budgets, shard_bytes
+from aspo_jax.planning.budget import budgets, chip_tokens, shard_bytes
 from aspo_jax.planning.flops import causal_pairs
 from aspo_jax.planning.hlo import Array, Instruction, Item, Kernel, items, parse
 from aspo_jax.planning.programs import (
@@ -145,7 +145,7 @@ def trips(of: Programs, program: str) -> tuple[float, ...]:
     Micro-batches, and the chunks of logits where every token is read; or tokens, and reads of one.
     """
     if program in (UPDATE, SCORE):
-        tokens = of.batch.rows // row_shards(of.mesh) * of.batch.row_tokens
+        tokens = chip_tokens(of)
         return of.batch.microbatches, math.ceil(
             tokens / chunk_tokens(of.config.train.head_chunk, tokens)
         )

@@ -28,9 +28,11 @@ from aspo_jax.model.parameters import (
     draw_layers,
     parameter_axes,
     parameters,
+    table_axes,
+    unstack_axes,
 )
 from aspo_jax.model.quantised import int8_axes
-from aspo_jax.model.sharding import map_axes, partition_spec, shardings
+from aspo_jax.model.sharding import axes_shardings
 
 TARGETS: Mapping[str, frozenset[str]] = {  # by an axis that a matrix has
     "attention": frozenset({"heads", "kv_heads"}),
@@ -98,7 +100,7 @@ def init_adapter(config: ModelConfig, lora: Lora, key: Array) -> Any:
 
 def adapter_axes(config: ModelConfig, lora: Lora) -> Any:
     """Logical axes of every array of an adapter; see `aspo_jax.model.parameter_axes`."""
-    return jax.tree.map(lambda entry: ("layers", *entry.axes), adapter_table(config, lora))
+    return table_axes(adapter_table(config, lora))
 
 
 def attached_axes(model: Model, lora: Lora) -> Any:
@@ -107,9 +109,8 @@ def attached_axes(model: Model, lora: Lora) -> Any:
     layers = dict(frozen["layers"])
     for name, pair in adapter_axes(model.config, lora)["layers"].items():
         layers[name] = layers[name] | pair | {"factor": ("layers",)}
-    if not model.is_stacked:
-        layers = [map_axes(lambda names: names[1:], layers)] * model.config.layers
-    return frozen | {"layers": layers}
+    axes = frozen | {"layers": layers}
+    return axes if model.is_stacked else unstack_axes(axes, model.config.layers)
 
 
 def frozen_axes(config: ModelConfig, lora: Lora) -> Any:
@@ -214,7 +215,7 @@ class Trained(NamedTuple):
 
     def shardings(self, mesh: Mesh) -> Any:
         """Tree of NamedShardings shaped as the trained weights."""
-        return shardings(mesh, map_axes(partition_spec, self.axes))
+        return axes_shardings(mesh, self.axes)
 
 
 def trained_part(model: Model, lora: Lora | None) -> Trained:

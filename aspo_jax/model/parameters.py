@@ -213,7 +213,15 @@ def parameter_axes(config: ModelConfig, is_stacked: bool = True) -> Any:
     Matrices are stored ``[what they read, what they write]``, and "embed", the width of the
     residual stream, is one of the two; biases have no "embed", scales of norms have "norm".
     """
-    axes = jax.tree.map(lambda parameter: parameter.axes, parameters(config))
-    layer = axes["layers"]
-    stacked = map_axes(lambda names: ("layers", *names), layer)
-    return axes | {"layers": stacked if is_stacked else [layer] * config.layers}
+    axes = table_axes(parameters(config))
+    return axes if is_stacked else unstack_axes(axes, config.layers)
+
+
+def table_axes(table: Any) -> Any:
+    """Logical axes of the stacked arrays that a tree of `Parameter` tells of."""
+    return jax.tree.map(lambda x: ("layers", *x.axes) if x.is_layered else x.axes, table)
+
+
+def unstack_axes(axes: Any, layers: int) -> Any:
+    """What `unstack` makes of logical axes."""
+    return axes | {"layers": [map_axes(lambda names: names[1:], axes["layers"])] * layers}

@@ -19,7 +19,7 @@ from aspo_jax.model.hf_config import ModelFolderError, read_json
 from aspo_jax.model.hf_save import replacing, tensors_of, write_json, write_tensors
 from aspo_jax.model.lora import Lora, adapter_axes, adapter_table, init_adapter
 from aspo_jax.model.parameters import ModelConfig, Parameter
-from aspo_jax.model.sharding import map_axes, partition_spec, shardings
+from aspo_jax.model.sharding import axes_shardings
 
 SETTINGS_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
@@ -95,7 +95,7 @@ def load_adapter(
     """
     folder = Path(folder).expanduser()
     check_adapter(folder, lora)
-    places = shardings(mesh, map_axes(partition_spec, adapter_axes(config, lora)))
+    places = axes_shardings(mesh, adapter_axes(config, lora))
     fresh = jax.jit(lambda key: init_adapter(config, lora, key), out_shardings=places)(key)
     path = folder / TENSORS_FILE
     if not path.is_file():

@@ -27,8 +27,8 @@ from aspo_jax.model.hf import (
     stacked,
     without_layers,
 )
-from aspo_jax.model.parameters import ModelConfig, Parameter, parameters
-from aspo_jax.model.sharding import map_axes, partition_spec, placed, shardings
+from aspo_jax.model.parameters import ModelConfig, Parameter, parameters, table_axes
+from aspo_jax.model.sharding import axes_shardings, placed
 
 _TYPES = {"kernel": jnp.int8, "step": jnp.float32}  # by the name of an array; others: _REST
 _REST = jnp.bfloat16
@@ -62,10 +62,7 @@ def int8_table(config: ModelConfig) -> dict[str, Any]:
 
 def int8_axes(config: ModelConfig) -> Any:
     """Logical axes of every array; see `aspo_jax.model.parameter_axes`."""
-    return jax.tree.map(
-        lambda entry: ("layers", *entry.axes) if entry.is_layered else entry.axes,
-        int8_table(config),
-    )
+    return table_axes(int8_table(config))
 
 
 def int8_shapes(config: ModelConfig, mesh: Any) -> Any:
@@ -76,7 +73,7 @@ def int8_shapes(config: ModelConfig, mesh: Any) -> Any:
         return jax.ShapeDtypeStruct((*layers, *entry.ours), _TYPES.get(path[-1].key, _REST))
 
     shapes = jax.tree_util.tree_map_with_path(shape, int8_table(config))
-    return placed(shapes, shardings(mesh, map_axes(partition_spec, int8_axes(config))))
+    return placed(shapes, axes_shardings(mesh, int8_axes(config)))
 
 
 def load_int8(folder: str | Path, config: ModelConfig, mesh: Mesh) -> Any:

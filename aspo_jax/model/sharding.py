@@ -65,6 +65,11 @@ def shardings(mesh: Mesh, specs: Any) -> Any:
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
+def axes_shardings(mesh: Mesh, axes: Any) -> Any:
+    """NamedShardings for a tree of logical axes."""
+    return shardings(mesh, map_axes(partition_spec, axes))
+
+
 def placed(arrays: Any, shardings: Any) -> Any:
     """Shapes and types of arrays, with where they are to lie."""
     return jax.tree.map(

@@ -177,6 +177,11 @@ def _rows_per_chip(of: Programs) -> int:
     return of.batch.rows // row_shards(of.mesh)
 
 
+def chip_tokens(of: Programs) -> int:
+    """Tokens of a micro-batch on each chip, empty slots included."""
+    return _rows_per_chip(of) * of.batch.row_tokens
+
+
 def _kept(of: Programs) -> float:
     """Bytes per chip that a micro-batch keeps for the backward pass."""
     shape, remat, tensor = of.shape, REMAT[of.config.model.remat], of.mesh.shape["tensor"]
@@ -187,8 +192,7 @@ def _kept(of: Programs) -> float:
     # of a token, in each layer
     features = shape.hidden_size + remat.keeps_attention * mixed + remat.keeps_products * products
     features += remat.keeps_products * _adapted_features(of) / tensor
-    tokens = _rows_per_chip(of) * of.batch.row_tokens
-    return shape.layers * tokens * features * jnp.dtype(of.config.model.dtype).itemsize
+    return shape.layers * chip_tokens(of) * features * jnp.dtype(of.config.model.dtype).itemsize
 
 
 def _pairs(of: Programs) -> list[dict[str, Any]]:
@@ -221,8 +225,7 @@ def _update_parts(of: Programs) -> list[Part]:
 
 def _logits(of: Programs, other: ModelConfig | None = None) -> Part:
     """Of the network or another one, whichever has the larger vocabulary."""
-    tokens = _rows_per_chip(of) * of.batch.row_tokens
-    chunk = chunk_tokens(of.config.train.head_chunk, tokens)
+    chunk = chunk_tokens(of.config.train.head_chunk, chip_tokens(of))
     vocabulary = max(each.vocab_size for each in (of.shape, other) if each)
     size = 4.0 * chunk * vocabulary / of.mesh.shape["tensor"]
     return Part("logits of one chunk, float32", size, "lower Train.head_chunk")

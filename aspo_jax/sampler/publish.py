@@ -18,9 +18,9 @@ from aspo_jax.model import (
     map_axes,
     merge,
     partition_spec,
-    shardings,
     unstack,
 )
+from aspo_jax.model.sharding import axes_shardings
 
 
 class Publish(NamedTuple):
@@ -50,7 +50,7 @@ def make_publish(
     """
     axes = model.axes() if lora is None else attached_axes(model, lora)
     whole = map_axes(lambda names: NamedSharding(mesh, _unsharded(names)), axes)
-    at_home = shardings(local, map_axes(partition_spec, axes))
+    at_home = axes_shardings(local, axes)
     is_alone = jax.process_count() == 1 and mesh == local
 
     def is_own(params: Any) -> bool:
