@@ -103,7 +103,7 @@ def _report(a: argparse.Namespace, sets: Any, written: list[tuple[Row, Row]], to
         [
             name,
             str(s["prompts"]),
-            *(f"{100 * r['figures'][name]['avg']:.1f}" for r in (ours, theirs)),
+            *(f"{100 * r['figures'][name]['avg']['value']:.1f}" for r in (ours, theirs)),
             str(sum(mine["set"] == name for mine, _ in written)),
             str(
                 sum(
