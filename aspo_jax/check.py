@@ -69,7 +69,9 @@ def gaps(config: Config, mesh: Mesh, prompts: int, saved: Saved | None = None) -
     ]
     rows_each = t.rows_per_microbatch
     microbatches = math.ceil(len(examples) / rows_each)
-    part = fill(examples, BatchShape(1, microbatches, rows_each, t.row_tokens, t.pack))
+    sequences = policy.model.attention.sequences
+    shape = BatchShape(1, microbatches, rows_each, t.row_tokens, sequences)
+    part = fill(examples, shape)
     old = make_old_policy(policy.model, policy.head, mesh)(params, None, place(mesh, part))
     rows: Any = part.rows
     log_ratio_BT = rows.sampler_logp_BT - np.asarray(old.old_logp_BT)

@@ -226,7 +226,7 @@ def plan(
 
 def _for_compiler(config: Config, platform: str) -> tuple[Config, tuple[str, ...]]:
     """The config with an attention that can be compiled without the hardware."""
-    if platform != "gpu" or (config.train.pack and config.model.attention != "cudnn"):
+    if platform != "gpu" or config.model.attention != "cudnn":
         return config, ()
     model = dataclasses.replace(config.model, attention="pallas")
     note = "the run would use cuDNN's attention, which needs a GPU to compile: pallas stands for it"

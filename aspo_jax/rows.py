@@ -18,14 +18,14 @@ class BatchShape(NamedTuple):
     minibatches: optimizer updates per pass over the rollout.
     row_tokens, rows: T of a micro-batch and B, those of all processes, which fill equal shares.
     microbatches: M, room for the worst case (every answer of the longest length).
-    is_packed: several sequences may share a row.
+    sequences: the most that share a row; None: any number.
     """
 
     minibatches: int
     microbatches: int
     rows: int
     row_tokens: int
-    is_packed: bool = True
+    sequences: int | None = None
 
 
 def batch_shape(
@@ -36,21 +36,21 @@ def batch_shape(
     longest: int,
     row_tokens: int,
     rows: int,
-    is_packed: bool = True,
+    sequences: int | None = None,
     processes: int = 1,
 ) -> BatchShape:
     """Room for ``groups`` groups of a mini-batch in every process, all samples of ``longest``.
 
     rows: a multiple of ``processes``.
     """
-    per_row = row_tokens // longest if is_packed else 1
+    per_row = min(row_tokens // longest, sequences or row_tokens)
     worst_rows = math.ceil(groups * samples_per_prompt / per_row)
     return BatchShape(
         minibatches=minibatches,
         microbatches=math.ceil(worst_rows / (rows // processes)),
         rows=rows,
         row_tokens=row_tokens,
-        is_packed=is_packed,
+        sequences=sequences,
     )
 
 
@@ -107,8 +107,7 @@ def fill(examples: Sequence[Example], shape: BatchShape, processes: int = 1) -> 
             which nothing predicts.
     """
     lengths = [len(e.tokens_L) - 1 for e in examples]
-    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])  # as `pack` has them
-    packed = pack(lengths, shape.row_tokens) if shape.is_packed else [[i] for i in longest_first]
+    packed = pack(lengths, shape.row_tokens, shape.sequences)
     own_rows = shape.rows // processes
     rows = _empty_rows(shape.microbatches * own_rows, shape.row_tokens)
     for row, contents in enumerate(packed):

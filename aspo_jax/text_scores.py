@@ -42,7 +42,7 @@ def score_texts(
         microbatches=1,
         rows=math.ceil(len(texts) / shards) * shards,
         row_tokens=math.ceil(max(map(len, texts)) / _ROW) * _ROW,
-        is_packed=False,
+        sequences=1,
     )
     rows = fill([answered(t[:1].tolist(), t[1:], 0.0, 1.0, 0) for t in texts], shape)
     scores = rescore(params, None, place(mesh, rows))

@@ -155,7 +155,8 @@ def _train(config: Config, mesh: Mesh, target_folder: Path, console: Console) ->
     optimizer = adamw(rate, policy.model.axes(), b2=w.b2, weight_decay=w.weight_decay)
     goal = Goal(reinforce(), token_mean)
     learner = build_learner(policy.model, policy.head, goal, clipped(optimizer, w.clip_norm), mesh)
-    shape = BatchShape(1, 1, w.batch_size, config.train.row_tokens, config.train.pack)
+    t, sequences = config.train, policy.model.attention.sequences
+    shape = BatchShape(1, 1, w.batch_size, t.row_tokens, sequences)
     state = learner.init(policy.model.init(jax.random.key(config.run.seed)))
     progress = console.phase("warm start", w.max_steps, "steps", is_cap=True)
     with open_scorer(config) as scorer, progress as bar:

@@ -1,14 +1,22 @@
-"""Tokens/s of sampling and of one update at full size, on whatever accelerator is here.
+"""How close sampling and training at full size come to what the accelerator here can do.
 
-    python benchmarks/accelerator.py [--model Qwen2.5-1.5B] [--tokens 4096] [--rows 4] [--set ...]
+    python benchmarks/accelerator.py [--model Qwen2.5-1.5B] [--rows 4x4096:dots ...]
+        [--slots 1 32 ...] [--set ...] [--trace FOLDER]
 
 Weights and tokens are random: only the shapes are the model's. The config is `aspo_math_1p5b` but
-for the sizes given here. One update: rows full of one sequence each, AdamW, the objective of the
-config with its reference policy's log-probabilities given. Sampling: as many requests as slots,
-then twice as many of ragged lengths. What is timed has run once before; medians of the rounds.
+for the sizes given here. ``--rows 4x4096:dots``: score and update rows of 4,096 tokens, four of
+them in a micro-batch, with that `Model.remat`; each row holds one sequence, then sequences of
+log-normal lengths, about eight of them. AdamW in float32, the objective of the config with its
+reference policy's log-probabilities given. ``--slots 32``: decode 32 sequences at once, as many
+requests of full length, then four times as many of ragged lengths. What is timed has run once
+before; medians of the rounds.
 
-The share of the chip's peak (MFU) counts 6 N FLOP a token and the causal pairs of attention, as
-published figures do; what is computed again for want of memory is not counted.
+The share of the chip's peak (MFU) counts 2 FLOP for each weight and token of a forward pass, 6 of
+an update, and attention's causal pairs; what is computed again for want of memory is not counted.
+The share of the bandwidth's bound is that of the time in which the memory could deliver, at the
+maker's figure, the weights once for each step (as many as full slots would need) and each row's
+live keys and values once for each of its tokens, with the time that all took, reading of prompts
+and the host's work included.
 """
 
 from __future__ import annotations
@@ -17,10 +25,12 @@ import argparse
 import dataclasses
 import statistics
 import time
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from machine import header, table
 
 from aspo_jax.config import Config
@@ -29,39 +39,63 @@ from aspo_jax.learner import build_learner
 from aspo_jax.library import configure, start
 from aspo_jax.model import ModelConfig
 from aspo_jax.parts import build_goal, build_limits, build_optimizer, build_sampling_network
-from aspo_jax.planning.flops import causal_pairs, forward_flops
+from aspo_jax.planning.flops import attention_flops, causal_pairs, head_flops, layer_weights
 from aspo_jax.planning.programs import read_shape
 from aspo_jax.policy import build_network, parameter_count
 from aspo_jax.rows import BatchShape, Example, fill
 from aspo_jax.sampler import EVALUATE, PagedSampler, Request, make_publish
 from aspo_jax.structs import OldPolicy
 
-PEAK = {
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
-}  # dense bfloat16 FLOP/s, the makers' figures
+
+class Chip(NamedTuple):
+    """The makers' figures: dense bfloat16 FLOP/s, and bytes/s of its memory."""
+
+    flops: float
+    bandwidth: float
+
+
+CHIPS = {
+    "H100": Chip(989e12, 3.35e12),
+    "H200": Chip(989e12, 4.8e12),
+    "A100": Chip(312e12, 2.04e12),
+}
 PROMPT = 256
-ROUNDS = 5
+MANY = 8  # sequences of a packed row, about
+
+
+class Case(NamedTuple):
+    """Rows of a micro-batch, tokens of each, and what the backward pass keeps."""
+
+    rows: int
+    tokens: int
+    remat: str
+
+
+def case(word: str) -> Case:
+    sizes, _, remat = word.partition(":")
+    rows, _, tokens = sizes.partition("x")
+    return Case(int(rows), int(tokens), remat or "full")
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", default="Qwen2.5-1.5B", help="a shape of configs/shapes")
-    parser.add_argument("--tokens", type=int, default=4096, help="of a training row")
-    parser.add_argument("--rows", type=int, default=4, help="of a micro-batch")
-    parser.add_argument("--slots", type=int, default=128, help="sequences decoded at once")
+    parser.add_argument("--rows", type=case, nargs="*", default=[Case(4, 4096, "dots")])
+    parser.add_argument("--slots", type=int, nargs="*", default=[128], help="decoded at once")
     parser.add_argument("--response", type=int, default=1024, help="tokens of a response")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--set", action="append", default=[], help="a setting of the config")
+    parser.add_argument("--trace", help="a folder for traces of what is timed last")
     return parser.parse_args()
 
 
-def settings(a: argparse.Namespace) -> Config:
+def settings(a: argparse.Namespace, rows: Case, slots: int) -> Config:
     sizes = [
         f"Model.path='{a.model}'",
-        f"Train.row_tokens={max(a.tokens, PROMPT + a.response)}",
-        f"Train.rows_per_microbatch={a.rows}",
-        f"Sampler.slots={a.slots}",
+        f"Model.remat='{rows.remat}'",
+        f"Train.row_tokens={max(rows.tokens, PROMPT + a.response)}",
+        f"Train.rows_per_microbatch={rows.rows}",
+        f"Sampler.slots={slots}",
         f"Sampler.max_prompt_tokens={PROMPT}",
         f"Sampler.max_response_tokens={a.response}",
         "Sampler.cache_tokens=None",
@@ -72,24 +106,53 @@ def settings(a: argparse.Namespace) -> Config:
     return configure("aspo_math_1p5b", *sizes)
 
 
-def flops(shape: ModelConfig, lengths: list[int]) -> float:
-    """Of one forward pass over sequences of these lengths."""
-    return forward_flops(shape, sum(lengths), sum(map(causal_pairs, lengths)))
+def flops(shape: ModelConfig, lengths: Sequence[int]) -> float:
+    """Of one forward pass over sequences of these lengths, logits of their responses."""
+    tokens = sum(lengths)
+    pairs = sum(map(causal_pairs, lengths))
+    answers = sum(length - prompt_of(length) for length in lengths)
+    products = 2.0 * layer_weights(shape) * tokens
+    return products + attention_flops(shape, pairs) + head_flops(shape, answers)
 
 
-def median_s(run: Any) -> float:
-    """Of the rounds, after one that compiles."""
+def prompt_of(length: int) -> int:
+    return min(PROMPT, length // 2)
+
+
+class Timed(NamedTuple):
+    """Seconds: of the first call, which compiles, and the median of the others."""
+
+    first: float
+    median: float
+
+
+def timed(run: Callable[[], None], rounds: int, trace: str | None) -> Timed:
+    begin = time.perf_counter()
     run()
-    seconds = []
-    for _ in range(ROUNDS):
+    first, seconds = time.perf_counter() - begin, []
+    for _ in range(rounds):
         begin = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds)
+    if trace:
+        with jax.profiler.trace(trace, create_perfetto_trace=True):
+            run()
+    return Timed(first, statistics.median(seconds))
 
 
-def update_rows(config: Config, shape: ModelConfig, mesh: Any, tokens: int, peak: float) -> list:
-    """[what, tokens/s, MFU] of scoring and of an update."""
+def several(tokens: int, rng: np.random.Generator) -> list[int]:
+    """Lengths of the sequences that fill a row."""
+    lengths, left = [], tokens
+    while left >= 16:
+        drawn = int(np.clip(rng.lognormal(np.log(tokens / MANY), 0.8), 16, left))
+        lengths.append(drawn)
+        left -= drawn
+    return lengths
+
+
+def update_rows(a: argparse.Namespace, it: Case, shape: ModelConfig, mesh: Mesh, chip: Chip):
+    """Rows of the table: scoring and an update, of rows of one sequence and of several."""
+    config = settings(a, it, slots=1)
     t = config.train
     model = build_network(config, shape, mesh, t.row_tokens)
     allowed = np.ones(shape.vocab_size, bool)
@@ -99,38 +162,47 @@ def update_rows(config: Config, shape: ModelConfig, mesh: Any, tokens: int, peak
     params = jax.jit(model.init, out_shardings=model.shardings(mesh))
     state = learner.init(params(jax.random.key(0)))
     rng = np.random.default_rng(0)
-    rows = t.rows_per_microbatch
-    made = []
-    for row in range(rows):
-        text = rng.integers(0, shape.vocab_size, tokens + 1).astype(np.int32)
-        is_response = np.arange(tokens + 1) >= PROMPT
-        logp = np.full(tokens + 1, -1.0, np.float32)
-        made.append(Example(text, is_response, logp, (-1.0) ** row, row))
-    batch = BatchShape(minibatches=1, microbatches=1, rows=rows, row_tokens=t.row_tokens)
-    part = learner.place(fill(made, batch))
-    score_s = median_s(lambda: jax.block_until_ready(learner.old_policy(state.params, None, part)))
-    old = learner.old_policy(state.params, None, part)
-    part = dataclasses.replace(
-        part, old=OldPolicy(old.old_logp_BT, old.old_entropy_BT, old.old_logp_BT)
-    )
+    batch = BatchShape(1, 1, it.rows, t.row_tokens, model.attention.sequences)
+    print(f"{parameter_count(state.params):,} parameters, attention {model.attention.name}")
+    for what in ("one sequence a row", "packed"):
+        row = several(it.tokens, rng) if what == "packed" else [it.tokens]
+        lengths = row * it.rows
+        made = []
+        for number, length in enumerate(lengths):
+            text = rng.integers(0, shape.vocab_size, length + 1).astype(np.int32)
+            is_response = np.arange(length + 1) > prompt_of(length)
+            logp = np.full(length + 1, -1.0, np.float32)
+            made.append(Example(text, is_response, logp, (-1.0) ** number, number))
+        part = learner.place(fill(made, batch))
 
-    def update() -> None:
-        nonlocal state
-        state, report = learner.step(state, part)
-        jax.block_until_ready(report)
+        old = learner.old_policy(state.params, None, part)
+        given = OldPolicy(old.old_logp_BT, old.old_entropy_BT, old.old_logp_BT)
+        scored = dataclasses.replace(part, old=given)
 
-    update_s = median_s(update)
-    once = flops(shape, [tokens] * rows)
-    count = parameter_count(state.params)
-    print(f"{count:,} parameters, attention {model.attention.name}, {rows} x {tokens} tokens")
-    return [
-        ["score (forward)", f"{rows * tokens / score_s:,.0f}", f"{once / score_s / peak:.1%}"],
-        ["update", f"{rows * tokens / update_s:,.0f}", f"{3 * once / update_s / peak:.1%}"],
-    ]
+        def score(part=part) -> None:
+            jax.block_until_ready(learner.old_policy(state.params, None, part))
+
+        def update(part=scored) -> None:
+            nonlocal state
+            state, report = learner.step(state, part)
+            jax.block_until_ready(report)
+
+        once = flops(shape, lengths)
+        for does, run, passes in (("score", score, 1), ("update", update, 3)):
+            took = timed(run, a.rounds, a.trace and f"{a.trace}/{does}_{it.tokens}")
+            share = passes * once / took.median / chip.flops
+            yield [
+                f"{does}, {it.rows} x {it.tokens:,}, {what}, remat {it.remat}",
+                f"{sum(lengths) / took.median:,.0f}",
+                f"{share:.1%}",
+                f"{took.median * 1e3:,.1f}",
+                f"{took.first:.0f}",
+            ]
 
 
-def sampling_rows(config: Config, shape: ModelConfig, mesh: Any) -> list:
-    """[what, tokens/s, -] of sampling equal and ragged lengths."""
+def sampling_rows(a: argparse.Namespace, slots: int, shape: ModelConfig, mesh: Mesh, chip: Chip):
+    """Rows of the table: sampling equal lengths, and ragged ones."""
+    config = settings(a, Case(1, PROMPT + a.response, "full"), slots)
     model = build_sampling_network(config, shape, mesh)
     allowed = np.ones(shape.vocab_size, bool)
     head = Head(temperature=1.0, is_allowed_V=allowed, chunk=1024, mesh=mesh)
@@ -141,10 +213,11 @@ def sampling_rows(config: Config, shape: ModelConfig, mesh: Any) -> list:
     params = jax.jit(trained.init, out_shardings=trained.shardings(mesh))
     sampler.start(params(jax.random.key(0)))
     rng = np.random.default_rng(1)
-    slots, longest = limits.slots, limits.max_response_tokens
-    ragged = np.clip(rng.lognormal(np.log(longest / 4), 0.8, 2 * slots), 16, longest).astype(int)
-    rows = []
-    for what, lengths in (("sample, equal", [longest] * slots), ("sample, ragged", ragged)):
+    longest = limits.max_response_tokens
+    ragged = np.clip(rng.lognormal(np.log(longest / 4), 0.8, 4 * slots), 16, longest).astype(int)
+    weights = 2.0 * (layer_weights(shape) + shape.vocab_size * shape.hidden_size)
+    of_token = 4.0 * shape.layers * shape.kv_heads * shape.head_dim
+    for what, lengths in (("equal", [longest] * slots), ("ragged", ragged)):
         requests = [
             Request(
                 tuple(rng.integers(1, shape.vocab_size, PROMPT).tolist()),
@@ -153,31 +226,48 @@ def sampling_rows(config: Config, shape: ModelConfig, mesh: Any) -> list:
             )
             for i, length in enumerate(lengths)
         ]
-        drawn = []
+        drawn: list[int] = []
 
         def run(requests=requests, drawn=drawn) -> None:
             drawn[:] = [len(c.tokens_T) for c in sampler.sample(requests)]
 
-        seconds = median_s(run)
-        rows.append([what, f"{sum(drawn) / seconds:,.0f}", "-"])
-    return rows
+        took = timed(run, a.rounds, a.trace and f"{a.trace}/decode_{slots}_{what}")
+        live = sum(PROMPT * length + causal_pairs(length) for length in drawn)
+        least = (weights * sum(drawn) / slots + of_token * live) / chip.bandwidth
+        steps = sum(drawn) / slots
+        yield [
+            f"sample, {slots} slots, {what}",
+            f"{sum(drawn) / took.median:,.0f}",
+            f"{least / took.median:.1%}",
+            f"{took.median / steps * 1e3:.2f} a step",
+            f"{took.first:.0f}",
+        ]
 
 
 def main() -> None:
     a = arguments()
-    config = settings(a)
-    mesh = start(config)
+    mesh = start(settings(a, Case(1, 2048, "full"), 1))
     device = jax.devices()[0].device_kind
-    peak = next((flop for name, flop in PEAK.items() if name in device), float("nan"))
-    command = f"python benchmarks/accelerator.py --model {a.model} --tokens {a.tokens}"
-    print(header(f"Full size on {jax.device_count()} x {device}", command, ("jax",)))
-    shape = read_shape(config).config
-    rows = update_rows(config, shape, mesh, a.tokens, peak * jax.device_count())
-    rows += sampling_rows(config, shape, mesh)
-    print(table(["what", "tokens/s", "of the peak (MFU)"], rows))
+    known = next((chip for name, chip in CHIPS.items() if name in device), None)
+    chip = known or Chip(float("nan"), float("nan"))
+    chip = Chip(*(x * jax.device_count() for x in chip))
+    title = f"{a.model} on {jax.device_count()} x {device}"
+    print(header(title, "python benchmarks/accelerator.py ...", ("jax",)))
+    shape = read_shape(settings(a, Case(1, 2048, "full"), 1)).config
+    columns = ["what", "tokens/s", "share of the peak, of the bandwidth", "ms", "first call, s"]
+    print(table(columns, []), flush=True)
+    for it in a.rows:
+        show(update_rows(a, it, shape, mesh, chip))
+    for slots in a.slots:
+        show(sampling_rows(a, slots, shape, mesh, chip))
+
+
+def show(rows: Any) -> None:
+    for row in rows:
+        print(f"| {' | '.join(row)} |", flush=True)
     used = jax.devices()[0].memory_stats()
     if used:
-        print(f"\npeak device memory {used['peak_bytes_in_use'] / 2**30:.1f} GiB")
+        print(f"peak device memory so far {used['peak_bytes_in_use'] / 2**30:.1f} GiB", flush=True)
 
 
 if __name__ == "__main__":

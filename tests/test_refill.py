@@ -243,7 +243,7 @@ def test_a_step_is_the_same_whatever_the_order_and_the_speed_of_answers_and_grad
 
 def shape_for(prompts: int, minibatches: int, processes: int = 1, rounds: int = 4) -> BatchShape:
     groups = own_groups(prompts, minibatches, processes, rounds)
-    sizes = {"samples_per_prompt": 3, "longest": 64, "row_tokens": 64, "is_packed": False}
+    sizes = {"samples_per_prompt": 3, "longest": 64, "row_tokens": 64, "sequences": 1}
     return batch_shape(
         minibatches=minibatches, groups=groups, rows=processes, processes=processes, **sizes
     )

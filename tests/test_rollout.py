@@ -248,6 +248,7 @@ def test_the_worst_case_fits_whatever_the_lengths(seed):
         longest=longest,
         row_tokens=longest + int(rng.integers(0, 40)),
         rows=int(rng.integers(1, 5)),
+        sequences=[None, 1, 2, 5][rng.integers(4)],
     )
     assert shape.minibatches == 3
     sequences = per_minibatch * samples

@@ -8,11 +8,14 @@ from collections.abc import Sequence
 CANDIDATES = 64  # sequences among which those are searched that fill a row best
 
 
-def pack(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
+def pack(lengths: Sequence[int], row_tokens: int, sequences: int | None = None) -> list[list[int]]:
     """Rows of sequences, as few as found: by first-fit decreasing, or, if fewer, the fullest.
 
     At most 11/9 of the fewest possible rows, plus 6/9 (Dosa 2007). Depends on ``lengths`` alone;
     of equally long sequences the one with the smaller index goes first.
+
+    Args:
+        sequences: the most in a row; None: any number.
 
     Returns:
         One list of indices into ``lengths`` per row; every index occurs once. Rows come in the
@@ -30,14 +33,19 @@ def pack(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
             )
     lengths = list(map(int, lengths))  # whole numbers of any size, which those of NumPy are not
     longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    rows = _first_fit(lengths, longest_first, row_tokens)
-    if len(rows) > math.ceil(sum(lengths) / row_tokens):
-        rows = min(rows, _fullest(lengths, longest_first, row_tokens), key=len)
+    most = sequences or len(lengths)
+    rows = _first_fit(lengths, longest_first, row_tokens, most)
+    if most > 1 and len(rows) > math.ceil(sum(lengths) / row_tokens):
+        fullest = _fullest(lengths, longest_first, row_tokens)
+        if max(map(len, fullest)) <= most:
+            rows = min(rows, fullest, key=len)
     return sorted(rows, key=lambda row: -sum(lengths[i] ** 2 for i in row))
 
 
-def _first_fit(lengths: Sequence[int], order: Sequence[int], row_tokens: int) -> list[list[int]]:
-    """Each into the first row that has room for it."""
+def _first_fit(
+    lengths: Sequence[int], order: Sequence[int], row_tokens: int, most: int
+) -> list[list[int]]:
+    """Each into the first row that has room for it and fewer than ``most`` sequences."""
     rows: list[list[int]] = []
     room: list[int] = []
     for i in order:
@@ -46,7 +54,7 @@ def _first_fit(lengths: Sequence[int], order: Sequence[int], row_tokens: int) ->
             rows.append([])
             room.append(row_tokens)
         rows[row].append(i)
-        room[row] -= lengths[i]
+        room[row] = room[row] - lengths[i] if len(rows[row]) < most else 0
     return rows
 
 

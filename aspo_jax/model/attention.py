@@ -10,6 +10,7 @@ segment 0 is padding, whose outputs are finite and mean nothing. Scores and soft
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -28,6 +29,8 @@ MASKED = -1e30
 BLOCK = 128  # tokens per block of `chunked`: its memory is T * BLOCK scores a head
 DENSE_UP_TO = BLOCK  # tokens per row up to which `dense` needs no more memory than `chunked`
 LANES = 128  # tile width of a TPU: splash takes rows and heads in multiples of it
+SEQUENCES = 32  # of a row that cuDNN attends to: it keeps T statistics a head for each of them
+HOPPER = 9.0  # compute capability from which cuDNN knows rows of several sequences
 
 Attend = Callable[[Array, Array, Array, Array], Array]
 
@@ -37,11 +40,15 @@ class AttentionError(UserError):
 
 
 class Attention(NamedTuple):
-    """A program for attention: its name, why it was chosen, the function."""
+    """A program for attention: its name, why it was chosen, the function.
+
+    sequences: the most that may share a row; None: any number.
+    """
 
     name: str
     reason: str
     attend: Attend
+    sequences: int | None = None
 
 
 # --- every query against every key ------------------------------------------------------------
@@ -270,16 +277,56 @@ def _pallas(is_interpreted: bool, q_BTHC: Array, k_BTKC: Array, v_BTKC: Array, s
 
 
 def cudnn(q_BTHC: Array, k_BTKC: Array, v_BTKC: Array, segment_BT: Array) -> Array:
-    """GPU: cuDNN's flash attention, which knows lengths only: one sequence a row, then padding."""
+    """GPU: cuDNN's flash attention of up to `SEQUENCES` a row, each computed as if it were alone.
+
+    jax.nn has it for one sequence a row only; what it calls takes several.
+    """
+    from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
+
+    is_token_BT11 = (segment_BT > 0)[..., None, None]
+    # cuDNN writes nothing where no sequence is, in gradients too: what lies there may be NaN.
+    q, k, v = (jnp.where(is_token_BT11, x, 0) for x in (q_BTHC, k_BTKC, v_BTKC))
+    start_BM, length_BM = jax.vmap(starts_and_lengths)(segment_BT)
+    offset_BM = jnp.pad(start_BM, ((0, 0), (0, 1)), constant_values=-1)
+    out_BTHC: Any = dot_product_attention(
+        *(q, k, v),
+        q_seqlen=length_BM,
+        kv_seqlen=length_BM,
+        q_offsets=offset_BM,
+        kv_offsets=offset_BM,
+        scale=q_BTHC.shape[-1] ** -0.5,
+        mask_type=MaskType.PADDING_CAUSAL,
+    )
+    return jnp.where(is_token_BT11, out_BTHC, 0)
+
+
+def _cudnn_of_one(q_BTHC: Array, k_BTKC: Array, v_BTKC: Array, segment_BT: Array) -> Array:
+    """GPU: the same of one sequence a row, then padding, also before Hopper."""
     length_B = jnp.sum(segment_BT > 0, axis=1, dtype=jnp.int32)
-    out_BTHC = jax.nn.dot_product_attention(
+    return jax.nn.dot_product_attention(
         *(q_BTHC, k_BTKC, v_BTKC),
         is_causal=True,
         query_seq_lengths=length_B,
         key_value_seq_lengths=length_B,
         implementation="cudnn",
     )
-    return checkpoint_name(out_BTHC, SAVED)
+
+
+def starts_and_lengths(segment_T: Array) -> tuple[Array, Array]:
+    """Of the sequences of one row, each [SEQUENCES] and -1 behind the last."""
+    is_start_T = (jnp.diff(segment_T, prepend=0) != 0) & (segment_T > 0)
+    start_M = jnp.nonzero(is_start_T, size=SEQUENCES, fill_value=-1)[0].astype(jnp.int32)
+    number_T = jnp.where(segment_T > 0, jnp.cumsum(is_start_T) - 1, SEQUENCES)
+    length_M = jnp.zeros(SEQUENCES, jnp.int32).at[number_T].add(1, mode="drop")
+    return start_M, jnp.where(start_M >= 0, length_M, -1)
+
+
+def is_cudnn_forward(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A remat policy: keep cuDNN's output and the statistics that its gradient reads.
+
+    They are kept by their primitive, since no one but jax could give these statistics a name.
+    """
+    return primitive.name == "dot_product_attention_fwd_wrapper"
 
 
 def over_mesh(attend: Attend, mesh: Mesh) -> Attend:
@@ -299,7 +346,9 @@ def over_mesh(attend: Attend, mesh: Mesh) -> Attend:
 # --- who chooses ------------------------------------------------------------------------------
 
 
-def _refusal(name: str, platform: str, head_dim: int, row_tokens: int, packed: bool, dtype: Any):
+def _refusal(
+    name: str, platform: str, head_dim: int, row_tokens: int, packed: bool, dtype: Any, mesh: Mesh
+):
     """Why this program cannot run there, or None."""
     home = {"splash": "tpu", "pallas": "gpu", "cudnn": "gpu"}.get(name, platform)
     if home != platform:
@@ -314,10 +363,31 @@ def _refusal(name: str, platform: str, head_dim: int, row_tokens: int, packed: b
             f"it needs rows in multiples of {LANES} and a power of two as head width, found "
             f"Train.row_tokens = {row_tokens} and {head_dim}"
         )
-    if name == "cudnn" and packed:
-        return "it knows sequence lengths, not segments; set Train.pack = False"
+    if name == "cudnn" and (head_dim % 8 or head_dim > 256):
+        return f"it needs heads of at most 256 in multiples of 8, found {head_dim}"
     if name == "cudnn" and dtype != jnp.bfloat16:
         return f"it computes in bfloat16, found Model.dtype = {jnp.dtype(dtype).name}"
+    return _lack_of_cudnn(mesh, packed) if name == "cudnn" else None
+
+
+def _lack_of_cudnn(mesh: Mesh, packed: bool) -> str | None:
+    """What is missing for cuDNN, or None; the GPUs of a mesh without devices are taken for new."""
+    try:
+        from jax._src.cudnn import fused_attention_stablehlo as stablehlo
+
+        stablehlo.check_cudnn_version()
+        known = inspect.signature(stablehlo.dot_product_attention).parameters
+    except (ImportError, AttributeError, RuntimeError):
+        return "it needs cuDNN, which is not installed here, also to be compiled"
+    device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else None
+    found = float(getattr(device, "compute_capability", HOPPER))
+    if packed and found < HOPPER:
+        return (
+            f"for rows of several sequences it needs compute capability {HOPPER}, found {found}; "
+            "set Train.pack = False"
+        )
+    if packed and "q_offsets" not in known:
+        return f"jax {jax.__version__} does not tell it of several sequences in a row"
     return None
 
 
@@ -343,6 +413,8 @@ def choose_attention(
 ) -> Attention:
     """The program for attention within rows of ``row_tokens`` on ``platform`` (cpu, gpu, tpu).
 
+    packed: several sequences may share a row.
+
     "auto" takes the platform's fastest kernel that can do it, else `chunked`; rows of up to
     `DENSE_UP_TO` tokens on a CPU take `dense`. The reason lists what was passed over and why.
 
@@ -352,10 +424,12 @@ def choose_attention(
 
     def chosen(name: str, *reasons: str) -> Attention:
         is_whole = mesh.size == 1 or name == "dense"
-        program = _PROGRAMS[name] if is_whole else over_mesh(_PROGRAMS[name], mesh)
-        return Attention(name, "; ".join(reasons), program)
+        program = _cudnn_of_one if name == "cudnn" and not packed else _PROGRAMS[name]
+        sequences = 1 if not packed else SEQUENCES if program is cudnn else None
+        program = program if is_whole else over_mesh(program, mesh)
+        return Attention(name, "; ".join(reasons), program, sequences)
 
-    asked = (platform, head_dim, row_tokens, packed, dtype)
+    asked = (platform, head_dim, row_tokens, packed, dtype, mesh)
     if name != "auto":
         if problem := _refusal(name, *asked):
             raise AttentionError(f"Model.attention = {name!r}: {problem}, or set it to 'auto'")

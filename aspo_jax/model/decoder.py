@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from aspo_jax.model.attention import DENSE, SAVED, Attention
+from aspo_jax.model.attention import DENSE, SAVED, Attention, is_cudnn_forward
 from aspo_jax.model.cache import Cache, Decode, Prefill, empty_cache
 from aspo_jax.model.paged import InPlace
 from aspo_jax.model.parameters import Llama3, ModelConfig, Yarn, init_params, parameter_axes
@@ -33,11 +33,10 @@ class Remat(NamedTuple):
     keeps_products: bool
 
 
-_ATTENTION = _POLICIES.save_only_these_names(SAVED)
+_BOTH = _POLICIES.save_from_both_policies
+_ATTENTION = _BOTH(_POLICIES.save_only_these_names(SAVED), is_cudnn_forward)
 REMAT = {
-    "dots": Remat(
-        _POLICIES.save_from_both_policies(_POLICIES.dots_saveable, _ATTENTION), True, True
-    ),
+    "dots": Remat(_BOTH(_POLICIES.dots_saveable, _ATTENTION), True, True),
     "attention": Remat(_ATTENTION, True, False),
     "full": Remat(_POLICIES.nothing_saveable, False, False),
 }

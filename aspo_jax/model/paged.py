@@ -21,7 +21,7 @@ from jax.sharding import Mesh, PartitionSpec
 from aspo_jax.model.attention import MASKED
 from aspo_jax.model.sharding import RULES
 
-BLOCK = 64  # positions that a program reads at once
+BLOCK = 128  # positions that a program reads at once
 LEAST = 16  # rows of the smallest product of a GPU's tensor cores
 PROGRAMS = 256  # from which on a GPU is busy, about
 
@@ -90,10 +90,8 @@ def attend_in_place(
 
     N, _, H, C = q_N1HC.shape
     _, K, Y, X, S, _ = cache.key_EKYXSC.shape
-    J = table_JN.shape[0]
-    q_NKgC = (q_N1HC * C**-0.5).reshape(N, K, H // K, C)
-    queries = max(LEAST, 2 ** math.ceil(math.log2(H // K)))
-    q_NKmC = jnp.pad(q_NKgC, ((0, 0), (0, 0), (0, queries - H // K), (0, 0)))
+    J, g = table_JN.shape[0], H // K
+    queries = max(LEAST, 2 ** math.ceil(math.log2(g)))  # of a program; what is beyond g is masked
     splits = programs_of_a_row(N * K, J * S)
 
     def of_head(pool: Array | None, *width: int) -> tuple[Array | None, Any]:
@@ -109,9 +107,17 @@ def attend_in_place(
     (key_scales, of_scales), (value_scales, _) = (
         of_head(pool) for pool in (cache.key_scale_EKYXS, cache.value_scale_EKYXS)
     )
-    rows = (splits, N, K, queries)
-    total, top, mass = pl.pallas_call(
-        functools.partial(_read, S, splits),
+    rows = (splits, N, K, g)
+    parts = [
+        jax.ShapeDtypeStruct((*rows, C), q_N1HC.dtype if splits == 1 else jnp.float32),
+        *[jax.ShapeDtypeStruct(rows, jnp.float32)] * 2 * (splits > 1),
+    ]
+    of_part = [
+        pl.BlockSpec((None, None, None, queries, C), lambda n, k, i: (i, n, k, 0, 0)),
+        *[pl.BlockSpec((None, None, None, queries), lambda n, k, i: (i, n, k, 0))] * 2,
+    ]
+    out_NKgC, *others = pl.pallas_call(
+        functools.partial(_read, S, g, splits),
         grid=(N, K, splits),
         in_specs=[
             pl.BlockSpec((None, None, queries, C), lambda n, k, i: (n, k, 0, 0)),
@@ -119,42 +125,43 @@ def attend_in_place(
             pl.BlockSpec((None, J), lambda n, k, i: (n, 0)),
             pl.BlockSpec((None, 2), lambda n, k, i: (n, 0)),
         ],
-        out_specs=[
-            pl.BlockSpec((None, None, None, queries, C), lambda n, k, i: (i, n, k, 0, 0)),
-            *[pl.BlockSpec((None, None, None, queries), lambda n, k, i: (i, n, k, 0))] * 2,
-        ],
-        out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((*rows, C), rows, rows)],
+        out_specs=of_part[: len(parts)],
+        out_shape=parts,
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
         interpret=is_interpreted,
         name="paged_attention",
     )(
-        *(q_NKmC, keys, values, key_scales, value_scales),
+        *((q_N1HC * C**-0.5).reshape(N, K, g, C), keys, values, key_scales, value_scales),
         *(table_JN.T + y * X, jnp.stack([prompt_N, own_N], axis=1)),
     )
-    share = jnp.exp(top - jnp.max(top, axis=0))
-    mass = jnp.sum(mass * share, axis=0)
-    out_NKmC = jnp.sum(total * share[..., None], axis=0) / mass[..., None]
-    return out_NKmC[:, :, : H // K].reshape(N, 1, H, C).astype(q_N1HC.dtype)
+    if splits == 1:
+        return out_NKgC.reshape(q_N1HC.shape)
+    top, mass = others
+    share = jnp.exp(top - jnp.max(top, axis=0)) * mass
+    share /= jnp.sum(share, axis=0)
+    return jnp.sum(out_NKgC * share[..., None], axis=0).reshape(q_N1HC.shape).astype(q_N1HC.dtype)
 
 
-def _read(S: int, splits: int, *refs: Any) -> None:
+def _read(S: int, g: int, splits: int, *refs: Any) -> None:
     """One program: a running softmax over its share of a row's positions.
 
-    refs: queries [m, C]; keys, values [positions, C] and their scales or None; the row's pages [J];
-        tokens in the prompt's pages and in its own. Written are the sums, not yet divided, and of
-        each query the highest score and the mass.
+    refs: queries [m, C], of which g count; keys, values [positions, C] and their scales or None;
+        the row's pages [J]; tokens in the prompt's pages and in its own. Written are the outputs
+        of the share, and where there are several of each query the highest score and the mass.
     """
     from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
 
     q_ref, key_ref, value_ref, key_scale_ref, value_scale_ref, page_ref, held_ref = refs[:7]
-    total_ref, top_ref, mass_ref = refs[7:]
+    out_ref, *other_refs = refs[7:]
     prompt, own = held_ref[0], held_ref[1]
     first = pl.cdiv(prompt, S) * S  # place of the row's own pages; what lies before may be a hole
     end = first + own + 1
     blocks = pl.cdiv(end, BLOCK)
     share = pl.cdiv(blocks, splits)
     start = pl.program_id(2) * share
-    q_mC = q_ref[...]
+    is_query_m = jnp.arange(q_ref.shape[0]) < g
+    q_mC = triton.load(q_ref, mask=is_query_m[:, None], other=0.0)
     exact = jax.lax.Precision.HIGHEST if q_mC.dtype == jnp.float32 else None
     product = functools.partial(jnp.dot, precision=exact, preferred_element_type=jnp.float32)
 
@@ -179,4 +186,9 @@ def _read(S: int, splits: int, *refs: Any) -> None:
     m, C = q_mC.shape
     nothing = (jnp.full(m, MASKED), jnp.zeros(m), jnp.zeros((m, C), jnp.float32))
     stop = jnp.minimum(start + share, blocks)
-    top_ref[...], mass_ref[...], total_ref[...] = jax.lax.fori_loop(start, stop, add, nothing)
+    top_m, mass_m, total_mC = jax.lax.fori_loop(start, stop, add, nothing)
+    # A share may be empty: there is a row's first token at least, so one of its shares is not.
+    out_mC = total_mC / jnp.where(mass_m > 0, mass_m, 1.0)[:, None]
+    triton.store(out_ref, out_mC.astype(out_ref.dtype), mask=is_query_m[:, None])
+    for ref, x_m in zip(other_refs, (top_m, mass_m), strict=False):
+        triton.store(ref, x_m, mask=is_query_m)

@@ -243,7 +243,7 @@ def cache_bytes(of: Programs) -> float:
 def _training_work(of: Programs) -> dict[str, Work]:
     shape, chips, remat = of.shape, of.mesh.size, REMAT[of.config.model.remat]
     # Several hosts leave room for more rows than there are sequences to fill them.
-    microbatches = build_shape(of.config, 1).microbatches
+    microbatches = build_shape(of.config, [of.attention], 1).microbatches
     rows, length = microbatches * of.batch.rows, of.batch.row_tokens
     tokens, pairs = rows * length, rows * causal_pairs(length)
     adapters = 2.0 * _adapter_weights(of) * tokens

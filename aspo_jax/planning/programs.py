@@ -212,10 +212,11 @@ def programs(
     hosts = mesh.size // local.size
     check_shares(config, mesh, hosts)
     model = build_network(config, shape, mesh, config.train.row_tokens, platform)
-    goal, batch = build_goal(config), build_shape(config, hosts)
-    lora = build_lora(config)
+    goal, lora = build_goal(config), build_lora(config)
     optimizer = build_optimizer(config, trained_part(model, lora).axes)[0]
     teacher, teacher_weights = _teacher(config, teacher_shape, mesh, platform)
+    networks = [model, *([teacher.model] if teacher else [])]
+    batch = build_shape(config, [network.attention for network in networks], hosts)
     head = _head(config, shape, mesh)
     gate = build_gate(config, goal)
     learner = build_learner(model, head, goal, optimizer, mesh, teacher, lora, gate)

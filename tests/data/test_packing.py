@@ -29,6 +29,17 @@ def test_laws(seed):
     assert rows == pack(lengths, row_tokens)
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_rows_of_few_sequences(seed):
+    rng = random.Random(seed)
+    row_tokens, most = rng.randint(10, 300), rng.randint(1, 6)
+    lengths = [rng.randint(1, row_tokens // 4) for _ in range(100)]
+    rows = pack(lengths, row_tokens, most)
+    assert sorted(i for row in rows for i in row) == list(range(100))
+    assert all(len(row) <= most and sum(lengths[i] for i in row) <= row_tokens for row in rows)
+    assert len(rows) <= 2 * -(-sum(lengths) // row_tokens) + -(-100 // most)
+
+
 def test_rows_that_can_be_full_are():
     """First-fit decreasing puts 5 and 4 together, and needs a third row for the last."""
     assert pack([5, 4, 3, 3, 3, 2], 10) == [[0, 2, 5], [1, 3, 4]]

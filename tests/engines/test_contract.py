@@ -65,7 +65,7 @@ class Pair(NamedTuple):
         """|engine's - trainer's log-probability| of every drawn id; ``head``: what differs."""
         examples = [answered(self.prompt, a.tokens_T, a.logp_T, 1.0, 0) for a in answers]
         length = len(self.prompt) + max(len(a.tokens_T) for a in answers)
-        part = fill(examples, BatchShape(1, 1, len(examples), length, is_packed=False))
+        part = fill(examples, BatchShape(1, 1, len(examples), length, sequences=1))
         ours_BT = self.score(part, self.params if params is None else params, head)
         rows: Any = part.rows
         return np.abs(ours_BT - rows.sampler_logp_BT)[rows.is_response_BT]
@@ -78,7 +78,7 @@ class Pair(NamedTuple):
     def expected(self, params: Any) -> np.ndarray:
         """The trainer's log-probabilities of the prompt's ids, over the whole vocabulary."""
         ids = self.prompt
-        shape = BatchShape(1, 1, 1, len(ids), is_packed=False)
+        shape = BatchShape(1, 1, 1, len(ids), sequences=1)
         part = fill([answered(ids[:1], np.array(ids[1:]), 0.0, 1.0, 0)], shape)
         every = np.ones(self.policy.model.config.vocab_size, bool)
         return self.score(part, params, {"is_allowed_V": every})[0, 0, : len(ids) - 1]

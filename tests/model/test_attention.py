@@ -10,11 +10,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from toy import CONFIG, random_params, toy_mesh
 
 from aspo_jax.model import AttentionError, build_model, choose_attention
 from aspo_jax.model import attention as programs
-from aspo_jax.model.attention import BLOCK, Attention, chunked, dense, over_mesh
+from aspo_jax.model.attention import (
+    BLOCK,
+    SEQUENCES,
+    Attention,
+    chunked,
+    cudnn,
+    dense,
+    over_mesh,
+    starts_and_lengths,
+)
+from aspo_jax.model.decoder import REMAT
+from aspo_jax.model.sharding import MESH_AXES
+
+
+@pytest.fixture
+def has_cudnn(monkeypatch):
+    from jax._src.cudnn import fused_attention_stablehlo as stablehlo
+
+    monkeypatch.setattr(stablehlo, "check_cudnn_version", lambda: 91500)
+    monkeypatch.setattr(stablehlo, "check_compute_capability", lambda _: True)
 
 
 def inputs(T: int, H: int, K: int, C: int, segments: list[list[int]]):
@@ -137,12 +157,61 @@ def test_a_network_computes_the_same_with_either():
     np.testing.assert_allclose(*hidden, atol=1e-5)
 
 
+# --- cuDNN: traced anywhere, run on a GPU ------------------------------------------------------
+
+
+def test_starts_and_lengths_of_a_row():
+    start_M, length_M = starts_and_lengths(jnp.asarray([1, 1, 2, 2, 2, 5, 0, 0]))
+    np.testing.assert_array_equal(start_M[:4], [0, 2, 5, -1])
+    np.testing.assert_array_equal(length_M[:4], [2, 3, 1, -1])
+    assert start_M.shape == length_M.shape == (SEQUENCES,) and np.all(start_M[3:] == -1)
+
+
+@pytest.mark.parametrize(("remat", "passes"), [("dots", 1), ("attention", 1), ("full", 2)])
+@pytest.mark.usefixtures("has_cudnn")
+def test_what_a_remat_policy_keeps_of_cudnn_is_not_computed_again(remat, passes):
+    q_BTHC, k_BTKC = (jnp.ones((1, 128, heads, 16), jnp.bfloat16) for heads in (2, 1))
+    segment_BT = jnp.ones((1, 128), jnp.int32)
+
+    @partial(jax.checkpoint, policy=REMAT[remat].policy)
+    def layer(q_BTHC):
+        return cudnn(2 * q_BTHC, k_BTKC, k_BTKC, segment_BT)
+
+    text = str(jax.make_jaxpr(jax.grad(lambda q: jnp.sum(layer(q).astype(jnp.float32))))(q_BTHC))
+    assert text.count("dot_product_attention_fwd_wrapper[") == passes
+    assert text.count("dot_product_attention_bwd_wrapper[") == 1
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="kernels of a GPU")
+@pytest.mark.parametrize("name", ["cudnn", "pallas"])
+def test_a_gpus_kernels_are_the_definition(name):
+    rng = np.random.default_rng(0)
+    drawn = [rng.normal(size=(2, 1024, heads, 128)) for heads in (12, 2, 2, 12)]
+    q, k, v, weight = (jnp.asarray(x, jnp.bfloat16) for x in drawn)
+    segment_BT = np.repeat([[1, 2, 3, 4, 0]], [300, 5, 421, 200, 98], axis=1).repeat(2, axis=0)
+    is_token_BT11 = (segment_BT > 0)[..., None, None]
+
+    def results(attend, *qkv):
+        def total(*qkv):
+            out = jnp.where(is_token_BT11, attend(*qkv, jnp.asarray(segment_BT)), 0)
+            return jnp.sum(out.astype(jnp.float32) * weight), out
+
+        grads, out = jax.jit(jax.grad(total, (0, 1, 2), has_aux=True))(*qkv)
+        return [np.asarray(x, np.float32) for x in (out, *grads)]
+
+    got = results(choose("gpu", name).attend, q, k, v)
+    with jax.default_matmul_precision("highest"):
+        wide = results(dense, *(x.astype(jnp.float32) for x in (q, k, v)))
+    for x, y in zip(got, wide, strict=True):
+        assert np.linalg.norm(x - y) < 1e-2 * np.linalg.norm(y)
+
+
 # --- who chooses ------------------------------------------------------------------------------
 
 
-def choose(platform: str, name: str = "auto", **changes) -> Attention:
+def choose(platform: str, name: str = "auto", mesh: Mesh | None = None, **changes) -> Attention:
     usual = {"head_dim": 128, "row_tokens": 4096, "packed": True, "dtype": jnp.bfloat16}
-    return choose_attention(platform, mesh=toy_mesh(), name=name, **usual | changes)
+    return choose_attention(platform, mesh=mesh or toy_mesh(), name=name, **usual | changes)
 
 
 @pytest.mark.parametrize(
@@ -154,11 +223,12 @@ def choose(platform: str, name: str = "auto", **changes) -> Attention:
         ("tpu", {"head_dim": 64}, "chunked", "not splash: .* head width 64"),
         ("tpu", {"row_tokens": 100}, "chunked", "not splash: .* Train.row_tokens = 100"),
         ("gpu", {"packed": False}, "cudnn", "kernel for gpu"),
-        ("gpu", {}, "pallas", "not cudnn: .* Train.pack = False"),
+        ("gpu", {}, "cudnn", "kernel for gpu"),
         ("gpu", {"dtype": jnp.float32, "packed": False}, "pallas", "not cudnn: .* bfloat16"),
-        ("gpu", {"head_dim": 96}, "chunked", "not pallas: .* 96"),
+        ("gpu", {"head_dim": 320}, "chunked", "not cudnn: .* 320; not pallas: .* 320"),
     ],
 )
+@pytest.mark.usefixtures("has_cudnn")
 def test_the_choice_and_its_reason(platform, changes, chosen, reason):
     got = choose(platform, **changes)
     assert got.name == chosen
@@ -171,12 +241,32 @@ def test_the_choice_and_its_reason(platform, changes, chosen, reason):
         ("cpu", "splash", {}, "'splash': it runs on tpu, not on cpu"),
         ("tpu", "cudnn", {}, "'cudnn': it runs on gpu, not on tpu"),
         ("tpu", "splash", {"head_dim": 64}, "multiples of 128, found head width 64"),
-        ("gpu", "cudnn", {"packed": True}, "set Train.pack = False"),
     ],
 )
 def test_what_the_hardware_cannot_do_is_refused_with_the_reason(platform, name, changes, problem):
     with pytest.raises(AttentionError, match=problem):
         choose(platform, name, **changes)
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="it has cuDNN")
+def test_without_cudnn_a_gpu_is_planned_with_another():
+    got = choose("gpu")
+    assert got.name == "pallas" and "not cudnn: it needs cuDNN, which is not" in got.reason
+
+
+@pytest.mark.usefixtures("has_cudnn")
+def test_before_hopper_cudnn_knows_no_packed_rows():
+    gpu = type("Gpu", (), {"compute_capability": "8.0"})()
+    mesh = Mesh(np.array([[[gpu]]]), MESH_AXES)
+    got = choose("gpu", mesh=mesh)
+    assert got.name == "pallas" and "needs compute capability 9.0, found 8.0" in got.reason
+    assert choose("gpu", mesh=mesh, packed=False).name == "cudnn"
+
+
+@pytest.mark.usefixtures("has_cudnn")
+def test_the_sequences_that_may_share_a_row():
+    assert choose("cpu").sequences is None and choose("cpu", packed=False).sequences == 1
+    assert choose("gpu").sequences == SEQUENCES and choose("gpu", packed=False).sequences == 1
 
 
 def test_what_was_asked_for_is_taken():

@@ -23,7 +23,7 @@ from aspo_jax.model.paged import (
 LAYERS, PAGE, WIDTH, KEY_HEADS, GROUP = 3, 6, 16, 2, 3
 # Prompts of two rows that share them, ragged responses, a row that ends with its page, one without
 # a sequence.
-PROMPT_N, OWN_N = [13, 13, 6, 0, 1, 0], [0, 200, 5, 11, 70, 0]
+PROMPT_N, OWN_N = [13, 13, 6, 0, 1, 0], [0, 400, 5, 11, 70, 0]
 INTERPRETED = functools.partial(attend_in_place, is_interpreted=True)
 
 
