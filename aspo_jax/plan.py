@@ -4,7 +4,8 @@
 
 Topologies: v4, v5e, v5p and v6e with a torus (`v5e:4x4`; needs libtpu, `pip install
 'jax[tpu]'`), a100, h100 and h200 with a count (`h100:8`; needs jax-cuda12-plugin), `cpu:8` for
-simulated devices. ``--lower-only`` stops before the compilers and needs neither.
+simulated devices. ``--lower-only`` stops before the compilers and needs neither. ``--advise``
+searches mesh, rows, remat policy, chunk and slots, and prints those of the fastest run that fits.
 
 Exit status: 0 fits, 1 does not, 2 a mistake in the arguments.
 """
@@ -13,19 +14,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from aspo_jax.config import Config, config_flags, read
-from aspo_jax.errors import CommandParser, run_command
+from aspo_jax.errors import CommandParser, UserError, run_command
 from aspo_jax.model.sharding import abstract_mesh, device_mesh, local_sizes, mesh_sizes
 from aspo_jax.parts import FACTORIES
+from aspo_jax.planning.advice import Candidate, Search, changed
 from aspo_jax.planning.budget import PUBLISHED, Budget, Capacity, Part, budgets, cache_bytes
 from aspo_jax.planning.programs import (
     DECODE,
@@ -38,6 +41,7 @@ from aspo_jax.planning.programs import (
 )
 from aspo_jax.planning.topology import GIB, GPU_NOTE, Chip, Topology, open_devices, parse_topology
 
+ADVISED = 3  # settings that are compiled until some fit
 HEADROOM = 0.1  # of the memory, kept free for fragmentation and what the runtime itself needs
 
 
@@ -92,17 +96,13 @@ class Row:
     @property
     def seconds(self) -> float:
         """Time of one call, no faster than the chip's arithmetic and memory."""
-        return max(self._times.values())
+        return max(self.budget.work.times(self.chip).values())
 
     @property
     def bound(self) -> str:
         """Which of the two takes longer: "compute", or "memory" for weights, activations, cache."""
-        return max(self._times, key=lambda kind: self._times[kind])
-
-    @property
-    def _times(self) -> dict[str, float]:
-        work, chip = self.budget.work, self.chip
-        return {"compute": work.flops / chip.flops, "memory": work.traffic / chip.bandwidth}
+        times = self.budget.work.times(self.chip)
+        return max(times, key=lambda kind: times[kind])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +222,53 @@ def plan(
         rows = _tried(rows, attempt, on_row)
     source = f"{shape.source}; teacher: {teacher.source}" if teacher else shape.source
     return Plan(topology, of, source, tuple(rows), notes)
+
+
+class Advice(NamedTuple):
+    """The fastest settings whose run fits, their plan, and how many were searched."""
+
+    best: Candidate
+    plan: Plan
+    tried: int
+
+
+def advise(
+    config: Config,
+    topology: str | Topology,
+    *,
+    lower_only: bool = False,
+    on_row: Callable[[Row], None] = lambda row: None,
+) -> Advice:
+    """Search a run's settings by formula, and compile the best, `ADVISED` of them until one fits.
+
+    See `aspo_jax.planning.advice`, and `plan` for the arguments. The plan of the last does not fit
+    where none did.
+
+    Raises:
+        UserError: no speed is known of the chips, or nothing fits by formula.
+        TopologyError, ConfigError, ModelFolderError: see `plan`.
+    """
+    topology = parse_topology(topology) if isinstance(topology, str) else topology
+    teacher = read_teacher_shape(config)
+    compiled, _ = _for_compiler(config, topology.chip.platform)
+    shape = read_shape(config).config
+    search = Search(compiled, shape, topology, teacher and teacher.config)
+    found = None
+    for best in itertools.islice(search, ADVISED):
+        it = changed(config, best.settings)
+        it = plan(it, topology, lower_only=lower_only, on_row=on_row)
+        found = Advice(best, it, search.tried)
+        if found.plan.fits:
+            break
+        worst = found.plan.worst
+        search.refuse(best, worst.program, worst.needed)
+    if found is None:
+        raise UserError(
+            f"--advise: none of {search.tried:,} settings fits {topology.name} by formula; take "
+            "more chips, train adapters alone (Lora.rank), or lower Train.row_tokens and "
+            "Sampler.max_response_tokens"
+        )
+    return found
 
 
 def _for_compiler(config: Config, platform: str) -> tuple[Config, tuple[str, ...]]:
@@ -386,6 +433,21 @@ def _duration(found: Plan) -> list[str]:
     return [line, f"refill: {total / 3600:.2f} h where all {more} more rounds are sampled"]
 
 
+def advised(advice: Advice) -> str:
+    """The settings as lines of a config."""
+    best, state = advice.best, "fit" if advice.plan.is_certain else "may fit"
+    if not advice.plan.fits:
+        state = f"do not fit; nor do {ADVISED - 1} like them that are slower"
+    return "\n".join(
+        [
+            "",
+            f"# The fastest of {advice.tried:,} settings by formula, exchanges between chips "
+            f"included: at least {best.seconds / 3600:.2f} h an iteration. They {state}.",
+            *(f"{name} = {value!r}" for name, value in best.settings.items()),
+        ]
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = CommandParser("plan", __doc__)
     config_flags(parser)
@@ -393,14 +455,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--lower-only", action="store_true", help="no compiler: lower, and reckon by formula"
     )
+    parser.add_argument(
+        "--advise",
+        action="store_true",
+        help="search mesh, rows, remat, chunk and slots for the shortest iteration that fits",
+    )
     a = parser.parse_args(argv)
     # The machine's own accelerator, if there is one, is left alone.
     jax.config.update("jax_platforms", "cpu")
 
     def command() -> int:
-        config = read(a, FACTORIES)
-        found = plan(config, a.topology, lower_only=a.lower_only, on_row=_progress)
+        config, how = read(a, FACTORIES), {"lower_only": a.lower_only, "on_row": _progress}
+        advice = advise(config, a.topology, **how) if a.advise else None
+        found = advice.plan if advice else plan(config, a.topology, **how)
         print(report(found))
+        if advice:
+            print(advised(advice))
         return 0 if found.fits else 1
 
     return run_command(command)

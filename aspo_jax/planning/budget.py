@@ -26,6 +26,7 @@ from aspo_jax.planning.flops import (
     layer_weights,
 )
 from aspo_jax.planning.programs import DECODE, PREFILL, SCORE, UPDATE, Programs
+from aspo_jax.planning.topology import Chip
 
 
 class Part(NamedTuple):
@@ -42,6 +43,10 @@ class Work(NamedTuple):
     flops: float
     traffic: float
     calls: int
+
+    def times(self, chip: Chip) -> dict[str, float]:
+        """Seconds of one call: "compute", or "memory" for weights, activations, cache."""
+        return {"compute": self.flops / chip.flops, "memory": self.traffic / chip.bandwidth}
 
 
 class Budget(NamedTuple):

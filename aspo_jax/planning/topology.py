@@ -30,6 +30,8 @@ class Chip(NamedTuple):
     """One accelerator: peak bfloat16 FLOP/s, memory bandwidth in B/s and usable memory in bytes.
 
     per_host: chips of one machine, which sample together.
+    links: B/s that it takes from the other chips of its slice, or of its machine.
+    network: the same from other machines, where that is another network.
     dimensions: of its torus; 0 where devices are only counted.
     """
 
@@ -38,6 +40,8 @@ class Chip(NamedTuple):
     bandwidth: float
     memory: int
     per_host: int
+    links: float
+    network: float | None = None
     dimensions: int = 0
 
 
@@ -47,16 +51,17 @@ def _gib(size: float) -> int:
 
 # TPU speeds: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; memory: what libtpu 0.0.52 leaves to a
 # program. GPU speeds (dense, SXM): NVIDIA's A100, H100 and H200 data sheets; memory: as the driver
-# reports it, before JAX's own reserve. CPU: simulated devices, of which nothing is known.
+# reports it, before JAX's own reserve; links: TPUs by the same pages, NVLink by the same sheets,
+# between machines a port of 400 Gbit/s a GPU (A100: 200). CPU: simulated, nothing is known.
 CHIPS = {
-    "v4": Chip("tpu", 275e12, 1228e9, _gib(30.75), 4, 3),
-    "v5e": Chip("tpu", 197e12, 819e9, _gib(15.75), 4, 2),
-    "v5p": Chip("tpu", 459e12, 2765e9, _gib(95.73), 4, 3),
-    "v6e": Chip("tpu", 918e12, 1638e9, _gib(31.24), 4, 2),
-    "a100": Chip("gpu", 312e12, 2039e9, _gib(79.2), 8),
-    "h100": Chip("gpu", 989e12, 3352e9, _gib(79.1), 8),
-    "h200": Chip("gpu", 989e12, 4800e9, _gib(139.8), 8),
-    "cpu": Chip("cpu", math.nan, math.nan, _gib(16), 2**20),
+    "v4": Chip("tpu", 275e12, 1228e9, _gib(30.75), 4, 300e9, dimensions=3),
+    "v5e": Chip("tpu", 197e12, 819e9, _gib(15.75), 4, 200e9, dimensions=2),
+    "v5p": Chip("tpu", 459e12, 2765e9, _gib(95.73), 4, 600e9, dimensions=3),
+    "v6e": Chip("tpu", 918e12, 1638e9, _gib(31.24), 4, 448e9, dimensions=2),
+    "a100": Chip("gpu", 312e12, 2039e9, _gib(79.2), 8, 300e9, 25e9),
+    "h100": Chip("gpu", 989e12, 3352e9, _gib(79.1), 8, 450e9, 50e9),
+    "h200": Chip("gpu", 989e12, 4800e9, _gib(139.8), 8, 450e9, 50e9),
+    "cpu": Chip("cpu", math.nan, math.nan, _gib(16), 2**20, math.nan),
 }
 # Slices that can be rented: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}. Those of three dimensions
 # also come in sorted multiples of 4, up to the last of each list.
@@ -80,6 +85,12 @@ class Topology(NamedTuple):
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def links(self) -> float:
+        """B/s that a chip takes from others, where the slowest link on the way sets the pace."""
+        is_one = self.size <= self.chip.per_host
+        return self.chip.links if is_one else self.chip.network or self.chip.links
 
     def host(self) -> Topology:
         """One machine of it, which samples by itself."""
