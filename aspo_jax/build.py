@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from aspo_jax.evaluation import Evaluate, evaluator, set_collectors
 from aspo_jax.history import History
 from aspo_jax.inputs import Source, held_out_source, start_tokenizer, train_source
 from aspo_jax.learner import Learner, Teacher, build_learner
-from aspo_jax.model import Attention, build_model, load_params, trained_part
+from aspo_jax.model import build_model, load_params, trained_part
 from aspo_jax.model.peft import check_adapter
 from aspo_jax.model.sharding import row_shards
 from aspo_jax.parts import (
@@ -35,6 +35,7 @@ from aspo_jax.policy import (
     Policy,
     build_lora,
     check_teacher,
+    fewest_sequences,
     load_teacher,
     network_shape,
     stop_ids,
@@ -102,7 +103,7 @@ def build_machines(config: Config, parts: Parts, folder: str | Path, mesh: Mesh)
             *(policy.model, policy.head, parts.goal, parts.optimizer, mesh, teacher, policy.lora),
             gate=build_gate(config, parts.goal),
         ),
-        shape=build_shape(config, [it.model.attention for it in (policy, teacher) if it]),
+        shape=build_shape(config, fewest_sequences(policy.model, teacher and teacher.model)),
         peers=build_peers(),
         evaluate=build_evaluate(config, collector, parts.held_out),
         evaluate_sets=build_evaluate_sets(config, collector, parts.suites),
@@ -209,12 +210,10 @@ def build_evaluate_sets(
     }
 
 
-def build_shape(
-    config: Config, attentions: Iterable[Attention], processes: int | None = None
-) -> BatchShape:
+def build_shape(config: Config, sequences: int | None, processes: int | None = None) -> BatchShape:
     """The fixed shapes of an iteration's updates, for the processes of this run or a number.
 
-    attentions: of the networks that read the rows.
+    sequences: the most that share a row, see `fewest_sequences`.
     """
     t, s, processes = config.train, config.sampler, processes or build_peers().count
     minibatches = t.prompts_per_step // t.prompts_per_minibatch
@@ -225,7 +224,7 @@ def build_shape(
         longest=s.max_prompt_tokens + s.max_response_tokens - 1,
         row_tokens=t.row_tokens,
         rows=t.rows_per_microbatch,
-        sequences=min((a.sequences for a in attentions if a.sequences), default=None),
+        sequences=sequences,
         processes=processes,
     )
 

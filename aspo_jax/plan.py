@@ -437,7 +437,7 @@ def advised(advice: Advice) -> str:
     """The settings as lines of a config."""
     best, state = advice.best, "fit" if advice.plan.is_certain else "may fit"
     if not advice.plan.fits:
-        state = f"do not fit; nor do {ADVISED - 1} like them that are slower"
+        state = "do not fit, nor did any others that were tried"
     return "\n".join(
         [
             "",

@@ -222,6 +222,12 @@ def build_network(
     )
 
 
+def fewest_sequences(*networks: Model | None) -> int | None:
+    """The most sequences that may share a row which all these networks read; None: any number."""
+    limits = (network.attention.sequences for network in networks if network)
+    return min((limit for limit in limits if limit), default=None)
+
+
 def platform_of(mesh: Mesh, platform: str | None) -> str:
     """Of the devices of a mesh, where it is not given."""
     return platform or mesh.devices.flat[0].platform

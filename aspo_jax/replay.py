@@ -124,7 +124,7 @@ def replayed(
         policy,
         load_weights(named, config, policy, mesh),
         rows,
-        build_shape(config, [policy.model.attention], processes=1),
+        build_shape(config, policy.model.attention.sequences, processes=1),
         {name: rule.objective for name, rule in rules.items()},
         _aggregate(config),
         mesh,

@@ -135,7 +135,7 @@ def join(
         flags = os.environ.get("XLA_FLAGS", "")
         if "xla_allow_excess_precision" not in flags:
             os.environ["XLA_FLAGS"] = f"{flags} {EXACT_BFLOAT16}".strip()
-    # Of a GPU's memory jax takes 75 % otherwise, and the rest is no one's.
+    # Of a GPU's memory jax takes 75 % otherwise; what is left is for CUDA and cuDNN themselves.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_MEMORY)
     arguments = launch_arguments(coordinator, num_processes, process_id, os.environ)
     if arguments is not None:

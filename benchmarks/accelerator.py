@@ -23,7 +23,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -39,26 +41,14 @@ from aspo_jax.learner import build_learner
 from aspo_jax.library import configure, start
 from aspo_jax.model import ModelConfig
 from aspo_jax.parts import build_goal, build_limits, build_optimizer, build_sampling_network
-from aspo_jax.planning.flops import attention_flops, causal_pairs, head_flops, layer_weights
+from aspo_jax.planning.flops import causal_pairs, forward_flops, head_flops, layer_weights
 from aspo_jax.planning.programs import read_shape
+from aspo_jax.planning.topology import CHIPS, Chip
 from aspo_jax.policy import build_network, parameter_count
 from aspo_jax.rows import BatchShape, Example, fill
 from aspo_jax.sampler import EVALUATE, PagedSampler, Request, make_publish
 from aspo_jax.structs import OldPolicy
 
-
-class Chip(NamedTuple):
-    """The makers' figures: dense bfloat16 FLOP/s, and bytes/s of its memory."""
-
-    flops: float
-    bandwidth: float
-
-
-CHIPS = {
-    "H100": Chip(989e12, 3.35e12),
-    "H200": Chip(989e12, 4.8e12),
-    "A100": Chip(312e12, 2.04e12),
-}
 PROMPT = 256
 MANY = 8  # sequences of a packed row, about
 
@@ -108,11 +98,8 @@ def settings(a: argparse.Namespace, rows: Case, slots: int) -> Config:
 
 def flops(shape: ModelConfig, lengths: Sequence[int]) -> float:
     """Of one forward pass over sequences of these lengths, logits of their responses."""
-    tokens = sum(lengths)
-    pairs = sum(map(causal_pairs, lengths))
-    answers = sum(length - prompt_of(length) for length in lengths)
-    products = 2.0 * layer_weights(shape) * tokens
-    return products + attention_flops(shape, pairs) + head_flops(shape, answers)
+    whole = forward_flops(shape, sum(lengths), sum(map(causal_pairs, lengths)))
+    return whole - head_flops(shape, sum(map(prompt_of, lengths)))
 
 
 def prompt_of(length: int) -> int:
@@ -248,11 +235,12 @@ def main() -> None:
     a = arguments()
     mesh = start(settings(a, Case(1, 2048, "full"), 1))
     device = jax.devices()[0].device_kind
-    known = next((chip for name, chip in CHIPS.items() if name in device), None)
-    chip = known or Chip(float("nan"), float("nan"))
-    chip = Chip(*(x * jax.device_count() for x in chip))
-    title = f"{a.model} on {jax.device_count()} x {device}"
-    print(header(title, "python benchmarks/accelerator.py ...", ("jax",)))
+    chip = next((chip for name, chip in CHIPS.items() if name in device.lower()), CHIPS["cpu"])
+    count = jax.device_count()
+    chip = chip._replace(flops=count * chip.flops, bandwidth=count * chip.bandwidth)
+    title = f"{a.model} on {count} x {device}"
+    command = f"python benchmarks/accelerator.py {shlex.join(sys.argv[1:])}".strip()
+    print(header(title, command, ("jax",)))
     shape = read_shape(settings(a, Case(1, 2048, "full"), 1)).config
     columns = ["what", "tokens/s", "share of the peak, of the bandwidth", "ms", "first call, s"]
     print(table(columns, []), flush=True)

@@ -17,6 +17,4 @@ export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu}
 "$python" -c 'import jax; print(f"{jax.device_count()} GPU(s), jax {jax.__version__}")' >&2 ||
   { echo "JAX sees no GPU; pip install 'aspo_jax[cuda]' into $python" >&2; exit 2; }
 
-# The allocator takes this share at the start; the rest is for CUDA and cuDNN themselves.
-export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
 exec "$python" -m aspo_jax.train "$@"

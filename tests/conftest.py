@@ -60,6 +60,15 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[P
 
 
 @pytest.fixture
+def has_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN seems to be installed, and its GPU a new one: programs can be traced for it."""
+    from jax._src.cudnn import fused_attention_stablehlo as stablehlo
+
+    monkeypatch.setattr(stablehlo, "check_cudnn_version", lambda: 91500)
+    monkeypatch.setattr(stablehlo, "check_compute_capability", lambda _: True)
+
+
+@pytest.fixture
 def full_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system in memory with room for 1 MiB."""
     folder = tmp_path / "full_disk"

@@ -7,10 +7,9 @@ import dataclasses
 import pytest
 
 from aspo_jax import plan as planning
-from aspo_jax.config import Config, read_config
 from aspo_jax.errors import UserError
+from aspo_jax.library import configure
 from aspo_jax.model.sharding import abstract_mesh
-from aspo_jax.parts import FACTORIES
 from aspo_jax.plan import advise
 from aspo_jax.planning import advice
 from aspo_jax.planning.advice import Half, Search, changed, exchanged
@@ -26,18 +25,13 @@ def coarse(monkeypatch):
     monkeypatch.setattr(advice, "CHUNKS", (512, 1024))
 
 
-def _read(*flags: str, config: str = "own_data") -> Config:
-    words = [word for flag in flags for word in ("--set", flag)]
-    return read_config(["--config", config, *words], FACTORIES)
-
-
 def _with_memory(name: str, gib: float) -> Topology:
     found = parse_topology(name)
     return found._replace(chip=found.chip._replace(memory=int(gib * 2**30)))
 
 
 def _search(topology: Topology) -> Search:
-    config = _read()
+    config = configure("own_data")
     return Search(config, read_shape(config).config, topology)
 
 
@@ -75,7 +69,7 @@ def test_what_did_not_fit_and_what_would_not_either_is_left_out(program, times):
 
 
 def _programs(data: int, fsdp: int, tensor: int) -> Programs:
-    config = changed(_read(), {"Train.rows_per_microbatch": 4})
+    config = changed(configure("own_data"), {"Train.rows_per_microbatch": 4})
     sizes = (data, fsdp, tensor)
     own = abstract_mesh((data * fsdp, 1, tensor))
     return programs(config, read_shape(config).config, abstract_mesh(sizes), own, "tpu")
@@ -108,8 +102,10 @@ def test_advice_is_lines_of_a_config(capsys):
     printed = capsys.readouterr().out
     lines = printed[printed.index("# The fastest of ") :].splitlines()
     assert "They may fit." in lines[0]
-    best = advise(_read(), "v6e:1x1", lower_only=True).best
-    assert _read(*lines[1:]) == changed(_read(*lines[1:]), best.settings)
+    best = advise(configure("own_data"), "v6e:1x1", lower_only=True).best
+    assert configure("own_data", *lines[1:]) == changed(
+        configure("own_data", *lines[1:]), best.settings
+    )
     assert len(lines) == 1 + len(best.settings)
 
 
@@ -124,15 +120,17 @@ def test_settings_that_do_not_fit_after_all_are_followed_by_smaller_ones(monkeyp
 
     monkeypatch.setattr(planning, "_lowered", lowered)
     needed = next(iter(_search(parse_topology("v6e:1x1")))).training.needed
-    found = advise(_read(), _with_memory("v6e:1x1", 1.05 * needed / 2**30), lower_only=True)
+    found = advise(
+        configure("own_data"), _with_memory("v6e:1x1", 1.05 * needed / 2**30), lower_only=True
+    )
     assert found.plan.fits and tried[0] == "dots" and found.best.training.needed < needed / 1.1
 
 
 def test_without_a_known_speed_there_is_no_advice():
     with pytest.raises(UserError, match="no speed is known of cpu:4"):
-        advise(_read(), "cpu:4", lower_only=True)
+        advise(configure("own_data"), "cpu:4", lower_only=True)
 
 
 def test_nothing_fits():
     with pytest.raises(UserError, match=r"none of \d+ settings fits v6e:1x1 by formula; take more"):
-        advise(_read(), _with_memory("v6e:1x1", 1), lower_only=True)
+        advise(configure("own_data"), _with_memory("v6e:1x1", 1), lower_only=True)

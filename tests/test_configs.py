@@ -161,11 +161,9 @@ def test_every_packaged_shape_is_known():
     assert {path.stem for path in SHAPES} == BILLIONS.keys()
 
 
-def test_the_settings_of_the_model_are_what_the_model_knows(monkeypatch):
+@pytest.mark.usefixtures("has_cudnn")
+def test_the_settings_of_the_model_are_what_the_model_knows():
     """A config is read without jax, so it cannot ask the model."""
-    from jax._src.cudnn import fused_attention_stablehlo as stablehlo
-
-    monkeypatch.setattr(stablehlo, "check_cudnn_version", lambda: 91500)
     choices = typing.get_type_hints(sections.Model)
     assert set(typing.get_args(choices["remat"])) == REMAT.keys()
     for name in typing.get_args(choices["attention"]):

@@ -16,12 +16,14 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+
 from aspo_jax.config import Config, ConfigError
 from aspo_jax.errors import UserError
 from aspo_jax.model import ModelConfig
 from aspo_jax.model.decoder import REMAT
 from aspo_jax.model.sharding import MeshError, abstract_mesh, local_sizes, row_shards
-from aspo_jax.planning.budget import CACHE, Budget, Work, budgets, chip_tokens
+from aspo_jax.planning.budget import CACHE, Budget, Work, budgets, chip_tokens, one_pass
 from aspo_jax.planning.flops import layer_weights
 from aspo_jax.planning.programs import DECODE, PREFILL, SCORE, UPDATE, Programs, programs
 from aspo_jax.planning.topology import Topology
@@ -104,14 +106,11 @@ class Search:
         And what would not fit if the formulas were as far off for it.
         """
         sizes = tuple(it.settings[f"Runtime.{axis}"] for axis in ("data", "fsdp", "tensor"))
-        training, sampling = self._halves[sizes]
-        half = it.training if program in TRAINING else it.sampling
-        limit = half.needed * min(self._run[2].chip.memory / needed, 1.0)
-        if program in TRAINING:
-            training = [each for each in training if each.needed < limit]
-        else:
-            sampling = [each for each in sampling if each.needed < limit]
-        self._halves[sizes] = training, sampling
+        which = int(program in SAMPLING)
+        limit = it[which].needed * min(self._run[2].chip.memory / needed, 1.0)
+        halves = list(self._halves[sizes])
+        halves[which] = [half for half in halves[which] if half.needed < limit]
+        self._halves[sizes] = halves[0], halves[1]
 
     def _on(self, sizes: tuple[int, int, int]) -> tuple[list[Half], list[Half]]:
         """What fits on one mesh."""
@@ -205,20 +204,21 @@ def exchanged(of: Programs, name: str) -> tuple[float, float, int]:
     """
     shape, mesh = of.shape, of.mesh.shape
     data, fsdp, tensor = (mesh[axis] for axis in ("data", "fsdp", "tensor"))
-    count = (layer_weights(shape) + shape.vocab_size * shape.hidden_size) / tensor
-    size = 2 if of.config.model.dtype == "bfloat16" else 4
+    size = jnp.dtype(of.config.model.dtype).itemsize
     gathers, sums = {UPDATE: (2, 4), SCORE: (1, 2)}.get(name, (0, 2))
     if name in TRAINING:
         tokens, times = chip_tokens(of), of.batch.microbatches
     elif name == DECODE:
-        tokens, times = of.config.sampler.slots / of.hosts / row_shards(of.local), 1
+        tokens, times = of.limits.slots / row_shards(of.local), 1
     else:
-        tokens, times = of.limits.prompts / row_shards(of.local) * of.limits.buckets[-1], 1
+        shards, bucket = row_shards(of.local), of.limits.buckets[-1]
+        tokens, times = of.limits.together(bucket, shards) / shards * bucket, 1
     if name == UPDATE and not REMAT[of.config.model.remat].keeps_products:
         sums += 2
-    gathered = gathers * size * count * _others(fsdp)
+    gathered = gathers * one_pass(of, shape) * _others(fsdp)
     if name == UPDATE and of.frozen is None:
-        gathered += 4 * count * (_others(fsdp) + 2 * _others(data) / fsdp)
+        gradients = 4 * (layer_weights(shape) + shape.vocab_size * shape.hidden_size) / tensor
+        gathered += gradients * (_others(fsdp) + 2 * _others(data) / fsdp)
     reduced = 2 * sums * shape.layers * tokens * shape.hidden_size * size * _others(tensor)
     return times * gathered, times * reduced, times * sums * shape.layers * (tensor > 1)
 

@@ -248,7 +248,7 @@ def cache_bytes(of: Programs) -> float:
 def _training_work(of: Programs) -> dict[str, Work]:
     shape, chips, remat = of.shape, of.mesh.size, REMAT[of.config.model.remat]
     # Several hosts leave room for more rows than there are sequences to fill them.
-    microbatches = build_shape(of.config, [of.attention], 1).microbatches
+    microbatches = build_shape(of.config, of.batch.sequences, 1).microbatches
     rows, length = microbatches * of.batch.rows, of.batch.row_tokens
     tokens, pairs = rows * length, rows * causal_pairs(length)
     adapters = 2.0 * _adapter_weights(of) * tokens
@@ -258,14 +258,14 @@ def _training_work(of: Programs) -> dict[str, Work]:
     products = 0.0 if remat.keeps_products else 2.0 * layer_weights(shape) * tokens
     attention = 0.0 if remat.keeps_attention else attention_flops(shape, pairs)
     again = products + attention + head_flops(shape, tokens)
-    one_pass = _one_pass(of, shape) * microbatches
+    read_once = one_pass(of, shape) * microbatches
     scored = [shape] * ((of.config.train.old_logp == "score") + of.has_reference)
     scored += [of.teacher_shape] if of.teacher_shape else []
     flops = adapters + sum(forward_flops(each, tokens, pairs) for each in scored)
-    read = sum(_one_pass(of, each) for each in scored) * microbatches
+    read = sum(one_pass(of, each) for each in scored) * microbatches
     state = shard_bytes((of.state.params, of.state.opt_state))
     # Weights are read forward, again, and twice backward; the rest is written and read.
-    traffic = 4 * one_pass + 2 * microbatches * _kept(of) + 2 * state
+    traffic = 4 * read_once + 2 * microbatches * _kept(of) + 2 * state
     updates = of.config.train.epochs * of.batch.minibatches
     return {
         # Frozen matrices have no gradient: a third of their three passes is left out.
@@ -274,7 +274,7 @@ def _training_work(of: Programs) -> dict[str, Work]:
     }
 
 
-def _one_pass(of: Programs, shape: ModelConfig) -> float:
+def one_pass(of: Programs, shape: ModelConfig) -> float:
     """Bytes per chip of a network's matrices as they are multiplied, read once."""
     size = jnp.dtype(of.config.model.dtype).itemsize
     is_int8 = shape == of.shape and of.config.frozen_dtype == "int8"

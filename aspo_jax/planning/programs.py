@@ -45,7 +45,7 @@ from aspo_jax.parts import (
     build_sampling_network,
     has_teacher,
 )
-from aspo_jax.policy import build_lora, build_network, new_shape
+from aspo_jax.policy import build_lora, build_network, fewest_sequences, new_shape
 from aspo_jax.rows import BatchShape, fill
 from aspo_jax.sampler import Limits, PagedSampler, make_publish
 from aspo_jax.structs import Minibatch, OldPolicy, TrainState
@@ -215,8 +215,7 @@ def programs(
     goal, lora = build_goal(config), build_lora(config)
     optimizer = build_optimizer(config, trained_part(model, lora).axes)[0]
     teacher, teacher_weights = _teacher(config, teacher_shape, mesh, platform)
-    networks = [model, *([teacher.model] if teacher else [])]
-    batch = build_shape(config, [network.attention for network in networks], hosts)
+    batch = build_shape(config, fewest_sequences(model, teacher and teacher.model), hosts)
     head = _head(config, shape, mesh)
     gate = build_gate(config, goal)
     learner = build_learner(model, head, goal, optimizer, mesh, teacher, lora, gate)

@@ -29,14 +29,6 @@ from aspo_jax.model.decoder import REMAT
 from aspo_jax.model.sharding import MESH_AXES
 
 
-@pytest.fixture
-def has_cudnn(monkeypatch):
-    from jax._src.cudnn import fused_attention_stablehlo as stablehlo
-
-    monkeypatch.setattr(stablehlo, "check_cudnn_version", lambda: 91500)
-    monkeypatch.setattr(stablehlo, "check_compute_capability", lambda _: True)
-
-
 def inputs(T: int, H: int, K: int, C: int, segments: list[list[int]]):
     """Random q, k, v and gradient, and segments given as the lengths of each row's sequences."""
     rng = np.random.RandomState(0)
