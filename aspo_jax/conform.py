@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 
@@ -45,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     a = parser.parse_args(argv)
     if a.expect is not None and a.expect not in NAMES:
         parser.error(f"--expect {a.expect!r}{nearest(a.expect, NAMES)}: one of {', '.join(NAMES)}")
+    # All is computed on the CPU: an accelerator may be busy. Read when jax is imported.
+    os.environ["JAX_PLATFORMS"] = "cpu"
     return run_command(lambda: _conform(a))
 
 

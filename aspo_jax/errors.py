@@ -8,12 +8,12 @@ import difflib
 import errno
 import os
 import re
-import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
+from aspo_jax.shell import quote
 from aspo_jax.streams import unbreakable_streams
 
 _REMEDIES = {
@@ -91,11 +91,11 @@ class CommandParser(argparse.ArgumentParser):
         """What a word that is no argument was meant to be."""
         shown, known = f"unknown argument {word[:80]!r}", self._option_string_actions
         if re.fullmatch(r"-*\w+\.\w+=.*", word, re.DOTALL) and "--set" in known:
-            return f"{shown}: write --set {shlex.quote(word.lstrip('-')[:80])}"
+            return f"{shown}: write --set {quote(word.lstrip('-')[:80])}"
         if word.startswith("-") and (meant := nearest(word.partition("=")[0], known)):
             return f"{shown}{meant}"
         if word.endswith(".gin") and "--config" in known:
-            return f"{shown}: write --config {shlex.quote(word[:80])}"
+            return f"{shown}: write --config {quote(word[:80])}"
         return f"{shown}; expected one of {', '.join(sorted(known))}"
 
     def error(self, message: str) -> NoReturn:

@@ -117,8 +117,8 @@ def replayed(
     rows = read_rollout(saved.run, iteration)
     config = locate(run_config(saved.run, FACTORIES), saved.run)
     distinct = list(dict.fromkeys(objectives))
-    rules = named_objectives(distinct, "--objective", settings, config.factories)
     mesh = runtime.start(**dataclasses.asdict(config.runtime))
+    rules = named_objectives(distinct, "--objective", settings, config.factories)
     policy = load_policy(config, config.model_folder or saved.run / INITIAL_MODEL, mesh)
     figures = replay(
         policy,

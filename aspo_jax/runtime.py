@@ -42,6 +42,10 @@ class LaunchError(UserError):
     """The processes of a run could not find each other, or do not run the same thing."""
 
 
+class DeviceError(UserError):
+    """jax cannot start the devices."""
+
+
 class PeerError(UserError):
     """Another process failed; this one ends with it."""
 
@@ -77,6 +81,7 @@ def start(
     Raises:
         MeshError: the sizes do not multiply to the number of devices.
         LaunchError: the processes cannot find each other.
+        DeviceError: jax cannot start the devices.
     """
     if context != 1:
         raise MeshError(f"mesh axis context = {context}: the axis is reserved, expected 1")
@@ -126,7 +131,7 @@ def _program(details: Mapping[str, Any]) -> str:
 def join(
     coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> None:
-    """Meet the other processes, if there are any; a second call does nothing. See `start`."""
+    """Meet the others, if any, and start the devices; a second call does nothing. See `start`."""
     if jax.distributed.is_initialized():
         return
     if _is_cpu_only():
@@ -140,6 +145,28 @@ def join(
     arguments = launch_arguments(coordinator, num_processes, process_id, os.environ)
     if arguments is not None:
         _join(arguments)
+    _start_devices()
+    if not is_alone():
+        sys.excepthook = _end_at_once
+
+
+def _start_devices() -> None:
+    """Start and use them before an operation does, which would be blamed for what goes wrong."""
+    try:
+        for device in jax.local_devices():
+            jax.device_put(0, device).block_until_ready()
+    except (AssertionError, RuntimeError) as error:
+        from jax.extend.backend import clear_backends  # takes a while to import
+
+        clear_backends()  # else a second try would go on with those that did start, the CPU
+        platforms = os.environ.get("JAX_PLATFORMS")
+        asked = f" of JAX_PLATFORMS={platforms}" if platforms else ""
+        found = str(error) or "there is no GPU that it can see"  # jax merely asserts that
+        raise DeviceError(
+            f"jax cannot start the devices{asked}: {found}; expected devices with their plugin and "
+            "driver, and free memory; nvidia-smi shows who holds a GPU's, "
+            "XLA_PYTHON_CLIENT_MEM_FRACTION=0.4 takes less of it, JAX_PLATFORMS=cpu runs on the CPU"
+        ) from error
 
 
 def launch_arguments(
@@ -245,8 +272,6 @@ def _join(arguments: dict[str, Any]) -> None:
             f"the processes of this run did not meet ({arguments or 'as the TPU metadata says'}): "
             f"{error}"
         ) from error
-    if jax.process_count() > 1:
-        sys.excepthook = _end_at_once
 
 
 def _end_at_once(
@@ -268,7 +293,11 @@ def leave(status: int) -> int:
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
-    if is_main():
+    try:
+        is_last = is_main()
+    except (AssertionError, RuntimeError):  # the devices did not start, which know it
+        is_last = True
+    if is_last:
         time.sleep(1.0)
     os._exit(status)
 

@@ -299,6 +299,12 @@ def nothing():
 """
 
 
+@pytest.fixture(autouse=True)
+def platforms(monkeypatch):
+    """The command's choice ends with the test."""
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+
+
 @pytest.fixture
 def strangers(tmp_path, monkeypatch):
     """Modules of others on the path, gone from Python's memory afterwards."""

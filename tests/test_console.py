@@ -217,6 +217,18 @@ def test_a_long_compilation_is_announced_while_it_lasts(is_terminal, monkeypatch
             _wait_for(lambda: "sampling 0/4" in out.getvalue().rpartition("compiled")[2])
 
 
+@pytest.mark.parametrize(("platform", "remarks"), [("cpu", 1), ("gpu", 0), ("tpu", 0)])
+def test_minutes_are_foretold_once_and_on_a_cpu_alone(platform, remarks, monkeypatch):
+    monkeypatch.setattr(room, "COMPILING_S", 0.0)
+    monkeypatch.setattr(room.jax, "default_backend", lambda: platform)
+    console, out = _console()
+    for program in ("prefill", "decode"):
+        console.compiling(program)
+        _wait_for(lambda line=f"compiling {program} ...": line in out.getvalue())
+        console.compiled(program, 75.0)
+    assert out.getvalue().count("minutes for a large model on a CPU") == remarks
+
+
 def test_a_short_compilation_is_not_mentioned():
     console, out = _console()
     before = out.getvalue()

@@ -60,6 +60,15 @@ def test_a_folder_of_ones_own_is_not_used_twice(folder, own):
     assert again.run_folder == f"{stem}-dapo" and next_command(config).count("Run.folder") == 1
 
 
+def test_a_setting_with_a_text_is_as_a_person_would_type_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    setting = "Model.path='models/smol lm2'"
+    config = read_config(["--set", setting], FACTORIES)
+    command = next_command(config)
+    assert f' --set "{setting}" --set Objective.name=dapo' in command
+    assert _read(command) == _with_rule(config, "dapo")
+
+
 def test_both_are_drawn_once_both_are_there(own):
     aspo = read_config(["--set", "Run.folder='new runs/a'"], FACTORIES)
     dapo = read_config(

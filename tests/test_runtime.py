@@ -1,8 +1,10 @@
-"""Mesh sizes, the flags of a CPU process, the compilation cache."""
+"""Devices that do not start, mesh sizes, the flags of a CPU process, the compilation cache."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -85,6 +87,81 @@ def test_exact_bfloat16_is_asked_for_on_a_cpu_and_a_users_word_is_kept(fresh):
     fresh.setenv("JAX_PLATFORMS", "cuda,cpu")
     start()
     assert os.environ["XLA_FLAGS"] == ""
+
+
+# --- devices that do not start ------------------------------------------------------------------
+
+TWICE = """
+from jax._src import hardware_utils
+from aspo_jax import runtime
+hardware_utils.has_visible_nvidia_gpu = lambda: False
+for _ in range(2):
+    try:
+        runtime.join()
+    except runtime.DeviceError as error:
+        print(error)
+"""
+
+
+def run(platforms: str, *arguments: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | {"JAX_PLATFORMS": platforms},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done
+
+
+@pytest.mark.parametrize(
+    ("platforms", "found"),
+    [
+        ("cpu,nonsense", "Unable to initialize backend 'nonsense': Backend 'nonsense' is not in"),
+        ("cuda", "there is no GPU that it can see; expected devices with their plugin and driver"),
+    ],
+)
+def test_a_second_try_does_not_go_on_with_the_devices_that_did_start(platforms, found):
+    first, second = run(platforms, "-c", TWICE).stdout.splitlines()
+    assert first == second
+    assert first.startswith(f"jax cannot start the devices of JAX_PLATFORMS={platforms}: {found}")
+    assert "nvidia-smi" in first and first.endswith("JAX_PLATFORMS=cpu runs on the CPU")
+
+
+def test_devices_without_free_memory_do_not_start(monkeypatch):
+    def refuse(x, device):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(jax, "device_put", refuse)
+    monkeypatch.setattr("jax.extend.backend.clear_backends", lambda: None)  # other tests' arrays
+    with pytest.raises(runtime.DeviceError, match="devices.*: RESOURCE_EXHAUSTED: Out of memory;"):
+        runtime.join()
+
+
+@pytest.mark.parametrize("command", ["train", "check"])
+def test_no_rule_is_blamed_for_them(command, tmp_path):
+    flags = ("--config", "countdown_tiny", "--set", f"Run.folder='{tmp_path / 'run'}'")
+    error = run("nonsense", "-m", f"aspo_jax.{command}", *flags, expect=2).stderr
+    assert error.startswith("error: jax cannot start the devices of JAX_PLATFORMS=nonsense: ")
+    assert error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("plot", "weights", "--objectives", "cispo", "--out", "."),
+        ("conform", "aspo_jax.losses:cispo", "--expect", "cispo"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_what_needs_the_cpu_alone_asks_for_no_other(arguments, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(os.path.abspath, sys.path)))
+    monkeypatch.chdir(tmp_path)
+    command, *rest = arguments
+    run("nonsense", "-m", f"aspo_jax.{command}", *rest)
+
+
+# --- compiling ----------------------------------------------------------------------------------
 
 
 def test_compiled_programs_are_kept_where_the_config_says(fresh, tmp_path):

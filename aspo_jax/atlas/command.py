@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import jax
+
 from aspo_jax.atlas.pictures import Chart, draw_overlay, draw_rule, save
 from aspo_jax.atlas.views import chart, views_of
 from aspo_jax.errors import CommandParser, UserError, run_command, writing
@@ -39,6 +41,7 @@ def main(argv: Sequence[str]) -> int:
         help="aspo.cap=2, aspo.wide.clip_high=0.4; may be repeated",
     )
     a = parser.parse_args(argv)
+    jax.config.update("jax_platforms", "cpu")  # pictures need no accelerator, which may be busy
 
     def command() -> int:
         names = [name.strip() for name in a.objectives.split(",") if name.strip()]

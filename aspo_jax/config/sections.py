@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import shlex
 import shutil
 import sys
 import typing
@@ -15,6 +14,7 @@ import pydantic
 from pydantic import ConfigDict, Field
 
 from aspo_jax.config.gin import diff_text
+from aspo_jax.shell import join
 
 
 def setting(default: Any, unit: str, meaning: str, *, factory: str = "", **bounds: Any) -> Any:
@@ -751,7 +751,7 @@ def command(module: str, *words: str) -> str:
         python = Path("python")
     elif here.is_relative_to(Path.cwd()):
         python = here.relative_to(Path.cwd())
-    return shlex.join([str(python), "-m", f"aspo_jax.{module}", *words])
+    return join([str(python), "-m", f"aspo_jax.{module}", *words])
 
 
 def section_of(factory: str) -> str:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from aspo_jax.engines import keeper
+from aspo_jax.shell import join
 
 _TAIL = 2000  # characters of its log that an error shows
 
@@ -39,7 +40,7 @@ class Owned:
         words = [_replaced(word, filled) for word in shlex.split(self._command)]
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
-            log.write(f"--- {shlex.join(words)}\n".encode())
+            log.write(f"--- {join(words)}\n".encode())
             log.flush()
             # The keeper's input is our pipe: it sees the end of this process, whatever ends it.
             self._process = subprocess.Popen(

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, NamedTuple
 
+import jax
 import rich.console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
@@ -156,8 +157,8 @@ class Console:
         self._spoke = time.monotonic()
         self._compiling: dict[str, threading.Timer] = {}
         self._announced: set[str] = set()
+        self._has_remarked = False
         self._compiling_lock = threading.Lock()
-        self._remark = " (minutes for a large model on a CPU; XLA itself may remark on it)"
         self._samples, self._total, self._prompts = "k", 0, 0
         self._lines = 0
 
@@ -328,8 +329,14 @@ class Console:
             # there then.
             if self.is_terminal:
                 self._progress.stop()
-            self.note(f"  compiling {program} ...{self._remark}")
-            self._remark = ""
+            self.note(f"  compiling {program} ...{self._remark()}")
+
+    def _remark(self) -> str:
+        """What to expect of the first compilation that is announced, on a CPU."""
+        if self._has_remarked or jax.default_backend() != "cpu":
+            return ""
+        self._has_remarked = True
+        return " (minutes for a large model on a CPU; XLA itself may remark on it)"
 
     def _print(self, text: Text) -> None:
         self._spoke = time.monotonic()

@@ -144,6 +144,14 @@ def test_two_processes_train_as_one_stop_together_and_one_goes_on(
     assert_same_trajectory(folder, alone)
 
 
+def test_devices_that_do_not_start_end_every_process_with_one_message():
+    """The processes have met by then; none waits for the other."""
+    started = two_processes("--config", "countdown_tiny", JAX_PLATFORMS="nonsense")
+    _, err = finish(started, expect=2)
+    said = "error: jax cannot start the devices of JAX_PLATFORMS=nonsense: Unable to initialize"
+    assert err.count(said) == 2 and "Traceback" not in err, err
+
+
 @pytest.mark.slow
 def test_one_process_of_two_is_killed_and_both_go_on_bit_for_bit(flags, abstract_state, tmp_path):
     undisturbed, folder = tmp_path / "undisturbed", tmp_path / "run"
