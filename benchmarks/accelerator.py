@@ -12,7 +12,8 @@ requests of full length, then four times as many of ragged lengths. What is time
 before; medians of the rounds.
 
 The share of the chip's peak (MFU) counts 2 FLOP for each weight and token of a forward pass, 6 of
-an update, and attention's causal pairs; what is computed again for want of memory is not counted.
+an update (4 of one that trains adapters, whose frozen matrices have no gradient), and attention's
+causal pairs; what is computed again for want of memory is not counted.
 The share of the bandwidth's bound is that of the time in which the memory could deliver, at the
 maker's figure, the weights once for each step (as many as full slots would need) and each row's
 live keys and values once for each of its tokens, with the time that all took, reading of prompts
@@ -39,12 +40,12 @@ from aspo_jax.config import Config
 from aspo_jax.head import Head
 from aspo_jax.learner import build_learner
 from aspo_jax.library import configure, start
-from aspo_jax.model import ModelConfig
+from aspo_jax.model import Model, ModelConfig, trained_part
 from aspo_jax.parts import build_goal, build_limits, build_optimizer, build_sampling_network
 from aspo_jax.planning.flops import causal_pairs, forward_flops, head_flops, layer_weights
 from aspo_jax.planning.programs import read_shape
 from aspo_jax.planning.topology import CHIPS, Chip
-from aspo_jax.policy import build_network, parameter_count
+from aspo_jax.policy import build_lora, build_network, parameter_count
 from aspo_jax.rows import BatchShape, Example, fill
 from aspo_jax.sampler import EVALUATE, PagedSampler, Request, make_publish
 from aspo_jax.structs import OldPolicy
@@ -106,6 +107,15 @@ def prompt_of(length: int) -> int:
     return min(PROMPT, length // 2)
 
 
+def frozen_weights(model: Model, dtype: str, mesh: Mesh) -> Any:
+    """Random ones, of a type that is no int8."""
+
+    def make(key):
+        return jax.tree.map(lambda x: x.astype(dtype), model.init(key))
+
+    return jax.jit(make, out_shardings=model.shardings(mesh))(jax.random.key(1))
+
+
 class Timed(NamedTuple):
     """Seconds: of the first call, which compiles, and the median of the others."""
 
@@ -141,16 +151,18 @@ def update_rows(a: argparse.Namespace, it: Case, shape: ModelConfig, mesh: Mesh,
     """Rows of the table: scoring and an update, of rows of one sequence and of several."""
     config = settings(a, it, slots=1)
     t = config.train
-    model = build_network(config, shape, mesh, t.row_tokens)
+    model, lora = build_network(config, shape, mesh, t.row_tokens), build_lora(config)
+    trained = trained_part(model, lora)
     allowed = np.ones(shape.vocab_size, bool)
     head = Head(temperature=1.0, is_allowed_V=allowed, chunk=t.head_chunk, mesh=mesh)
-    optimizer = build_optimizer(config, model.axes())[0]
-    learner = build_learner(model, head, build_goal(config), optimizer, mesh)
-    params = jax.jit(model.init, out_shardings=model.shardings(mesh))
+    optimizer = build_optimizer(config, trained.axes)[0]
+    learner = build_learner(model, head, build_goal(config), optimizer, mesh, lora=lora)
+    frozen = frozen_weights(model, config.frozen_dtype, mesh) if lora else None
+    params = jax.jit(trained.init, out_shardings=trained.shardings(mesh))
     state = learner.init(params(jax.random.key(0)))
     rng = np.random.default_rng(0)
     batch = BatchShape(1, 1, it.rows, t.row_tokens, model.attention.sequences)
-    print(f"{parameter_count(state.params):,} parameters, attention {model.attention.name}")
+    print(f"{parameter_count(state.params):,} trained parameters, attention {model.attention.name}")
     for what in ("one sequence a row", "packed"):
         row = several(it.tokens, rng) if what == "packed" else [it.tokens]
         lengths = row * it.rows
@@ -162,20 +174,23 @@ def update_rows(a: argparse.Namespace, it: Case, shape: ModelConfig, mesh: Mesh,
             made.append(Example(text, is_response, logp, (-1.0) ** number, number))
         part = learner.place(fill(made, batch))
 
-        old = learner.old_policy(state.params, None, part)
+        whole = trained.whole(state.params, frozen)
+        old = learner.old_policy(whole, None, part)
         given = OldPolicy(old.old_logp_BT, old.old_entropy_BT, old.old_logp_BT)
         scored = dataclasses.replace(part, old=given)
 
         def score(part=part) -> None:
-            jax.block_until_ready(learner.old_policy(state.params, None, part))
+            whole = trained.whole(state.params, frozen)
+            jax.block_until_ready(learner.old_policy(whole, None, part))
 
         def update(part=scored) -> None:
             nonlocal state
-            state, report = learner.step(state, part)
+            state, report = learner.step(state, part, frozen)
             jax.block_until_ready(report)
 
         once = flops(shape, lengths)
-        for does, run, passes in (("score", score, 1), ("update", update, 3)):
+        backward = 1 if lora else 2  # frozen matrices have no gradient
+        for does, run, passes in (("score", score, 1), ("update", update, 1 + backward)):
             took = timed(run, a.rounds, a.trace and f"{a.trace}/{does}_{it.tokens}")
             share = passes * once / took.median / chip.flops
             yield [

@@ -40,6 +40,7 @@ PANELS = {
         "evaluate/distinct_right", "Different right answers to a puzzle", "answers of 16"
     ),
     "entropy": Panel("update/old_entropy", "Entropy", "nats per token", is_held_out=False),
+    "length": Panel("rollout/response_length", "Length of a response", "tokens", is_held_out=False),
     "reward": Panel("rollout/reward_mean", "Right answers, training", "share", is_held_out=False),
 }
 
