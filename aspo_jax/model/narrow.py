@@ -14,9 +14,8 @@ from jax import Array
 
 
 def is_wider(weight: Array, dtype: Any) -> bool:
-    """Whether a weight is float and has more bits than the computation's type."""
-    is_float = jnp.issubdtype(weight.dtype, jnp.floating)
-    return is_float and weight.dtype.itemsize > jnp.dtype(dtype).itemsize
+    """Whether a weight is float32, and a computation's type is not."""
+    return weight.dtype == jnp.float32 and jnp.dtype(dtype).itemsize < 4
 
 
 def product(x: Array, kernel: Array, reads: int) -> Array:
@@ -39,13 +38,19 @@ def _product(x: Array, kernel: Array, reads: int) -> Array:
     return jax.lax.dot_general(x, kernel.astype(x.dtype), (axes, ((), ())))
 
 
+def _product_saving(x: Array, kernel: Array, reads: int):
+    """The matrix is saved as it was read: chips that share it then gather it once for both."""
+    kernel = kernel.astype(x.dtype)
+    return _product(x, kernel, reads), (x, kernel)
+
+
 def _product_gradients(reads: int, saved: tuple[Array, Array], y_grad: Array):
     x, kernel = saved
     outputs, batch = kernel.ndim - reads, tuple(range(x.ndim - reads))
     axes = tuple(range(y_grad.ndim - outputs, y_grad.ndim)), tuple(range(reads, kernel.ndim))
-    x_grad = jax.lax.dot_general(y_grad, kernel.astype(x.dtype), (axes, ((), ())))
+    x_grad = jax.lax.dot_general(y_grad, kernel, (axes, ((), ())))
     kernel_grad = jax.lax.dot_general(
-        x, y_grad, ((batch, batch), ((), ())), preferred_element_type=kernel.dtype
+        x, y_grad, ((batch, batch), ((), ())), preferred_element_type=jnp.float32
     )
     return x_grad, kernel_grad
 
@@ -69,9 +74,7 @@ def _rows_gradient(dtype: Any, saved: tuple[Array, Array], rows_grad: Array):
 
 
 _narrow_product = jax.custom_vjp(_product, nondiff_argnums=(2,))
-_narrow_product.defvjp(
-    lambda x, kernel, reads: (_product(x, kernel, reads), (x, kernel)), _product_gradients
-)
+_narrow_product.defvjp(_product_saving, _product_gradients)
 _narrow_plus = jax.custom_vjp(_plus)
 _narrow_plus.defvjp(lambda y, bias: (_plus(y, bias), bias), _plus_gradients)
 _narrow_rows = jax.custom_vjp(_rows, nondiff_argnums=(2,))
