@@ -15,7 +15,9 @@ _ONE_BY_ONE = ("xla_cpu_scheduler_type", "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED")
 # By itself a TPU multiplies with pieces of a matrix as they arrive, and reads and writes the whole
 # result for each; so it is to gather the next matrix while it multiplies with the one before.
 _WHOLE_MATRICES = ("xla_tpu_enable_windowed_einsum_for_all_gather", False)
-# A GPU's compiler hides exchanges behind arithmetic without being asked.
+# By itself a GPU's compiler sums all gradients of a layer at its end, with nothing left to do
+# meanwhile; so it is to sum each as it is made. The value: bytes that may be joined.
+_EACH_GRADIENT = ("xla_gpu_reduce_scatter_combine_threshold_bytes", "1")
 
 
 class Options(NamedTuple):
@@ -45,10 +47,10 @@ def _wanted(mesh: Mesh) -> dict[str, str | bool]:
     platform = mesh.devices.flat[0].platform
     if platform == "cpu":
         return dict([_ONE_BY_ONE])
-    # Over a tensor axis it is activations that are gathered, which was not looked at.
-    if platform == "tpu" and mesh.size > 1 and mesh.shape["tensor"] == 1:
-        return dict([_WHOLE_MATRICES])
-    return {}
+    # Over a tensor axis it is activations that are exchanged, which was not looked at.
+    if mesh.size == 1 or mesh.shape["tensor"] > 1:
+        return {}
+    return dict({"tpu": [_WHOLE_MATRICES], "gpu": [_EACH_GRADIENT]}[platform])
 
 
 @functools.cache

@@ -70,13 +70,19 @@ def test_another_failure_of_the_compiler_is_not_taken_for_that(monkeypatch):
 
 
 @pytest.mark.parametrize("sizes, is_told", [((1, 16, 1), 1), ((1, 1, 1), 0), ((1, 8, 2), 0)])
-def test_a_tpu_gathers_whole_matrices_where_they_are_shared(sizes, is_told):
-    """Not on one chip, where there is nothing to gather, nor over a tensor axis."""
-    devices = np.full(sizes, types.SimpleNamespace(platform="tpu"), object)
+@pytest.mark.parametrize(
+    "platform, option",
+    [
+        ("tpu", {"xla_tpu_enable_windowed_einsum_for_all_gather": False}),
+        ("gpu", {"xla_gpu_reduce_scatter_combine_threshold_bytes": "1"}),
+    ],
+)
+def test_what_is_told_where_chips_share_the_weights(platform, option, sizes, is_told):
+    """Not on one chip, where nothing is exchanged, nor over a tensor axis."""
+    devices = np.full(sizes, types.SimpleNamespace(platform=platform), object)
     names = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
-    mesh = types.SimpleNamespace(devices=devices, size=devices.size, shape=names)
-    wanted = compiler._wanted(mesh)  # pyright: ignore[reportArgumentType]
-    assert list(wanted.values()) == [False] * is_told
+    mesh: Any = types.SimpleNamespace(devices=devices, size=devices.size, shape=names)
+    assert compiler._wanted(mesh) == (option if is_told else {})
 
 
 def test_without_devices_there_is_nothing_to_tell():
