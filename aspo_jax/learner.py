@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from aspo_jax import losses
 from aspo_jax.agreement import gap_metrics
+from aspo_jax.compiler import Options, update_options
 from aspo_jax.errors import UserError
 from aspo_jax.head import Head, logp_and_entropy, square_mass
 from aspo_jax.model import Lora, Model, batch_sharding, trained_part
@@ -81,6 +82,7 @@ class Learner(NamedTuple):
         with a `Gate` asks.
     place: minibatch on the host -> on the devices, rows over the data axes. With several processes
         each passes its own rows of every micro-batch, as many as the others, and the same count.
+    options: with which ``step`` is compiled.
     """
 
     state: TrainState
@@ -88,6 +90,7 @@ class Learner(NamedTuple):
     old_policy: Callable[..., OldPolicy]
     step: Callable[..., tuple[TrainState, Metrics]]
     place: Callable[[Minibatch], Minibatch]
+    options: Options
 
     def with_old(
         self, params: Any, reference: Any, minibatch: Minibatch, teacher: Any = None
@@ -130,6 +133,7 @@ def build_learner(
     state_shardings = _state_shardings(abstract, weights, replicated)
     step = make_train_step(model, head, goal, optimizer, weights, trained.whole, gate)
     has_squares = losses.reads(goal.objective, "old_square_BT")
+    options = update_options(mesh)
     return Learner(
         state=placed(abstract, state_shardings),
         init=jax.jit(init, donate_argnums=0, out_shardings=state_shardings),
@@ -138,34 +142,11 @@ def build_learner(
             step,
             donate_argnums=0,
             out_shardings=(state_shardings, replicated),
-            compiler_options=_compiler_options(mesh),
+            compiler_options=options.known or None,
         ),
         place=functools.partial(place, mesh),
+        options=options,
     )
-
-
-_ONE_BY_ONE: dict[str, str | bool] = {
-    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
-}
-
-
-def _compiler_options(mesh: Mesh) -> dict[str, str | bool] | None:
-    """Of the update: a CPU is to finish one array before it begins with the next.
-
-    By itself it begins with all, and the optimizer's temporaries, 12 bytes a parameter, are all
-    there at once. None on other devices, and for an XLA that does not know the option.
-    """
-    is_cpu = isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"
-    return _ONE_BY_ONE if is_cpu and _is_known() else None
-
-
-@functools.cache
-def _is_known() -> bool:
-    try:
-        jax.jit(lambda: jnp.zeros(())).lower().compile(_ONE_BY_ONE)
-    except jax.errors.JaxRuntimeError:
-        return False
-    return True
 
 
 def place(mesh: Mesh, minibatch: Minibatch) -> Minibatch:

@@ -85,6 +85,8 @@ def introduce(config: Config, m: Machines, console: Console) -> None:
         parameters = f"{count:,} trained parameters beside {parameter_count(m.frozen):,} frozen"
     console.note(f"{parameters}, {jax.device_count()} device(s)")
     console.note(f"attention: {attention.name} ({attention.reason})")
+    if m.learner.options.said:
+        console.note(f"compiler options of the update: {m.learner.options.said}")
     if config.train.old_logp == "sampler":
         console.note(
             "old log-probabilities: the sampler's, no pass is made for them; the first ratio of an "

@@ -7,11 +7,14 @@ counted by their trips (`aspo_jax.planning.hlo`), beside the least there is (`as
 budget`: weights once, each row's live pages once, activations as `Model.remat` says). All figures
 are per chip and for one call: one token of 128 full rows, one prefill, one mini-batch.
 
+What chips exchange with each other is read too (`aspo_jax.planning.exchange`): GB that each takes
+from others, and of the time that takes the share that arithmetic of the schedule hides.
+
 The slice is the smallest (of ``--chips`` and more) whose memory has room for the arguments, or for
 the least that an update needs. Needs libtpu (`pip install 'aspo_jax[tpu]'`) for v5e and v6e, and
 jax-cuda12-plugin for h100, whose programs are compiled with neither cuDNN nor cuBLAS for want of a
 GPU. A kernel is counted by what it is written to do. ``--worst N`` lists what moves most without a
-product, ``--keep FOLDER`` keeps the programs' text.
+product, ``--exchanges`` each kind of exchange, ``--keep FOLDER`` keeps the programs' text.
 """
 
 from __future__ import annotations
@@ -34,8 +37,9 @@ from aspo_jax.head import chunk_tokens
 from aspo_jax.model.sharding import abstract_mesh, device_mesh
 from aspo_jax.parts import FACTORIES
 from aspo_jax.planning.budget import budgets, chip_tokens, shard_bytes
+from aspo_jax.planning.exchange import Exchange, exchanges, hidden_share
 from aspo_jax.planning.flops import causal_pairs
-from aspo_jax.planning.hlo import Array, Instruction, Item, Kernel, items, parse
+from aspo_jax.planning.hlo import Array, Instruction, Item, Kernel, flat, parse, steps
 from aspo_jax.planning.programs import (
     DECODE,
     PREFILL,
@@ -45,7 +49,7 @@ from aspo_jax.planning.programs import (
     programs,
     read_shape,
 )
-from aspo_jax.planning.topology import open_devices, parse_topology
+from aspo_jax.planning.topology import Topology, open_devices, parse_topology
 
 MODELS = {"1.5B": "Qwen2.5-1.5B", "4B": "Qwen3-4B"}
 SLICES = {
@@ -79,6 +83,7 @@ class Lean(NamedTuple):
     case: Case
     chips: int
     items: list[Item]
+    exchanges: list[Exchange]
     least_bytes: float
     least_flops: float
     wasted: dict[str, float]
@@ -91,6 +96,11 @@ class Lean(NamedTuple):
     @property
     def flops(self) -> float:
         return sum(item.times * item.flops for item in self.items)
+
+    @property
+    def exchanged(self) -> float:
+        """Bytes that a chip takes from others."""
+        return sum(each.times * each.bytes for each in self.exchanges)
 
 
 def settings(case: Case, chips: int) -> list[str]:
@@ -108,8 +118,8 @@ def settings(case: Case, chips: int) -> list[str]:
     ]
 
 
-def built(case: Case, fewest: int = 1) -> tuple[Programs, int]:
-    """The programs of a case on the smallest slice that has room for it, and its chips."""
+def built(case: Case, fewest: int = 1) -> tuple[Programs, Topology]:
+    """The programs of a case on the smallest slice that has room for it, and that slice."""
     for shape in SLICES[case.chip]:
         topology = parse_topology(f"{case.chip}:{shape}")
         if topology.size < fewest:
@@ -123,7 +133,7 @@ def built(case: Case, fewest: int = 1) -> tuple[Programs, int]:
         if _held(of, case.program) <= FULL * topology.chip.memory:
             devices = open_devices(topology)
             meshes = _meshes(lambda sizes: device_mesh(devices, sizes), chips)  # noqa: B023
-            return programs(config, described[0], *meshes, topology.chip.platform), chips
+            return programs(config, described[0], *meshes, topology.chip.platform), topology
     raise SystemExit(f"{case}: it has no room on {case.chip}:{SLICES[case.chip][-1]}")
 
 
@@ -199,24 +209,29 @@ def wasted(found: list[Item], of: Programs) -> dict[str, float]:
 
 def measure(case: Case, fewest: int, keep: Path | None) -> Lean:
     """Compile the program of a case, and read it."""
-    of, chips = built(case, fewest)
+    of, topology = built(case, fewest)
     begin = time.monotonic()
     text = of.by_name[case.program].lower().compile().as_text()
     seconds = time.monotonic() - begin
     if keep:
         name = f"{case.chip}_{case.model}_{case.program.partition(' ')[0]}_{case.tokens}.hlo"
         (keep / name).write_text(text)
-    return read(case, of, chips, text, seconds)
+    return read(case, of, topology, text, seconds)
 
 
-def read(case: Case, of: Programs, chips: int, text: str, seconds: float) -> Lean:
+def read(case: Case, of: Programs, topology: Topology, text: str, seconds: float) -> Lean:
     """What a compiled program does, beside the least."""
-    found = items(parse(text), trips(of, case.program), kernels(of))
+    module = parse(text)
+    run = steps(module, trips(of, case.program), kernels(of))
+    exchanged = exchanges(module, run, topology)
+    found = list(flat(run))
     if case.program == DECODE:
         found = [item._replace(times=item.times / of.limits.block) for item in found]
+        exchanged = [each._replace(times=each.times / of.limits.block) for each in exchanged]
     work = budgets(of)[case.program].work
     waste = wasted(found, of) if case.program in (DECODE, PREFILL) else {}
-    return Lean(case, chips, found, work.traffic, work.flops, waste, seconds)
+    sizes = work.traffic, work.flops
+    return Lean(case, topology.size, found, exchanged, *sizes, waste, seconds)
 
 
 def line(lean: Lean) -> list[str]:
@@ -229,6 +244,11 @@ def line(lean: Lean) -> list[str]:
         f"{lean.bytes / lean.least_bytes:.2f}",
         *(f"{x / 1e12:,.2f}" for x in (lean.flops, lean.least_flops)),
         f"{lean.flops / lean.least_flops:.2f}",
+        *(
+            [f"{lean.exchanged / 1e9:,.2f}", f"{hidden_share(lean.exchanges):.0%}"]
+            if lean.exchanges
+            else ["-"] * 2
+        ),
         *([f"{x / 1e9:.2f}" for x in waste] or ["-"] * 3),
         f"{lean.seconds:.0f}",
     ]
@@ -236,6 +256,7 @@ def line(lean: Lean) -> list[str]:
 
 HEAD = (
     *("program", "tokens", "chips", "GB moved", "least", "ratio", "TFLOP", "least", "ratio"),
+    *("exchanged, GB", "hidden"),
     *("cache copied, GB", "pages gathered, GB", "weights sliced, GB", "compiling, s"),
 )
 
@@ -274,6 +295,28 @@ def worst(lean: Lean, count: int) -> str:
     return table(names, rows)
 
 
+def exchange_table(lean: Lean) -> str:
+    """Each kind of exchange: its bytes, the time they take, and what of it a chip waits for."""
+    groups: dict[tuple[str, str, bool], list[Exchange]] = {}
+    for each in lean.exchanges:
+        groups.setdefault((each.kind, each.element, each.is_begun_early), []).append(each)
+
+    def total(found: list[Exchange], of: Callable[[Exchange], float]) -> float:
+        return sum(each.times * of(each) for each in found)
+
+    rows = [
+        [
+            f"{kind}, {element}, {'begun early' if is_begun_early else 'at once'}",
+            f"{total(found, lambda _: 1):g}",
+            f"{total(found, lambda each: each.bytes) / 1e9:,.3f}",
+            f"{total(found, lambda each: each.seconds) * 1e3:,.2f}",
+            f"{total(found, lambda each: each.exposed) * 1e3:,.2f}",
+        ]
+        for (kind, element, is_begun_early), found in groups.items()
+    ]
+    return table(["exchange", "times", "GB", "ms", "ms exposed"], rows)
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compiled programs beside the least.")
     parser.add_argument("--chip", action="append", choices=SLICES, default=[])
@@ -282,6 +325,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", action="append", type=int, default=[])
     parser.add_argument("--chips", type=int, default=1, help="no fewer than so many")
     parser.add_argument("--worst", type=int, default=0, help="how many instructions to list")
+    parser.add_argument("--exchanges", action="store_true", help="list what chips exchange")
     parser.add_argument("--keep", type=Path, help="folder for the text of the programs")
     return parser.parse_args()
 
@@ -304,6 +348,8 @@ def main() -> None:
     for case in cases(a):
         found.append(measure(case, a.chips, a.keep))
         print(table(HEAD, [line(found[-1])]).splitlines()[-1], flush=True)
+        if a.exchanges:
+            print(f"\n{exchange_table(found[-1])}\n", flush=True)
         if a.worst:
             print(f"\n{worst(found[-1], a.worst)}\n", flush=True)
     print(f"\n{table(HEAD, [line(each) for each in found])}")

@@ -34,7 +34,7 @@ FLOORS = [  # top to bottom; strangers on one floor do not import each other
     ["structs", "config", "files"],
     ["paths"],
     ["errors"],
-    ["streams", "allocator", "imports", "shell", "statistics"],
+    ["streams", "allocator", "compiler", "imports", "shell", "statistics"],
 ]
 FLOOR = {room: len(FLOORS) - i for i, rooms in enumerate(FLOORS) for room in rooms}
 NARROW = {

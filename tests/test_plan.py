@@ -263,6 +263,7 @@ def test_report_is_a_markdown_table(tiny):
     assert len(table) == 2 + 4 and len({line.count("|") for line in table}) == 1
     assert "attention: dense" in text and text.splitlines()[-1] == tiny.verdict
     assert "Sampler.slots = 512" in text
+    assert "compiler options of the update: xla_cpu_scheduler_type=" in text
 
 
 def test_report_says_what_refill_may_cost(tiny):

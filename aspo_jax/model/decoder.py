@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
+from aspo_jax.model import narrow
 from aspo_jax.model.attention import DENSE, SAVED, Attention, is_cudnn_forward
 from aspo_jax.model.cache import Cache, Decode, Prefill, empty_cache
 from aspo_jax.model.paged import InPlace
@@ -157,14 +158,13 @@ def project(x: Array, layer: Any, reads: int = 1) -> Array:
     every type of computation holds exactly, and an adapter (`aspo_jax.model.lora.attach`), whose
     product is never formed: ``x W + (factor x a) b``.
     """
-    axes = (tuple(range(x.ndim - reads, x.ndim)), tuple(range(reads)))
-    y = jax.lax.dot_general(x, layer["kernel"].astype(x.dtype), (axes, ((), ())))
+    y = narrow.product(x, layer["kernel"], reads)
     if "step" in layer:
         y = (y * layer["step"]).astype(x.dtype)
     if "a" in layer:
-        low = jax.lax.dot_general(x, layer["a"].astype(x.dtype), (axes, ((), ())))
-        y = y + project((low * layer["factor"]).astype(x.dtype), {"kernel": layer["b"]})
-    return y + layer["bias"].astype(x.dtype) if "bias" in layer else y
+        low = narrow.product(x, layer["a"], reads)
+        y = y + narrow.product((low * layer["factor"]).astype(x.dtype), layer["b"], 1)
+    return narrow.plus(y, layer["bias"]) if "bias" in layer else y
 
 
 def block(
@@ -221,7 +221,7 @@ def _make_apply(
         cache: Prefill | Decode | None = None,
         rotary: tuple[Array, Array] | None = None,
     ):
-        hidden_BTD = by_rows(params["embed"].astype(dtype)[token_BT])
+        hidden_BTD = by_rows(narrow.rows(params["embed"], token_BT, dtype))
         rotary = rotary_BTC(position_BT, config) if rotary is None else rotary
 
         def fresh(q, k, v):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -164,10 +164,40 @@ _BOOKKEEPING = {"AllocateBuffer", "AssumeGatherIndicesInBound", "GatherScatterIn
 _BOOKKEEPING |= {"ConcatBitcast", "AsyncCollectiveDone"}
 
 
+class Step(NamedTuple):
+    """An instruction of a computation, in the order of its text, and what it sets going.
+
+    item: what it does itself; None: nothing, or what ``inner`` does.
+    inner: a loop's body, a computation that is called or the costlier branch.
+    trips: how often it does ``inner``.
+    """
+
+    instruction: Instruction
+    around: Computation
+    item: Item | None = None
+    inner: tuple[Step, ...] = ()
+    trips: float = 1.0
+
+
 def items(
     module: Module, dynamic: Sequence[float] = (), kernel: Kernel = lambda *_: None
 ) -> list[Item]:
-    """Everything that a program does.
+    """Everything that a program does; see `steps`."""
+    return list(flat(steps(module, dynamic, kernel)))
+
+
+def flat(found: Iterable[Step]) -> Iterator[Item]:
+    """What the steps do, inner ones too."""
+    for step in found:
+        if step.item:
+            yield step.item
+        yield from flat(step.inner)
+
+
+def steps(
+    module: Module, dynamic: Sequence[float] = (), kernel: Kernel = lambda *_: None
+) -> tuple[Step, ...]:
+    """What a program does, in the order of its text: the schedule, once it is compiled.
 
     Args:
         dynamic: trips of the loops whose number only a run knows, the outermost first; loops
@@ -175,26 +205,34 @@ def items(
         kernel: (custom call, its operands) -> FLOP and bytes; None: what it was declared to do
             (`jax.experimental.pallas.CostEstimate`), else no FLOP and its operands and results.
     """
-    return list(_items(module, module.entry, 1.0, tuple(dynamic), kernel))
+    return _steps(module, module.entry, 1.0, tuple(dynamic), kernel)
 
 
-def _items(
+def _steps(
     module: Module, name: str, times: float, dynamic: tuple[float, ...], kernel: Kernel
-) -> Iterator[Item]:
+) -> tuple[Step, ...]:
     computation = module.computations[name]
-    for each in computation.by_name.values():
+
+    def of(each: Instruction) -> Step:
+        step = Step(each, computation)
         if each.opcode == "while":
             trips = _trips(module, computation, each)
             more, rest = (trips, dynamic) if trips else ((*dynamic, 1.0)[0], dynamic[1:])
-            yield from _items(module, each.named("body"), times * more, rest, kernel)
-        elif each.opcode == "call" or (each.opcode == "async-start" and each.named("calls")):
+            inner = _steps(module, each.named("body"), times * more, rest, kernel)
+            return step._replace(inner=inner, trips=more)
+        if each.opcode == "call" or (each.opcode == "async-start" and each.named("calls")):
             called = each.named("to_apply") or each.named("calls")
-            yield from _items(module, called, times, dynamic, kernel)
-        elif each.opcode == "conditional":
-            branches = (list(_items(module, b, times, dynamic, kernel)) for b in _branches(each))
-            yield from max(branches, key=lambda branch: sum(item.bytes for item in branch))
-        elif not _is_free(each):
-            yield Item(each, name, times, *_work(module, computation, each, kernel))
+            return step._replace(inner=_steps(module, called, times, dynamic, kernel))
+        if each.opcode == "conditional":
+            branches = [_steps(module, b, times, dynamic, kernel) for b in _branches(each)]
+            return step._replace(inner=max(branches, key=lambda b: sum(i.bytes for i in flat(b))))
+        if _is_free(each):
+            return step
+        return step._replace(
+            item=Item(each, name, times, *_work(module, computation, each, kernel))
+        )
+
+    return tuple(map(of, computation.by_name.values()))
 
 
 def _is_free(each: Instruction) -> bool:
