@@ -469,9 +469,17 @@ def make_train_step(
 
 
 def _fetched(opt_state: Any, norm: Array) -> Any:
-    """The optimizer's state on the devices, no sooner than there is the gradient's norm."""
-    opt_state, _ = jax.lax.optimization_barrier((opt_state, norm))
-    return jax.device_put(opt_state, jax.memory.Space.Device)
+    """The optimizer's state on the devices, no sooner than there is the gradient's norm.
+
+    By a loop of one turn, which XLA does not know to be one: what a barrier alone holds back it
+    fetches at the beginning, beside all that is kept for the backward pass.
+    """
+
+    def fetch(_, blank: Any) -> Any:
+        return jax.device_put(opt_state, jax.memory.Space.Device)
+
+    blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), opt_state)
+    return jax.lax.fori_loop(0, _is_there(norm).astype(jnp.int32), fetch, blank)
 
 
 def _is_beyond(gate: Gate, metrics: Metrics) -> Array:

@@ -21,7 +21,7 @@ from aspo_jax.model.sharding import HOST, is_on_host
 from aspo_jax.optimizers import Offloaded, adamw, clipped, muon
 from aspo_jax.parts import FACTORIES, build_optimizer
 from aspo_jax.plan import Plan, gib, plan, report
-from aspo_jax.planning.budget import OPTIMIZER, shard_bytes
+from aspo_jax.planning.budget import FETCHED, OPTIMIZER, shard_bytes
 from aspo_jax.planning.topology import GIB, parse_topology
 from aspo_jax.run.checkpoint import Checkpoints
 from aspo_jax.structs import TrainState
@@ -192,6 +192,19 @@ def test_a_plan_counts_them_as_the_hosts():
     line = f"host memory: optimizer state {gib(moved)} GiB per chip, {gib(4 * moved)} per host; "
     assert moved > GIB / 2 and line in report(found) and "host memory" not in report(before)
     assert "Optim.offload" in next(p.remedy for p in before.rows[0].parts if p.name == OPTIMIZER)
+
+
+def test_an_update_has_room_for_what_it_fetches():
+    """Of short rows little is kept for the backward pass, and then the moments come."""
+    short = "Train.row_tokens=256", "Sampler.max_prompt_tokens=128"
+    found = estimated("v5e:4x4", "Optim.offload=True", *short, "Sampler.max_response_tokens=128")
+    (update, score, *_), moved = found.rows, 2 * shard_bytes(found.programs.state.params)
+    parts = {p.name: p.bytes for p in update.parts}
+    meanwhile = parts["gradients, float32"]
+    held = sum(part.bytes for part in update.budget.held)
+    assert 0 < parts[FETCHED] < moved
+    assert update.needed == pytest.approx(held + meanwhile + moved)
+    assert FETCHED not in {p.name for p in score.parts}
 
 
 def test_a_plan_says_where_it_saves_nothing_or_cannot_be_seen():

@@ -100,6 +100,7 @@ def offloaded_bytes(of: Programs) -> int:
 
 PROCESS, PROCESS_BYTES = "Python, libraries and compiled programs", 0.9 * 2**30  # as measured
 WEIGHTS, OPTIMIZER, REFERENCE = "weights, float32", "optimizer state", "reference policy, bfloat16"
+FETCHED = "optimizer state, beyond what the backward pass keeps"
 TEACHER, ADAPTER, FROZEN = "teacher", "adapter, float32", "frozen weights"
 ROWS, PUBLISHED, CACHE = "rows of the mini-batches", "weights for sampling", "key-value cache"
 MORE_CHIPS = "raise Runtime.fsdp (more chips) or Runtime.tensor"
@@ -233,10 +234,13 @@ def _update_parts(of: Programs) -> list[Part]:
     remedy = f"lower Train.{fewer}"
     if REMAT[of.config.model.remat].keeps_attention:
         remedy = f"set Model.remat to 'full', or {remedy}"
+    backward = [Part("kept of each layer for the backward pass", _kept(of), remedy), _logits(of)]
+    # When they are free, all that was in the host's memory is here at once.
+    more = max(0.0, offloaded_bytes(of) - sum(part.bytes for part in backward))
     return [
         Part("gradients, float32", shard_bytes(of.state.params), _smaller(of)),
-        Part("kept of each layer for the backward pass", _kept(of), remedy),
-        _logits(of),
+        *backward,
+        Part(FETCHED, more, _smaller(of)),
     ]
 
 
