@@ -13,7 +13,7 @@ import optax
 import pytest
 import toy
 
-from aspo_jax.config import read_config
+from aspo_jax.config import Config, read_config
 from aspo_jax.learner import Goal, Learner, PlacementError
 from aspo_jax.losses import aspo, token_mean
 from aspo_jax.model import Lora
@@ -22,6 +22,7 @@ from aspo_jax.optimizers import Offloaded, adamw, clipped, muon
 from aspo_jax.parts import FACTORIES, build_optimizer
 from aspo_jax.plan import Plan, gib, plan, report
 from aspo_jax.planning.budget import FETCHED, OPTIMIZER, shard_bytes
+from aspo_jax.planning.programs import UPDATE
 from aspo_jax.planning.topology import GIB, parse_topology
 from aspo_jax.run.checkpoint import Checkpoints
 from aspo_jax.structs import TrainState
@@ -53,8 +54,9 @@ def minibatches(learner: Learner) -> list:
     ]
 
 
-def start(learner: Learner) -> TrainState:
-    return learner.init(toy.on(learner.state.step.sharding.mesh, MODEL, toy.random_params(MODEL)))
+def start(learner: Learner, devices: str) -> TrainState:
+    mesh = toy.toy_mesh(*SIZES[devices])
+    return learner.init(toy.on(mesh, MODEL, toy.random_params(MODEL)))
 
 
 def moments(state: TrainState) -> list:
@@ -79,7 +81,7 @@ def assert_offloaded(state: TrainState) -> None:
 @pytest.mark.parametrize("devices", SIZES)
 def test_every_bit_of_a_run_is_the_same(devices):
     plain, offloaded = learners(devices)
-    state, moved = start(plain), start(offloaded)
+    state, moved = start(plain, devices), start(offloaded, devices)
     assert_offloaded(moved)
     before = toy.bits(moved)
     for index, part in enumerate(minibatches(plain)):
@@ -122,7 +124,7 @@ def test_a_checkpoint_of_one_is_resumed_by_the_other(tmp_path: Path, is_first):
     pair = learners("four devices")
     writer, reader = pair[::-1] if is_first else pair
     part, *_ = minibatches(writer)
-    state, _ = writer.step(start(writer), part)
+    state, _ = writer.step(start(writer, "four devices"), part)
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(1, state, {})
         restored = checkpoints.restore(reader.state)
@@ -162,7 +164,7 @@ def test_an_update_waits_for_a_save_that_reads_the_hosts_memory(
 # --- the config and its plan ------------------------------------------------------------------
 
 
-def config_of(*settings: str, config: str = "aspo_math_1p5b"):
+def config_of(*settings: str, config: str) -> Config:
     words = [word for setting in settings for word in ("--set", setting)]
     return read_config(["--config", config, *words], FACTORIES)
 
@@ -174,11 +176,11 @@ def test_the_setting_makes_an_optimizer_that_is_offloaded():
         assert isinstance(optimizer, Offloaded) == is_offloaded
 
 
-def estimated(name: str, *settings: str) -> Plan:
+def estimated(name: str, *settings: str, config: str = "aspo_math_1p5b") -> Plan:
     """By formula alone: what has no room at all is not even lowered."""
     found = parse_topology(name)
     small = found._replace(chip=found.chip._replace(memory=1))
-    return plan(config_of(*settings), small, lower_only=True)
+    return plan(config_of(*settings, config=config), small, lower_only=True)
 
 
 def test_a_plan_counts_them_as_the_hosts():
@@ -205,6 +207,19 @@ def test_an_update_has_room_for_what_it_fetches():
     assert 0 < parts[FETCHED] < moved
     assert update.needed == pytest.approx(held + meanwhile + moved)
     assert FETCHED not in {p.name for p in score.parts}
+
+
+def test_a_tpu_fetches_them_in_a_loop_of_their_own():
+    """Which its compiler cannot begin before the gradient is there; it would, with all else."""
+    found = estimated("v5e:1x1", "Optim.offload=True", config="countdown_cpu").programs
+    lines = found.by_name[UPDATE].lower("tpu").as_text().splitlines()
+    loops = [i for i, line in enumerate(lines) if "stablehlo.while" in line]
+    fetched = [i for i, line in enumerate(lines) if '_xla_buffer_placement = "device"' in line]
+    assert len(fetched) == len(jax.tree.leaves(found.state.opt_state))
+    (own,) = {max(i for i in loops if i < fetch) for fetch in fetched}
+    indents = [len(line) - len(line.lstrip()) for line in lines]
+    assert all(indents[i] > indents[own] for i in fetched)
+    assert not any(own < i < fetched[-1] for i in loops)
 
 
 def test_a_plan_says_where_it_saves_nothing_or_cannot_be_seen():
