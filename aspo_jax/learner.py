@@ -23,7 +23,8 @@ from aspo_jax.compiler import Options, update_options
 from aspo_jax.errors import UserError
 from aspo_jax.head import Head, logp_and_entropy, square_mass
 from aspo_jax.model import Lora, Model, batch_sharding, trained_part
-from aspo_jax.model.sharding import placed
+from aspo_jax.model.sharding import HOST, placed
+from aspo_jax.optimizers import Offloaded
 from aspo_jax.structs import (
     Max,
     Mean,
@@ -112,6 +113,7 @@ def build_learner(
 ) -> Learner:
     """Jit the update for a mesh; shardings are the model's and the batch's, none is guessed.
 
+    optimizer: an `aspo_jax.optimizers.Offloaded` one has its large state in the host's memory.
     teacher: whose log-probabilities the goal reads; None: it reads none.
     lora: the adapters that are trained, beside frozen weights; None: all weights are.
     gate: the old log-probabilities are the sampler's, where they are within it; None: they are
@@ -119,7 +121,7 @@ def build_learner(
 
     Raises:
         PlacementError: a large array of the optimizer's or the objective's state is no parameter's,
-            and there are several devices.
+            and there are several devices; or there is nothing to keep in the host's memory.
     """
     trained = trained_part(model, lora)
     weights = trained.shardings(mesh)
@@ -131,6 +133,8 @@ def build_learner(
 
     abstract = jax.eval_shape(init, jax.eval_shape(trained.init, jax.random.key(0)))
     state_shardings = _state_shardings(abstract, weights, replicated)
+    if isinstance(optimizer, Offloaded):
+        state_shardings = _offloaded(abstract, state_shardings)
     step = make_train_step(model, head, goal, optimizer, weights, trained.whole, gate)
     has_squares = losses.reads(goal.objective, "old_square_BT")
     options = update_options(mesh)
@@ -181,6 +185,23 @@ def _state_shardings(abstract: TrainState, weights: Any, replicated: NamedShardi
         return replicated
 
     return jax.tree_util.tree_map_with_path(of, abstract)
+
+
+def _offloaded(abstract: TrainState, shardings: TrainState) -> TrainState:
+    """The shardings, with moments in the host's memory."""
+    of_parameter = _of_parameters(abstract.params, shardings.params)
+
+    def of(path, x, sharding: NamedSharding) -> NamedSharding:
+        is_large = of_parameter(path, x) is not None
+        return sharding.with_memory_kind(HOST) if is_large else sharding
+
+    moved = jax.tree_util.tree_map_with_path(of, abstract.opt_state, shardings.opt_state)
+    if moved == shardings.opt_state:
+        raise PlacementError(
+            "Optim.offload: the optimizer keeps no array that is shaped as a parameter, so that "
+            "nothing would go to the host's memory; set it to False, or Optim.name to 'adamw'"
+        )
+    return dataclasses.replace(shardings, opt_state=moved)
 
 
 def _of_parameters(params: Any, values: Any) -> Callable[[Any, Any], Any]:
@@ -408,6 +429,8 @@ def make_train_step(
             metrics = _of_first(metrics, is_first) | {
                 "skipped_gap": Mean(one * is_refused, one * is_first)
             }
+        if isinstance(optimizer, Offloaded):
+            state = dataclasses.replace(state, opt_state=_fetched(state.opt_state, norm))
         new_state = _chosen(is_applied, apply(state, grads, stats), state)
         report = metrics | {
             "grad_norm": Mean(jnp.where(is_applied, norm, 0.0), one * is_applied),
@@ -424,6 +447,20 @@ def make_train_step(
         return TrainState(params, opt_state, objective_state, state.step + 1)
 
     return train_step
+
+
+def _fetched(opt_state: Any, norm: Array) -> Any:
+    """The optimizer's state on the devices, no sooner than there is the gradient's norm.
+
+    By a loop of one turn, which XLA does not know to be one: what a barrier alone holds back it
+    fetches at the beginning, beside all that is kept for the backward pass.
+    """
+
+    def fetch(_, blank: Any) -> Any:
+        return jax.device_put(opt_state, jax.memory.Space.Device)
+
+    blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), opt_state)
+    return jax.lax.fori_loop(0, _is_there(norm).astype(jnp.int32), fetch, blank)
 
 
 def _is_beyond(gate: Gate, metrics: Metrics) -> Array:

@@ -172,6 +172,16 @@ def clipped(
     return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
 
 
+class Offloaded(optax.GradientTransformation):
+    """An optimizer whose large state lies in the host's memory between updates.
+
+    `aspo_jax.learner.build_learner` sees to that. It is the outermost: what is chained around it,
+    such as `clipped`, hides it.
+
+        optimizer = Offloaded(*clipped(adamw(rate, axes), clip_norm=1.0))
+    """
+
+
 # --- what axes say ----------------------------------------------------------------------------
 
 

@@ -30,7 +30,13 @@ from aspo_jax.inputs import SOURCES, build_prompts, data_kinds, held_out_prompts
 from aspo_jax.learner import Gate, Goal
 from aspo_jax.model import Model, ModelConfig, choose_in_place
 from aspo_jax.model.sharding import row_shards
-from aspo_jax.optimizers import OPTIMIZERS, clipped, learning_rate_schedule, warmup_by_iteration
+from aspo_jax.optimizers import (
+    OPTIMIZERS,
+    Offloaded,
+    clipped,
+    learning_rate_schedule,
+    warmup_by_iteration,
+)
 from aspo_jax.policy import Policy, build_network, load_policy, platform_of
 from aspo_jax.rewards import SHAPES, Rules, Scorer, Shape, chain, overlong_ramp
 from aspo_jax.rollout import Peers
@@ -308,7 +314,8 @@ def build_optimizer(
         rate = warmup_by_iteration(rate, o.warmup_iterations, updates // t.iterations)
     given = {k: getattr(o, k) for k in ADAMW} if o.name == "adamw" else {}
     optimizer = make(config, "optimizer", o.name, rate, axes, **given)
-    return clipped(optimizer, o.clip_norm), rate
+    optimizer = clipped(optimizer, o.clip_norm)
+    return Offloaded(*optimizer) if o.offload else optimizer, rate
 
 
 def build_writers(config: Config) -> list[Open]:

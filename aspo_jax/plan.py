@@ -30,7 +30,15 @@ from aspo_jax.errors import CommandParser, UserError, run_command
 from aspo_jax.model.sharding import abstract_mesh, device_mesh, local_sizes, mesh_sizes
 from aspo_jax.parts import FACTORIES
 from aspo_jax.planning.advice import Candidate, Search, changed
-from aspo_jax.planning.budget import PUBLISHED, Budget, Capacity, Part, budgets, cache_bytes
+from aspo_jax.planning.budget import (
+    PUBLISHED,
+    Budget,
+    Capacity,
+    Part,
+    budgets,
+    cache_bytes,
+    offloaded_bytes,
+)
 from aspo_jax.planning.programs import (
     DECODE,
     PREFILL,
@@ -43,6 +51,11 @@ from aspo_jax.planning.programs import (
 from aspo_jax.planning.topology import GIB, GPU_NOTE, Chip, Topology, open_devices, parse_topology
 
 ADVISED = 3  # settings that are compiled until some fit
+OFFLOAD_NOTES = {
+    "cpu": "Optim.offload saves nothing on a CPU, whose memory is the host's",
+    "gpu": "no GPU has tried Optim.offload, and without one the CUDA compiler counts the optimizer "
+    "state as the device's all through the update, which may need that much less",
+}
 HEADROOM = 0.1  # of the memory, kept free for fragmentation and what the runtime itself needs
 
 
@@ -202,6 +215,8 @@ def plan(
     platform = topology.chip.platform
     devices = () if lower_only else open_devices(topology)
     config, notes = _for_compiler(config, platform)
+    if config.optim.offload and platform in OFFLOAD_NOTES:
+        notes = (OFFLOAD_NOTES[platform], *notes)
     if platform == "gpu" and devices:
         notes = (GPU_NOTE, *notes)
     shape, r = read_shape(config), config.runtime
@@ -322,13 +337,15 @@ def _compiled(of: Programs, row: Row) -> Row:
 def _compile(program: Program) -> Memory:
     begin = time.monotonic()
     stats = program.lower().compile().memory_analysis()
-    # The compilers' own peak leaves temporaries out on a CPU; elsewhere it is this sum.
+    # The compilers' own peak leaves temporaries out on a CPU; elsewhere it is this sum, but that
+    # it counts the host's memory too.
     own = stats.output_size_in_bytes - stats.alias_size_in_bytes + stats.temp_size_in_bytes
+    counted = 0 if stats.host_argument_size_in_bytes else stats.peak_memory_in_bytes
     return Memory(
         arguments=stats.argument_size_in_bytes,
         temporaries=stats.temp_size_in_bytes,
         output=stats.output_size_in_bytes,
-        peak=max(stats.peak_memory_in_bytes, stats.argument_size_in_bytes + own),
+        peak=max(counted, stats.argument_size_in_bytes + own),
         compile_seconds=time.monotonic() - begin,
     )
 
@@ -404,11 +421,22 @@ def report(found: Plan) -> str:
             "full, and for decode one position with the cache full; seconds: no faster than the "
             "chip's arithmetic and memory, communication left out.",
             f"parts: {shown}",
+            *_offloaded(of),
             _sampler(found, held.get(PUBLISHED, 0.0)),
             *_duration(found),
             found.verdict,
         ]
     )
+
+
+def _offloaded(of: Programs) -> list[str]:
+    """What lies in the host's memory; nothing where all is the devices'."""
+    size = offloaded_bytes(of)
+    if not size:
+        return []
+    shares = f"{gib(size)} GiB per chip, {gib(size * of.local.size)} per host"
+    moved = "each update brings it to the chip and back, which 'seconds' leaves out"
+    return [f"host memory: optimizer state {shares}; {moved}"]
 
 
 def _sampler(found: Plan, weights: float) -> str:

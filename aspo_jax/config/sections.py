@@ -403,6 +403,12 @@ class Optim:
         "all", "", "what decays: every parameter (the official run's), or neither norms nor biases"
     )
     clip_norm: float = setting(1.0, "", "largest global gradient norm", gt=0)
+    offload: bool = setting(
+        False,
+        "",
+        "keep the optimizer's state (AdamW's moments, 8 bytes a parameter) in the host's memory;"
+        " each update reads and writes all of it over the bus between host and accelerator",
+    )
 
 
 @section

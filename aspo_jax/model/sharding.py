@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from aspo_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
+HOST = "pinned_host"  # JAX's name of the host's memory that an accelerator reads by itself
 # The compiler places the collectives; the default of `jax.make_mesh` is Explicit.
 AUTO = (AxisType.Auto,) * len(MESH_AXES)
 
@@ -76,6 +77,11 @@ def placed(arrays: Any, shardings: Any) -> Any:
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         *(arrays, shardings),
     )
+
+
+def is_on_host(x: Any) -> bool:
+    """Whether an array, or the shape of one, is placed in the host's memory."""
+    return getattr(getattr(x, "sharding", None), "memory_kind", None) == HOST
 
 
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:

@@ -17,7 +17,7 @@ from aspo_jax.build import build_shape
 from aspo_jax.head import chunk_tokens
 from aspo_jax.model import ModelConfig
 from aspo_jax.model.decoder import REMAT
-from aspo_jax.model.sharding import row_shards
+from aspo_jax.model.sharding import is_on_host, row_shards
 from aspo_jax.planning.flops import (
     attention_flops,
     causal_pairs,
@@ -92,8 +92,15 @@ def shard_bytes(tree: Any) -> int:
     return sum(map(of, jax.tree.leaves(tree)))
 
 
+def offloaded_bytes(of: Programs) -> int:
+    """Bytes per chip of the training state that lie in the host's memory, where that is another."""
+    moved = list(filter(is_on_host, jax.tree.leaves(of.state)))
+    return 0 if of.platform == "cpu" else shard_bytes(moved)
+
+
 PROCESS, PROCESS_BYTES = "Python, libraries and compiled programs", 0.9 * 2**30  # as measured
 WEIGHTS, OPTIMIZER, REFERENCE = "weights, float32", "optimizer state", "reference policy, bfloat16"
+FETCHED = "optimizer state, beyond what the backward pass keeps"
 TEACHER, ADAPTER, FROZEN = "teacher", "adapter, float32", "frozen weights"
 ROWS, PUBLISHED, CACHE = "rows of the mini-batches", "weights for sampling", "key-value cache"
 MORE_CHIPS = "raise Runtime.fsdp (more chips) or Runtime.tensor"
@@ -104,7 +111,7 @@ def held_parts(of: Programs) -> list[Part]:
     rows = of.batch.minibatches * shard_bytes((of.minibatch.rows, of.minibatch.old))
     parts = [
         *_weights(of),
-        Part(OPTIMIZER, shard_bytes(of.state.opt_state), _smaller(of)),
+        Part(OPTIMIZER, shard_bytes(of.state.opt_state) - offloaded_bytes(of), _smaller_state(of)),
         Part(ROWS, rows, "lower Train.prompts_per_step"),
     ]
     if of.platform == "cpu":  # the memory is the process's own too
@@ -138,6 +145,12 @@ def _smaller(of: Programs) -> str:
     """What makes the training state smaller."""
     less = "train adapters alone (Lora.rank)" if of.frozen is None else "lower Lora.rank"
     return f"{less}, or {MORE_CHIPS}"
+
+
+def _smaller_state(of: Programs) -> str:
+    """What makes the optimizer's state on the chips smaller."""
+    is_all = of.platform == "cpu" or offloaded_bytes(of)
+    return f"{'' if is_all else 'set Optim.offload to True, or '}{_smaller(of)}"
 
 
 def budgets(of: Programs) -> dict[str, Budget]:
@@ -221,10 +234,13 @@ def _update_parts(of: Programs) -> list[Part]:
     remedy = f"lower Train.{fewer}"
     if REMAT[of.config.model.remat].keeps_attention:
         remedy = f"set Model.remat to 'full', or {remedy}"
+    backward = [Part("kept of each layer for the backward pass", _kept(of), remedy), _logits(of)]
+    # When they are free, all that was in the host's memory is here at once.
+    more = max(0.0, offloaded_bytes(of) - sum(part.bytes for part in backward))
     return [
         Part("gradients, float32", shard_bytes(of.state.params), _smaller(of)),
-        Part("kept of each layer for the backward pass", _kept(of), remedy),
-        _logits(of),
+        *backward,
+        Part(FETCHED, more, _smaller(of)),
     ]
 
 

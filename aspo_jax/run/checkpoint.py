@@ -51,6 +51,7 @@ from aspo_jax.files import (
     walk,
     write_text_atomic,
 )
+from aspo_jax.model.sharding import is_on_host
 
 MANIFEST = "manifest.json"
 
@@ -173,6 +174,7 @@ class Checkpoints:
         self._guard = guard if jax.process_index() == 0 else lambda: None
         self._complete: set[int] = set()
         self._orbax: ocp.AsyncCheckpointer | None = None
+        self._reads_host = False  # the state's own arrays
         self._background = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
         self._old_hook, sys.unraisablehook = sys.unraisablehook, self._on_unraisable
@@ -205,6 +207,7 @@ class Checkpoints:
         """
         leaves, meta = _describe(state), _check_meta(meta)
         self.wait()
+        self._reads_host = any(map(is_on_host, jax.tree.leaves(state)))
         path = self._path(step)
         if _broadcast(int(jax.process_index() == 0 and self._problem(step) is None)):
             return
@@ -335,9 +338,10 @@ class Checkpoints:
     def let_go(self) -> None:
         """Return once no save reads the arrays of a state: then an update can be in place.
 
-        A save reads a CPU's own arrays until it is complete; an accelerator's it copied first.
+        A save reads arrays in the host's memory until it is complete; an accelerator's it copied
+        first.
         """
-        if jax.default_backend() == "cpu":
+        if self._reads_host or jax.default_backend() == "cpu":
             self.wait()
 
     def close(self) -> None:
