@@ -91,12 +91,14 @@ def four_devices(config, machines) -> Learner:
 
 
 def assert_same_trajectory(folder: Path, expected: Path) -> None:
-    """Every curve within 1e-5 of its largest value; what is counted and scored is equal."""
+    """Every curve within 1e-5 of its largest value, or 1e-7; what is counted and scored is equal."""
     ours, theirs = metrics(folder), metrics(expected)
     assert [row["iteration"] for row in ours] == [row["iteration"] for row in theirs]
     for name in CURVES:
         a, b = ([row[name] for row in rows if name in row] for rows in (ours, theirs))
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max(), err_msg=name)
+        # A surrogate sums advantages of the size of 1 that nearly cancel.
+        atol = max(1e-5 * np.abs(b).max(), 1e-7)
+        np.testing.assert_allclose(a, b, rtol=0, atol=atol, err_msg=name)
     for one, other in zip(ours, theirs, strict=True):
         counted = [k for k in one if k.startswith(("rollout/", "evaluate/"))]
         # Each process fills rows of its own, so that more of them may end half empty.
