@@ -460,6 +460,8 @@ from noise; no claim is seen the other way.
 
 ![Held-out score, entropy, clip share and KL, mean and range over seeds](claims.png)
 
+![Eight epochs over each rollout: gradient norm, surrogate, held-out score](claims_stress.png)
+
 A real model shows more. Qwen2.5-Coder-0.5B-Instruct on GSM8K, 38 iterations on one H100, one seed:
 at the same training reward ASPO keeps its entropy, DAPO's halves and its responses become shorter.
 

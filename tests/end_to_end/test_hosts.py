@@ -91,7 +91,7 @@ def four_devices(config, machines) -> Learner:
 
 
 def assert_same_trajectory(folder: Path, expected: Path) -> None:
-    """Every curve within 1e-5 of its largest value, or 1e-7; what is counted and scored is equal."""
+    """Every curve within 1e-5 of its largest value or 1e-7; what is counted and scored is equal."""
     ours, theirs = metrics(folder), metrics(expected)
     assert [row["iteration"] for row in ours] == [row["iteration"] for row in theirs]
     for name in CURVES:
