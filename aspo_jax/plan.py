@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 
 import jax
 
-from aspo_jax.compiler import update_options
 from aspo_jax.config import Config, config_flags, read
 from aspo_jax.errors import CommandParser, UserError, run_command
 from aspo_jax.model.sharding import abstract_mesh, device_mesh, local_sizes, mesh_sizes
@@ -402,7 +401,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 def report(found: Plan) -> str:
     """Everything that a user wants to know, as text."""
     of, topology = found.programs, found.topology
-    said = update_options(of.mesh).said
+    said = of.options.said
     mesh = " ".join(f"{axis}={size}" for axis, size in of.mesh.shape.items())
     held = {part.name: part.bytes for row in found.rows for part in row.parts}
     shown = ", ".join(f"{name} {gib(size)}" for name, size in held.items() if size > GIB / 1000)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from aspo_jax.planning.hlo import Item, Module, items, parse
+from aspo_jax.planning.hlo import Item, Module, flat, parse, steps
 
 F32 = 4
 
@@ -20,6 +20,11 @@ def _module(function, *shapes: tuple[int, ...]) -> Module:
 
 def _compiled(lowered: jax.stages.Lowered) -> Module:
     return parse(lowered.compile().as_text() or "")
+
+
+def items(*arguments, **more) -> list[Item]:
+    """All that `steps` finds, inner ones too."""
+    return list(flat(steps(*arguments, **more)))
 
 
 def _flops(found: list[Item]) -> float:

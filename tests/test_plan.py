@@ -32,7 +32,7 @@ from aspo_jax.planning.budget import (
     shard_bytes,
 )
 from aspo_jax.planning.flops import causal_pairs, forward_flops
-from aspo_jax.planning.hlo import items, parse
+from aspo_jax.planning.hlo import flat, parse, steps
 from aspo_jax.planning.programs import DECODE, PREFILL, SCORE, UPDATE
 from aspo_jax.planning.topology import GIB, TopologyError, open_devices, parse_topology
 
@@ -89,7 +89,7 @@ def test_decoding_copies_no_cache_and_multiplies_as_often_as_the_formula_says(ti
     of, (*_, decode) = tiny.programs, tiny.rows
     text = of.by_name[DECODE].lower().compile().as_text()
     reads = math.ceil(of.limits.row_pages / max(of.limits.read // of.limits.page, 1))
-    found = items(parse(text), (1, reads))
+    found = list(flat(steps(parse(text), (1, reads))))
     pool = shard_bytes(of.cache.key_EKYXSC)
     assert max(item.written for item in found) < pool / 2
     flops = sum(item.times * item.flops for item in found)

@@ -141,24 +141,17 @@ class _Part(NamedTuple):
 def _parts(module: Module, step: Step) -> Iterator[_Part]:
     """What an instruction has to do with exchanges."""
     each, around = step.instruction, step.around
-    if each.opcode == "fusion":
+    opcode, whole = each.opcode, each.opcode.removesuffix("-start").removesuffix("-done")
+    if opcode == "fusion":
         yield from _fused(module, each.named("calls"))
-    elif each.opcode == "async-start":
-        for inner in step.inner:
-            if inner.instruction.opcode in _TAKEN:
-                yield _Part(
-                    *(inner.instruction.opcode, each, around, each.name),
-                    is_begin=True,
-                    is_end=False,
-                )
-    elif each.opcode == "async-done" or each.opcode.removesuffix("-done") in _TAKEN:
-        if each.opcode.endswith("-done"):
-            key = _begin_of(around, each)
-            yield _Part(each.opcode, each, around, key, is_begin=False, is_end=True)
-        else:
-            yield _Part(each.opcode, each, around, each.name, is_begin=True, is_end=True)
-    elif (kind := each.opcode.removesuffix("-start")) in _TAKEN:
-        yield _Part(kind, each, around, each.name, is_begin=True, is_end=False)
+    elif opcode == "async-start":
+        for kind in (inner.instruction.opcode for inner in step.inner):
+            if kind in _TAKEN:
+                yield _Part(kind, each, around, each.name, is_begin=True, is_end=False)
+    elif opcode == "async-done" or (whole in _TAKEN and opcode.endswith("-done")):
+        yield _Part(opcode, each, around, _begin_of(around, each), is_begin=False, is_end=True)
+    elif whole in _TAKEN:
+        yield _Part(whole, each, around, each.name, is_begin=True, is_end=opcode == whole)
 
 
 def _begin_of(around: Computation, each: Instruction) -> str:

@@ -179,13 +179,6 @@ class Step(NamedTuple):
     trips: float = 1.0
 
 
-def items(
-    module: Module, dynamic: Sequence[float] = (), kernel: Kernel = lambda *_: None
-) -> list[Item]:
-    """Everything that a program does; see `steps`."""
-    return list(flat(steps(module, dynamic, kernel)))
-
-
 def flat(found: Iterable[Step]) -> Iterator[Item]:
     """What the steps do, inner ones too."""
     for step in found:

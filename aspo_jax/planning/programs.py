@@ -19,6 +19,7 @@ import numpy as np
 
 from aspo_jax import hub, losses
 from aspo_jax.build import build_shape, check_shares
+from aspo_jax.compiler import Options
 from aspo_jax.config import Config, ConfigError
 from aspo_jax.config.reading import config_folder
 from aspo_jax.data import CHARACTERS, build_character_tokenizer
@@ -83,6 +84,7 @@ class Programs(NamedTuple):
     state, frozen, reference, minibatch: of the update. The frozen weights are None where all are
         trained; the reference, which may be them, is None where no rule reads it.
     teacher, teacher_shape: its weights and network; None where no rule reads it.
+    options: of the compiler, for the update.
     weights, cache, limits: of one host's sampler.
     """
 
@@ -100,6 +102,7 @@ class Programs(NamedTuple):
     teacher: Any
     teacher_shape: ModelConfig | None
     minibatch: Minibatch
+    options: Options
     weights: Any
     cache: Any
     limits: Limits
@@ -255,6 +258,7 @@ def programs(
         teacher=teacher_weights,
         teacher_shape=teacher_shape,
         minibatch=scored,
+        options=learner.options,
         weights=weights,
         cache=decode[0],
         limits=sampler.limits,
