@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import jax
@@ -45,7 +46,9 @@ from aspo_jax.sampler import (
     make_publish,
     stop_length,
     truncate,
+    widths,
 )
+from aspo_jax.sampler.widths import Widths
 
 LIMITS = Limits(
     max_prompt_tokens=6,
@@ -318,6 +321,70 @@ def test_a_prompt_is_read_once_for_its_whole_group(sampler):
     assert sampler.stats.prefilled == len(PROMPTS[2]) - 1  # 31 others read the same pages
     list(sampler.sample(requests[:1]))
     assert sampler.stats.prefilled == len(PROMPTS[2]) - 1
+
+
+# Where the last of 16 rows was once rotated with another rounding than the others.
+BROAD = dataclasses.replace(CONFIG, hidden_size=48, heads=4, kv_heads=2, head_dim=16)
+
+
+@pytest.mark.parametrize(("config", "slots"), [(CONFIG, 5), (BROAD, 16)], ids=["5", "16"])
+def test_the_place_of_a_row_changes_no_bit(config, slots):
+    model = build_model(config, is_stacked=False)
+    sampler = PagedSampler(model, HEAD, LIMITS._replace(slots=slots), toy_mesh(), seed=3)
+    sampler.start(random_params(model, scale=0.25))
+    drawn = list(sampler.sample([REQUESTS[4]] * slots))
+    assert len({(*c.tokens_T.tolist(), *c.logp_T.tolist()) for c in drawn}) == 1
+
+
+MANY = LIMITS._replace(slots=16, page=8)
+LAST = REQUESTS + [Request(PROMPTS[1], (TRAIN, 9, 0, g)) for g in range(13)]
+
+
+def few_rows(params, monkeypatch, spoil=lambda drawn: drawn) -> tuple[PagedSampler, set[int]]:
+    """A sampler that has wasted enough on its last rows, and the numbers of rows of its calls.
+
+    spoil: of what calls of fewer rows draw.
+    """
+    monkeypatch.setattr(widths, "WORTH", 1)
+    sampler, rows = build(params, MANY), set()
+    decode = sampler.decode
+
+    def noted(params, cache, these, *rest):
+        rows.add(len(these.token_N))
+        cache, drawn = decode(params, cache, these, *rest)
+        return cache, drawn if len(these.token_N) == MANY.slots else spoil(drawn)
+
+    sampler.decode = noted
+    return sampler, rows
+
+
+def test_the_last_answers_decode_in_fewer_rows_and_change_no_bit(params, monkeypatch):
+    sampler, rows = few_rows(params, monkeypatch)
+    by_all = by_identity(sampler, LAST)
+    assert rows == {16}
+    again = by_identity(sampler, LAST)
+    assert sampler.widths.known[0] == 16 and rows == set(sampler.widths.candidates)
+    assert_same(again, by_all)
+
+
+def test_a_program_that_rounds_otherwise_draws_nothing(params, monkeypatch):
+    def spoil(drawn):
+        return dataclasses.replace(drawn, logp_NT=drawn.logp_NT.at[0, 0].add(1e-6))
+
+    sampler, rows = few_rows(params, monkeypatch, spoil)
+    by_all = by_identity(sampler, LAST)
+    rows.clear()
+    assert_same(by_identity(sampler, LAST), by_all)
+    assert rows == {16, 8} and sampler.widths.known == sampler.widths.candidates == (16,)
+
+
+@pytest.mark.parametrize(
+    ("limits", "shards"),
+    [(MANY, 4), (LIMITS, 1), (MANY._replace(page=1, cache_tokens=100), 1)],
+    ids=["on devices", "few anyway", "no room to compare"],
+)
+def test_where_all_rows_are_always_decoded(limits, shards):
+    assert Widths.of(limits, limits.slots // shards // 4, shards).candidates == (limits.slots,)
 
 
 def test_published_layers_and_pages_at_once_change_no_token(params, completions):

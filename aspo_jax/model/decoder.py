@@ -140,8 +140,18 @@ def rotate(x_BTHC: Array, cosine_BTC: Array, sine_BTC: Array) -> Array:
     """Rotary position embedding (arXiv 2104.09864), the half-split layout of Qwen and Llama."""
     first, second = jnp.split(x_BTHC.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([-second, first], axis=-1)
-    out = x_BTHC * cosine_BTC[:, :, None] + turned * sine_BTC[:, :, None]
+    out = _rounded(x_BTHC * cosine_BTC[:, :, None]) + _rounded(turned * sine_BTC[:, :, None])
     return out.astype(x_BTHC.dtype)
+
+
+def _rounded(product: Array) -> Array:
+    """A product on its way into a sum, rounded by itself in every row.
+
+    LLVM may round it together with the sum, in some rows of a loop and not in others, and a
+    sampled row's bits must not depend on its place. A bound that excludes nothing stands between.
+    """
+    lowest = jnp.finfo(jnp.float32).min
+    return jnp.where(product < lowest, lowest, product)  # NaN stays, which max may lose on a CPU
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:

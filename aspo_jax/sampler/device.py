@@ -78,8 +78,8 @@ class Serving(NamedTuple):
 class Programs(NamedTuple):
     """The programs and what they close over.
 
-    block: most tokens that a decode call can draw for a row. classes: how many of rows, and
-    pages_per_read: see `Decode`.
+    block: most tokens that a decode call can draw for a row. class_rows: rows of a class on each
+    shard, and pages_per_read: see `Decode`.
     choice: of every row, or `Serving`: as the requests want.
     """
 
@@ -89,7 +89,7 @@ class Programs(NamedTuple):
     stop_ids: tuple[int, ...]
     seed: int
     block: int
-    classes: int
+    class_rows: int
     pages_per_read: int
 
     def prefill(self, params, cache: Cache, token_AT: Array, length_A: Array, page_AJ: Array):
@@ -208,7 +208,7 @@ class Programs(NamedTuple):
         own_N = jnp.where(is_running_N, drawn_N, 0)
         pages_N = jnp.where(is_running_N, -(-rows.prompt_N // S) + own_N // S + 1, 0)
         E = cache.key_EKYXSC.shape[0]
-        pages_c = jnp.max(pages_N.reshape(E, self.classes, -1), axis=(0, 2))
+        pages_c = jnp.max(pages_N.reshape(E, -1, self.class_rows), axis=(0, 2))
         return Decode(
             cache=cache,
             table_JN=rows.table_JN,

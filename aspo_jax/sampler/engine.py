@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from aspo_jax.head import Head
@@ -24,6 +25,7 @@ from aspo_jax.sampler.limits import Limits
 from aspo_jax.sampler.publish import Publish
 from aspo_jax.sampler.seam import Completion, Request
 from aspo_jax.sampler.session import Session, Stats
+from aspo_jax.sampler.widths import STEPS, Widths, made_up_rows
 
 CLASSES = 4  # of rows by length: each reads as many pages as its longest row
 
@@ -57,9 +59,12 @@ class PagedSampler:
         self.temperature, self.choice = head.temperature, choice
         self.is_serving = isinstance(choice, Serving)
         self.shard_count = row_shards(mesh)
+        shard_rows = limits.slots // self.shard_count
+        class_rows = shard_rows // math.gcd(shard_rows, CLASSES)
+        self.widths = Widths.of(limits, class_rows, self.shard_count)
         self._programs = programs = Programs(
             *(model, head, choice, limits.stop_ids, seed, limits.block),
-            classes=math.gcd(limits.slots // self.shard_count, CLASSES),
+            class_rows=class_rows,
             pages_per_read=max(limits.read // limits.page, 1),
         )
         kind = {} if limits.cache_type is None else {"kind": limits.cache_type}
@@ -73,7 +78,8 @@ class PagedSampler:
         rows = batch_sharding(mesh)
         of_pages = batch_sharding(mesh, leading=1)
         self.row_shardings = dataclasses.replace(
-            jax.tree.map(lambda _: rows, limits.no_rows(self.is_serving)), table_JN=of_pages
+            jax.tree.map(lambda _: rows, limits.no_rows(limits.slots, self.is_serving)),
+            table_JN=of_pages,
         )
         self.empty = jax.jit(empty, out_shardings=cache)
         self.prefill: Any = jax.jit(
@@ -113,6 +119,7 @@ class PagedSampler:
         other.params, other.stats = None, Stats()
         if choice != self.choice:
             other.decode = self._jit_decode(self._programs._replace(choice=choice))
+            other.widths = Widths.of(self.limits, self._programs.class_rows, self.shard_count)
         return other
 
     def shapes(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -120,7 +127,7 @@ class PagedSampler:
         limits, shape = self.limits, jax.ShapeDtypeStruct
         T = limits.buckets[-1]
         A = limits.together(T, self.shard_count)
-        rows = placed(limits.no_rows(self.is_serving), self.row_shardings)
+        rows = placed(limits.no_rows(limits.slots, self.is_serving), self.row_shardings)
         cache = placed(jax.eval_shape(self.empty), self._cache)
         prompts = [
             shape(size, "int32", sharding=self.row_shardings.token_N)
@@ -137,6 +144,17 @@ class PagedSampler:
     def release(self) -> None:
         """Forget them: until the next `start` their memory is the update's."""
         self.params = None
+
+    def compare_widths(self) -> None:
+        """Find out whether decode calls of fewer rows round alike; see `Widths`."""
+
+        def draw(count: int) -> Any:
+            rows = made_up_rows(self.limits, count, self.is_serving)
+            scalars = (np.int32(STEPS), np.int32(0), np.float32(self.temperature))
+            rows = jax.device_put(rows, self.row_shardings)
+            return jax.device_get(self.decode(self.params, self.empty(), rows, *scalars)[1])
+
+        self.widths.compare(draw)
 
     def open(self) -> Session:
         """Begin with no request: its `submit`, `cancel` and `step` are this sampler, by hand."""

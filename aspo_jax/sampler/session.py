@@ -105,6 +105,8 @@ class Session:
     def step(self) -> Step:
         """Fill free rows, draw some tokens for each; what has ended leaves."""
         if self.cache is None:
+            if self.sampler.widths.is_due:
+                self.sampler.compare_widths()
             self.cache = self.sampler.empty()
         ended = self._fill()
         step = self._advance()
@@ -210,20 +212,25 @@ class Session:
         if not running:
             return Step([], [])
         is_busy = self.has_waiting
+        widths = self.sampler.widths
+        count = limits.slots if is_busy else widths.fitting(len(running))
         # Return to refill rows once a few have ended: each return costs time, each idle row too.
-        enough = max(len(running) - max(limits.slots // 16, 1), 0) if is_busy else 0
-        rows = jax.device_put(self._rows(running), self.sampler.row_shardings)
+        few = max(len(running) - max(limits.slots // 16, 1), 0)
+        enough = few if is_busy else widths.below(count)
+        rows = jax.device_put(self._rows(running, count), self.sampler.row_shardings)
         self.cache, drawn = self.sampler.decode(
             *(self.sampler.params, self.cache, rows),
             *(np.int32(limits.block), np.int32(enough), np.float32(self.sampler.temperature)),
         )
         step = self._hand_out(running, jax.device_get(drawn))
+        if not is_busy:
+            widths.note([len(delta.tokens) for delta in step.deltas])
         stats.add(int(drawn.steps), sum(len(delta.tokens) for delta in step.deltas), is_busy)
         return step
 
-    def _rows(self, running: dict[int, Sequence]) -> Rows:
-        """The running sequences as arrays."""
-        rows = self.limits.no_rows(self.sampler.is_serving)
+    def _rows(self, running: dict[int, Sequence], count: int) -> Rows:
+        """The running sequences as arrays of ``count`` rows."""
+        rows = self.limits.no_rows(count, self.sampler.is_serving)
         for row, sequence in running.items():
             prompt = sequence.group.tokens
             rows.token_N[row] = sequence.token_T[-1] if sequence.token_T else prompt[-1]
