@@ -379,12 +379,13 @@ def test_a_program_that_rounds_otherwise_draws_nothing(params, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("limits", "shards"),
-    [(MANY, 4), (LIMITS, 1), (MANY._replace(page=1, cache_tokens=100), 1)],
+    ("limits", "sizes"),
+    [(MANY, {"tensor": 2}), (LIMITS, {}), (MANY._replace(page=1, cache_tokens=100), {})],
     ids=["on devices", "few anyway", "no room to compare"],
 )
-def test_where_all_rows_are_always_decoded(limits, shards):
-    assert Widths.of(limits, limits.slots // shards // 4, shards).candidates == (limits.slots,)
+def test_where_all_rows_are_always_decoded(limits, sizes):
+    found = Widths.of(limits, limits.slots // 4, toy_mesh(**sizes))
+    assert found.candidates == found.known == (limits.slots,)
 
 
 def test_published_layers_and_pages_at_once_change_no_token(params, completions):

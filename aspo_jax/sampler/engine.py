@@ -61,7 +61,7 @@ class PagedSampler:
         self.shard_count = row_shards(mesh)
         shard_rows = limits.slots // self.shard_count
         class_rows = shard_rows // math.gcd(shard_rows, CLASSES)
-        self.widths = Widths.of(limits, class_rows, self.shard_count)
+        self.widths = Widths.of(limits, class_rows, mesh)
         self._programs = programs = Programs(
             *(model, head, choice, limits.stop_ids, seed, limits.block),
             class_rows=class_rows,
@@ -119,7 +119,7 @@ class PagedSampler:
         other.params, other.stats = None, Stats()
         if choice != self.choice:
             other.decode = self._jit_decode(self._programs._replace(choice=choice))
-            other.widths = Widths.of(self.limits, self._programs.class_rows, self.shard_count)
+            other.widths = self.widths.unknown()
         return other
 
     def shapes(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

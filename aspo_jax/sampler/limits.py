@@ -79,12 +79,11 @@ class Limits(NamedTuple):
             return self.max_response_tokens
         return min(self.max_response_tokens, self.window - prompt)
 
-    def no_rows(self, count: int, is_serving: bool = False) -> Rows:
-        """Arrays for so many rows without a sequence, which read and write page 0.
+    def no_rows(self, N: int, is_serving: bool = False) -> Rows:
+        """Arrays for N rows without a sequence, which read and write page 0.
 
         is_serving: each row draws as its request wants.
         """
-        N = count
         number, share = (functools.partial(np.zeros, N, dtype) for dtype in ("int32", "float32"))
         return Rows(
             *(number() for _ in range(4)),

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from aspo_jax.sampler.device import Drawn, Rows
 from aspo_jax.sampler.limits import Limits
@@ -34,15 +35,21 @@ class Widths:
     thin_steps: int = 0
 
     @classmethod
-    def of(cls, limits: Limits, class_rows: int, shards: int) -> Widths:
+    def of(cls, limits: Limits, class_rows: int, mesh: Mesh) -> Widths:
         """All rows, and as candidates a half and a quarter on a CPU that holds all of them."""
         every = (limits.slots,)
-        is_one_cpu = jax.default_backend() == "cpu" and shards == 1
-        has_room = limits.pool_pages(shards) >= limits.slots * limits.pages(STEPS)
-        if not (is_one_cpu and has_room and limits.block >= STEPS and class_rows >= LEAST):
+        is_one_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+        is_enough = limits.block >= STEPS and class_rows >= LEAST
+        if not is_one_cpu or not is_enough:
+            return cls(every, every)
+        if limits.pool_pages(shards=1) < limits.slots * limits.pages(STEPS):
             return cls(every, every)
         fewer = (limits.slots // n for n in (2, 4) if limits.slots % (n * class_rows) == 0)
         return cls((*every, *fewer), every)
+
+    def unknown(self) -> Widths:
+        """The same for another program, of which nothing is known yet."""
+        return Widths(self.candidates, self.candidates[:1])
 
     def fitting(self, running: int) -> int:
         """The fewest rows that hold so many sequences."""
