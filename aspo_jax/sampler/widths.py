@@ -38,7 +38,9 @@ class Widths:
     def of(cls, limits: Limits, class_rows: int, mesh: Mesh) -> Widths:
         """All rows, and as candidates a half and a quarter on a CPU that holds all of them."""
         every = (limits.slots,)
-        is_one_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+        # A plan has a mesh without devices, and decodes nothing.
+        is_one = isinstance(mesh, Mesh) and mesh.size == 1
+        is_one_cpu = is_one and mesh.devices.flat[0].platform == "cpu"
         is_enough = limits.block >= STEPS and class_rows >= LEAST
         if not is_one_cpu or not is_enough:
             return cls(every, every)
