@@ -223,9 +223,10 @@ class Session:
             *(np.int32(limits.block), np.int32(enough), np.float32(self.sampler.temperature)),
         )
         step = self._hand_out(running, jax.device_get(drawn))
+        lengths = [len(delta.tokens) for delta in step.deltas]
         if not is_busy:
-            widths.note([len(delta.tokens) for delta in step.deltas])
-        stats.add(int(drawn.steps), sum(len(delta.tokens) for delta in step.deltas), is_busy)
+            widths.note(lengths)
+        stats.add(int(drawn.steps), sum(lengths), is_busy)
         return step
 
     def _rows(self, running: dict[int, Sequence], count: int) -> Rows:

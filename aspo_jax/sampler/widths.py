@@ -50,7 +50,7 @@ class Widths:
         return cls((*every, *fewer), every)
 
     def unknown(self) -> Widths:
-        """The same for another program, of which nothing is known yet."""
+        """For another way to draw, of which is known what this one has ruled out."""
         return Widths(self.candidates, self.candidates[:1])
 
     def fitting(self, running: int) -> int:
